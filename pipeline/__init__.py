@@ -1,0 +1,1 @@
+"""diffprune: which image-text pairs help a CLIP model, and the shards to train on those alone."""

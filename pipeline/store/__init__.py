@@ -1,0 +1,1 @@
+"""What a run keeps on storage, and how it gets there so that a crash never leaves a half-written file."""

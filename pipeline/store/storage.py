@@ -1,0 +1,179 @@
+"""Reading and atomically writing files by path or fsspec URL.
+
+A local write goes to a temporary name in the same folder, is flushed to disk and renamed; on an object
+store it is one PUT, which is atomic there. A reader therefore sees a whole file or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+#: Prefix of files that are being written. Nothing with this prefix is ever read as a result.
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path on this machine (no protocol, or `file://`)."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> str:
+    """The plain path of a local `url`."""
+    return url.removeprefix("file://")
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path `parts` to a path or URL with single slashes."""
+    return posixpath.join(url.rstrip("/") if url != "/" else url, *parts)
+
+
+def basename(url: str) -> str:
+    """The last component of a path or URL, without a query."""
+    return posixpath.basename(url.split("?", 1)[0] if "://" in url else url)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of `url` and the path within it."""
+    fs, path = url_to_fs(url)
+    return fs, path
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there; never answers from a listing cache."""
+    if is_local(url):
+        return os.path.exists(local_path(url))
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    return bool(fs.exists(path))
+
+
+def size(url: str) -> int:
+    """Bytes of a file. Raises `FileNotFoundError`."""
+    if is_local(url):
+        return os.path.getsize(local_path(url))
+    fs, path = filesystem(url)
+    return int(fs.size(path))
+
+
+def open_read(url: str) -> IO[bytes]:
+    """Open for reading bytes, as stored (no decompression)."""
+    if is_local(url):
+        return open(local_path(url), "rb")
+    handle: IO[bytes] = fsspec.open(url, "rb").open()
+    return handle
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file."""
+    with open_read(url) as handle:
+        return handle.read()
+
+
+def read_json(url: str) -> Any:
+    """A JSON file's value. Raises `ValueError` on text that is not JSON."""
+    return json.loads(read_bytes(url))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a whole file atomically, replacing what was there."""
+    if not is_local(url):
+        fs, path = filesystem(url)
+        fs.pipe_file(path, data)
+        return
+    with atomic_path(local_path(url)) as temporary, open(temporary, "wb") as handle:
+        handle.write(data)
+
+
+def write_json(url: str, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline, atomically; key order is kept."""
+    write_bytes(url, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """A temporary local path that takes the name `path` when the block ends without an error."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{os.path.basename(path)}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def atomic_writer(url: str) -> Iterator[IO[bytes]]:
+    """A binary stream whose content becomes the file `url` when the block ends without an error.
+
+    Local content streams to a temporary file; for an object store it is held in memory and PUT once.
+    """
+    if is_local(url):
+        with atomic_path(local_path(url)) as temporary, open(temporary, "wb") as handle:
+            yield handle
+        return
+    buffer = io.BytesIO()
+    yield buffer
+    write_bytes(url, buffer.getvalue())
+
+
+def list_files(folder: str, suffix: str = "") -> list[str]:
+    """Full URLs of the files right in `folder` that end in `suffix`, sorted; temporary ones are left out."""
+    if is_local(folder):
+        path = local_path(folder)
+        names = os.listdir(path) if os.path.isdir(path) else []
+        found = [name for name in names if os.path.isfile(os.path.join(path, name))]
+    else:
+        fs, path = filesystem(folder)
+        fs.invalidate_cache()
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
+        found = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]
+    return sorted(
+        join(folder, name) for name in found if name.endswith(suffix) and not name.startswith(TEMPORARY_PREFIX)
+    )
+
+
+def make_folder(url: str) -> None:
+    """Create a folder and its parents; object stores need none."""
+    if is_local(url):
+        os.makedirs(local_path(url), exist_ok=True)
+
+
+def remove(url: str) -> None:
+    """Remove a file if it is there."""
+    if is_local(url):
+        if os.path.exists(local_path(url)):
+            os.unlink(local_path(url))
+        return
+    fs, path = filesystem(url)
+    if fs.exists(path):
+        fs.rm_file(path)
+
+
+def checksum(data: bytes) -> str:
+    """BLAKE2b-128 hex digest of `data`: the checksum in every commit mark and fingerprint."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def file_checksum(url: str, block_bytes: int = 1 << 20) -> str:
+    """`checksum` of a file's content, read in blocks."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open_read(url) as handle:
+        while block := handle.read(block_bytes):
+            digest.update(block)
+    return digest.hexdigest()
