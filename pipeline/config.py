@@ -318,6 +318,8 @@ class EvaluateConfig(Section):
     shards: Shards | None = None
     """Pairs to measure on; zero-shot accuracy where captions form few classes, else retrieval recall. Never used
     before."""
+    truth: str | None = None
+    """A CSV with columns `uid` and `clean` (0 or 1), for judging only: how well low utility finds the unclean pairs."""
     keeps: list[Fraction] | None = None
     """Sizes for a coreset curve; null evaluates only the selection's own size."""
 
