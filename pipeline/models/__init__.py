@@ -1,0 +1,4 @@
+"""open_clip models as proxies: building them, their families, and the files that hold their checkpoints.
+
+Nothing is imported here: `pipeline.data` needs `pipeline.models.compat` alone.
+"""

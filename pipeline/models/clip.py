@@ -1,0 +1,227 @@
+"""Builds the proxy: an open_clip model that takes uint8 images and tokens and returns unit features.
+
+Parameter names are open_clip's own, so that its checkpoints and ours are interchangeable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from importlib import resources
+from math import log
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+# Before open_clip, which imports torchvision:
+from pipeline.models import compat  # noqa: F401  isort: skip
+import open_clip
+from timm.layers import DropPath  # type: ignore[attr-defined]
+
+from pipeline.data.decode import ImageSpec
+from pipeline.errors import InputError
+from pipeline.types import Features, Tree
+
+Tokenize = Callable[[list[str]], Tensor]
+
+
+class PairModel(nn.Module):
+    """A two-tower model of image-text pairs; the concrete classes add open_clip's towers.
+
+    Attributes:
+        image_spec: how an image becomes the model's uint8 input.
+        tokenize: captions to int64 tokens `[n, context_length]`.
+        context_length: tokens per caption.
+    """
+
+    image_spec: ImageSpec
+    tokenize: Tokenize
+    context_length: int
+    visual: Any
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
+    encode_image: Callable[[Tensor], Tensor]
+    encode_text: Callable[[Tensor], Tensor]
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def attach_input(self, spec: ImageSpec, tokenize: Tokenize) -> None:
+        """Set what turns a pair into this model's input."""
+        self.image_spec = spec
+        self.tokenize = tokenize
+        self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Features:
+        """Features of uint8 images `[n, 3, h, w]` and int64 tokens `[n, context_length]`.
+
+        Pixels are scaled to [0, 1] and normalised here, on the model's device and in its dtype.
+        """
+        dtype = self.logit_scale.dtype
+        pixels = (images.to(dtype) / 255 - self.pixel_mean.to(dtype)) / self.pixel_std.to(dtype)
+        scale = self.logit_scale.exp().reshape(())
+        bias = torch.zeros_like(scale) if self.logit_bias is None else self.logit_bias.reshape(())
+        image = nn.functional.normalize(self.encode_image(pixels), dim=-1)
+        text = nn.functional.normalize(self.encode_text(tokens), dim=-1)
+        return Features(image, text, scale, bias)
+
+    @property
+    def trains_as_it_evaluates(self) -> bool:
+        """Whether `train()` mode computes what `eval()` mode does: no dropout and no batch statistics."""
+        return not any(_differs_in_training(module) for module in self.modules())
+
+
+class _PairCLIP(PairModel, open_clip.CLIP):  # type: ignore[misc]
+    pass
+
+
+class _PairCustomTextCLIP(PairModel, open_clip.CustomTextCLIP):  # type: ignore[misc]
+    pass
+
+
+def build_model(
+    name_or_json: str, pretrained: str | None = None, loss: Literal["clip", "siglip"] = "clip", seed: int = 0
+) -> PairModel:
+    """Build a proxy in float32 on the CPU, in `eval` mode.
+
+    Args:
+        name_or_json: an open_clip model name, a `.json` file with a model config (open_clip's form, alone or as
+            `{"model_cfg": ..., "preprocess_cfg": ...}`), or one of the small configs in `pipeline/models/configs`.
+        pretrained: a local weights file (`.pt`, `.safetensors`); None initialises at random.
+        loss: with `siglip` a model without a logit bias gets one, and starts from SigLIP's scale and bias.
+        seed: decides the random initialisation; the global random state is left as it was.
+
+    Raises `InputError` for an unknown name, a broken config, or weights and tokenizers that are not there.
+    """
+    name, model_cfg, preprocess = _read_config(name_or_json)
+    tokenize = _tokenizer(name, model_cfg["text_cfg"])
+    if loss == "siglip":
+        model_cfg.setdefault("init_logit_bias", -10)
+        model_cfg.setdefault("init_logit_scale", log(10))
+    custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+    model_class = _PairCustomTextCLIP if custom_text else _PairCLIP
+    for tower, key in (("vision_cfg", "timm_model_pretrained"), ("text_cfg", "hf_model_pretrained")):
+        if key.replace("pretrained", "name") in model_cfg[tower]:
+            model_cfg[tower][key] = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: PairModel = model_class(**model_cfg)
+        except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+            raise InputError(f"{name}: expected a model config that open_clip can build: {_one_line(error)}") from None
+    if pretrained is not None:
+        _load_pretrained(model, pretrained)
+    preprocess = {"size": model.visual.image_size, **preprocess}
+    model.attach_input(_image_spec(name, preprocess), tokenize)
+    return model.eval()
+
+
+def split_state(model: nn.Module) -> tuple[Tree, Tree]:
+    """The model's parameters and its persistent buffers by name, as references, not copies."""
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    buffers = {name: value.detach() for name, value in model.state_dict().items() if name not in params}
+    return params, buffers
+
+
+def shipped_configs() -> list[str]:
+    """Names of the small configs shipped with the package."""
+    return sorted(Path(entry.name).stem for entry in _config_folder().iterdir() if entry.name.endswith(".json"))
+
+
+def _config_folder() -> Any:
+    return resources.files("pipeline.models") / "configs"
+
+
+def _read_config(name_or_json: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Name, a private copy of the model config, and the preprocessing keys it sets."""
+    if name_or_json.endswith(".json"):
+        try:
+            tree = json.loads(Path(name_or_json).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name_or_json}: expected a JSON model config: {_one_line(error)}") from None
+    elif name_or_json in shipped_configs():
+        tree = json.loads((_config_folder() / f"{name_or_json}.json").read_text(encoding="utf-8"))
+    elif name_or_json in open_clip.list_models():
+        tree = open_clip.get_model_config(name_or_json)
+    else:
+        raise InputError(
+            f"{name_or_json}: expected an open_clip model name, a .json file or one of {', '.join(shipped_configs())}"
+        )
+    preprocess: dict[str, Any] = {}
+    if isinstance(tree, dict) and "model_cfg" in tree:
+        preprocess, tree = dict(tree.get("preprocess_cfg", {})), tree["model_cfg"]
+    if not isinstance(tree, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= tree.keys():
+        raise InputError(f"{name_or_json}: expected a model config with embed_dim, vision_cfg and text_cfg")
+    if "multimodal_cfg" in tree:
+        raise InputError(f"{name_or_json}: expected a two-tower model, found CoCa, which has a captioning loss too")
+    return name_or_json, deepcopy(tree), preprocess
+
+
+def _image_spec(name: str, preprocess: dict[str, Any]) -> ImageSpec:
+    merged = {
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    } | preprocess
+    size = merged["size"]
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    if height != width:
+        raise InputError(f"{name}: expected a square image size, found {height}x{width}")
+    return ImageSpec(
+        size=height,
+        mean=tuple(merged["mean"]),
+        std=tuple(merged["std"]),
+        interpolation=merged["interpolation"],
+        resize_mode=merged["resize_mode"],
+    )
+
+
+def _tokenizer(name: str, text_cfg: dict[str, Any]) -> Tokenize:
+    length = text_cfg.get("context_length", 77)
+    kwargs = dict(text_cfg.get("tokenizer_kwargs") or {})
+    hf_name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+    if hf_name is None:
+        tokenize: Tokenize = open_clip.SimpleTokenizer(context_length=length, **kwargs)
+        return tokenize
+    from open_clip.tokenizer import HFTokenizer
+
+    try:
+        hf: Tokenize = HFTokenizer(
+            hf_name, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **kwargs
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(
+            f"{name}: expected its tokenizer {hf_name} on this machine (the package transformers and the tokenizer's "
+            f"files, downloaded before): {_one_line(error)}"
+        ) from None
+    return hf
+
+
+def _load_pretrained(model: nn.Module, path: str) -> None:
+    if not Path(path).is_file():
+        raise InputError(f"{path}: expected a local weights file (open_clip .pt or .safetensors), found nothing there")
+    try:
+        open_clip.load_checkpoint(model, path, strict=True, weights_only=True)
+    except Exception as error:  # unpickling and loading raise many types; all of them mean the file does not fit
+        raise InputError(f"{path}: expected weights of this model: {_one_line(error)}") from None
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return bool(module.p > 0)
+    if isinstance(module, DropPath):
+        return bool(module.drop_prob)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout > 0)
+    return type(module).__name__ == "PatchDropout" and bool(module.prob)
+
+
+def _one_line(error: Exception, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " ..."
