@@ -1,0 +1,1 @@
+"""From WebDataset shards to decoded pairs: finding, counting, reading, decoding, drawing, caching."""

@@ -1,0 +1,69 @@
+"""Which shards a run works on: where each is, how many samples it has, and which version of it that was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.reader import read_shard
+from pipeline.data.stream import describe
+from pipeline.store import storage
+
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("url", pa.string()),
+        ("name", pa.string()),
+        ("samples", pa.int64()),
+        ("bytes", pa.int64()),
+        ("etag", pa.string()),
+        ("end_error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One input shard.
+
+    Attributes:
+        index: its number in the run, from 0.
+        url: where it is.
+        name: its file name, part of the uid of samples that bring none.
+        samples: samples in it, bad ones included.
+        bytes: its size on storage.
+        etag: its version: the object's etag, or the file's time of change.
+        end_error: where and why the tar breaks off; "" for a whole one.
+    """
+
+    index: int
+    url: str
+    name: str
+    samples: int
+    bytes: int
+    etag: str
+    end_error: str = ""
+
+
+def inspect_shard(index: int, url: str) -> ShardInfo:
+    """Count the samples of a shard by reading through it once. Raises `InputError` when storage fails."""
+    size, etag = describe(url)
+    with read_shard(url) as reader:
+        samples = reader.count()
+    return ShardInfo(index, url, storage.basename(url), samples, size, etag, reader.end_error)
+
+
+def write_inventory(url: str, infos: list[ShardInfo]) -> None:
+    """Write the inventory as Parquet, one row per shard, atomically."""
+    columns = {name: [getattr(info, name) for info in infos] for name in _SCHEMA.names}
+    with storage.atomic_writer(url) as handle:
+        pq.write_table(pa.table(columns, schema=_SCHEMA), handle, compression="zstd")
+
+
+def read_inventory(url: str) -> list[ShardInfo]:
+    """The shards of an inventory in order. Raises `FileNotFoundError` where there is none."""
+    with storage.open_read(url) as handle:
+        table = pq.read_table(handle)
+    return [ShardInfo(**row) for row in table.select(_SCHEMA.names).to_pylist()]

@@ -1,0 +1,273 @@
+"""A shard as a sequence of samples: every one of them in order, good or bad, whatever state the tar is in.
+
+A sample is the consecutive members that share the name up to the first dot, folder included, as in webdataset.
+Members are read into memory one sample at a time and never written anywhere, so their names cannot do harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.data.reasons import Reason
+from pipeline.data.stream import ShardStream
+from pipeline.store import storage
+
+#: Image members, in the order in which open_clip looks for them.
+IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
+#: Members above this are not read.
+MAX_MEMBER_BYTES = 512 << 20
+
+_READ_TYPES = (*IMAGE_TYPES, "txt", "json")
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
+_UID = re.compile(r"[0-9a-fA-F]{32}")
+#: What `tarfile` raises on bytes that are no tar; errors of storage are other ones and pass through.
+_NOT_A_TAR = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError)
+#: How `tarfile` names a zero block (the closing marker) and the end of the file where a header should be.
+_MARKER: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+_NO_MARKER: type[Exception] = tarfile.EmptyHeaderError  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample of a shard.
+
+    Attributes:
+        index: its number in the shard, from 0.
+        key: the members' common name; bytes that are not UTF-8 are escaped with backslashes.
+        uid: the json's uid if it is 32 hex digits, else the BLAKE2b-128 of `SHARD FILE NAME/KEY`.
+        image: the encoded image, None where there is none.
+        image_type: the ending of the image's member.
+        caption: the text, None where there is none that can be read.
+        meta: the json object, None where there is none that can be read.
+        status: a `Reason`: `ok`, or the first thing found wrong.
+        error: what exactly is wrong, one line.
+    """
+
+    index: int
+    key: str
+    uid: str
+    image: bytes | None
+    image_type: str
+    caption: str | None
+    meta: dict[str, Any] | None
+    status: str
+    error: str
+
+
+@dataclass(slots=True)
+class _Group:
+    """The members of a sample: contents of the types that are read (None: too large), and all endings seen."""
+
+    key: str
+    repeated: bool
+    contents: dict[str, bytes | None] = field(default_factory=dict)
+    endings: set[str] = field(default_factory=set)
+    broken: str = ""
+
+
+class ShardReader:
+    """Iterates over the samples of the shard at `url` once; closes it at the end or as a context manager.
+
+    Attributes:
+        end_error: "" while reading and after a complete tar; else where and why it broke off.
+    """
+
+    def __init__(self, url: str, *, caption: str = "txt") -> None:
+        self.url = url
+        self.end_error = ""
+        self._name = storage.basename(url)
+        self._caption_key = caption.removeprefix("json:") if caption.startswith("json:") else None
+        self._stream = ShardStream(url)
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index, group in enumerate(self._groups(read=True)):
+            yield self._sample(index, group)
+
+    def count(self) -> int:
+        """The number of samples that iterating would give, without decoding any (instead of iterating)."""
+        return sum(1 for _ in self._groups(read=False))
+
+    def _groups(self, read: bool) -> Iterator[_Group]:
+        members = _Members(self._stream)
+        group: _Group | None = None
+        seen: set[bytes] = set()
+        try:
+            for header in members:
+                match = _NAME.fullmatch(header.name)
+                if not header.isreg() or match is None or _HIDDEN.match(header.name):
+                    continue
+                key, ending = match.group(1), match.group(2).lower()
+                if group is None or group.key != key or ending in group.endings:
+                    if group is not None:
+                        yield group
+                    digest = hashlib.blake2b(_encode(key), digest_size=8).digest()
+                    group = _Group(key, digest in seen)
+                    seen.add(digest)
+                group.endings.add(ending)
+                if read and ending in _READ_TYPES:
+                    group.contents[ending] = members.content(header)
+            self.end_error = members.end_error
+            if group is not None:
+                # What would have followed in a tar that breaks off is unknown: the last sample may be incomplete.
+                group.broken = self.end_error if members.broken else ""
+                yield group
+        finally:
+            self._stream.close()
+
+    def _sample(self, index: int, group: _Group) -> Sample:
+        problems: list[tuple[Reason, str]] = []
+        if group.repeated:
+            problems.append((Reason.DUPLICATE_KEY, "an earlier sample of this shard has the same key"))
+        if group.broken:
+            problems.append((Reason.TRUNCATED_SAMPLE, group.broken))
+        for ending, content in group.contents.items():
+            if content is None:
+                problems.append((Reason.TOO_LARGE, f"the {ending} member is over {MAX_MEMBER_BYTES} bytes"))
+        image_type = next((ending for ending in IMAGE_TYPES if ending in group.contents), "")
+        image = group.contents.get(image_type)
+        if not image_type:
+            problems.append((Reason.NO_IMAGE, f"no member ends in {', '.join(IMAGE_TYPES)}"))
+        elif image is not None and not image:
+            problems.append((Reason.ZERO_SIZE, f"the {image_type} member is empty"))
+        meta = _parse_meta(group.contents.get("json"), problems)
+        caption = self._caption(group, meta, problems)
+        status, error = problems[0] if problems else (Reason.OK, "")
+        key = _encode(group.key).decode("utf-8", "backslashreplace")
+        uid = self._uid(group.key, meta)
+        return Sample(index, key, uid, image, image_type, caption, meta, str(status), error)
+
+    def _caption(self, group: _Group, meta: dict[str, Any] | None, problems: list[tuple[Reason, str]]) -> str | None:
+        if self._caption_key is None:
+            content = group.contents.get("txt")
+            if content is None:
+                if "txt" not in group.contents:
+                    problems.append((Reason.NO_CAPTION, "no member ends in txt"))
+                return None
+        else:
+            value = (meta or {}).get(self._caption_key)
+            if not isinstance(value, str):
+                found = "none" if value is None else type(value).__name__
+                problems.append((Reason.NO_CAPTION, f"expected a string at json key {self._caption_key!r}: {found}"))
+                return None
+            # JSON can escape halves of surrogate pairs, which no UTF-8 text contains.
+            content = value.encode("utf-8", "surrogatepass")
+        try:
+            caption = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            problems.append((Reason.BAD_UTF8, f"byte {error.start} of the caption: {error.reason}"))
+            return None
+        if not caption.strip():
+            problems.append((Reason.EMPTY_CAPTION, "nothing but white space"))
+        return caption
+
+    def _uid(self, key: str, meta: dict[str, Any] | None) -> str:
+        uid = (meta or {}).get("uid")
+        if isinstance(uid, str) and _UID.fullmatch(uid):
+            return uid.lower()
+        return hashlib.blake2b(f"{self._name}/".encode() + _encode(key), digest_size=16).hexdigest()
+
+
+def read_shard(url: str, *, caption: str = "txt") -> ShardReader:
+    """Open a shard to iterate over its samples, one for each sample in it, in order, bad ones included.
+
+    `caption` is `txt` or `json:KEY`. Raises `InputError` when storage fails, at once or while iterating; a tar or
+    compressed stream that is itself broken gives what can be read and says so in `end_error`.
+    """
+    return ShardReader(url, caption=caption)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header that tells its archive how the reading of headers ended; `TarFile.next` hides it."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> _Header:
+        try:
+            return super().fromtarfile(tarfile)
+        except Exception as error:
+            tarfile.end = error
+            raise
+
+
+class _Archive(tarfile.TarFile):
+    tarinfo = _Header
+    end: Exception | None = None
+
+
+class _Members:
+    """The members of a tar in order.
+
+    Attributes:
+        end_error: after iterating, "" or where and why the tar broke off.
+        broken: whether bytes were unreadable or missing, rather than just the closing marker.
+    """
+
+    def __init__(self, stream: ShardStream) -> None:
+        self.end_error = ""
+        self.broken = False
+        self._stream = stream
+        self._archive: _Archive | None = None
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        offset = 0
+        try:
+            # r| never seeks; the buffer is what one read asks of the stream.
+            self._archive = archive = _Archive.open(fileobj=self._stream, mode="r|", bufsize=1 << 16)  # type: ignore[call-overload]
+            while (header := archive.next()) is not None:
+                archive.members.clear()
+                yield header
+                offset = archive.offset
+        except _NOT_A_TAR as error:
+            self._stop(offset, self._stream.error or str(error) or type(error).__name__)
+            return
+        if self._stream.error:
+            self._stop(offset, self._stream.error)
+        elif isinstance(archive.end, _NO_MARKER):
+            self.end_error = f"no end-of-archive marker at byte {offset}"
+        elif not isinstance(archive.end, _MARKER):
+            self._stop(offset, str(archive.end))
+
+    def content(self, header: tarfile.TarInfo) -> bytes | None:
+        """The bytes of the member just given; None if there are too many. What is missing at the end is missing
+        here too; iterating on then finds the tar broken.
+        """
+        if header.size > MAX_MEMBER_BYTES or header.issparse():
+            return None
+        assert self._archive is not None
+        assert self._archive.fileobj is not None
+        return self._archive.fileobj.read(header.size)
+
+    def _stop(self, offset: int, why: str) -> None:
+        self.broken = True
+        self.end_error = f"the tar breaks off at byte {offset}: {' '.join(why.split())}"
+
+
+def _parse_meta(content: bytes | None, problems: list[tuple[Reason, str]]) -> dict[str, Any] | None:
+    if content is None:
+        return None
+    try:
+        meta = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        problems.append((Reason.BAD_JSON, " ".join(str(error).split())[:200]))
+        return None
+    if not isinstance(meta, dict):
+        problems.append((Reason.BAD_JSON, f"expected an object, found {type(meta).__name__}"))
+        return None
+    return meta
+
+
+def _encode(name: str) -> bytes:
+    """The bytes of a member's name as they are in the tar."""
+    return name.encode("utf-8", "surrogateescape")

@@ -1,0 +1,121 @@
+"""Which shards a config means: patterns, globs, lists and files of URLs become one list of URLs."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import braceexpand
+
+from pipeline.data.stream import SUFFIXES, patiently
+from pipeline.errors import ConfigError
+from pipeline.store import storage
+
+
+def expand(shards: str | list[str], key: str = "data.shards") -> list[str]:
+    """The URLs that `shards` names, in the order given (those of a glob sorted).
+
+    Takes brace patterns, globs, `.txt` files with one pattern per line (`#` starts a comment), patterns joined by
+    `::`, and lists of all these; paths and fsspec URLs. Raises `ConfigError` naming the pattern that matches
+    nothing, a file that is missing or is no tar, or a shard that is named twice. Web addresses are not asked for here.
+    """
+    patterns = [shards] if isinstance(shards, str) else shards
+    urls = [url for pattern in patterns for url in _expand(pattern, key)]
+    if not urls:
+        raise ConfigError("expected shards, no pattern given", key=key, found=shards)
+    twice, count = Counter(urls).most_common(1)[0]
+    if count > 1:
+        raise ConfigError("expected each shard once, one is named again", key=key, found=twice)
+    return urls
+
+
+def _expand(pattern: str, key: str) -> Iterator[str]:
+    for part in filter(None, (part.strip() for part in pattern.split("::"))):
+        if part.endswith(".txt"):
+            for line in _lines(part, key):
+                yield from _expand(line, key)
+            continue
+        try:
+            names = list(braceexpand.braceexpand(part))
+        except ValueError:
+            raise ConfigError("expected balanced braces", key=key, found=part) from None
+        found = [url for name in names for url in _matches(name, key)]
+        _check(found, part, key)
+        yield from found
+
+
+def _lines(url: str, key: str) -> list[str]:
+    try:
+        text = storage.read_bytes(url).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"expected a readable text file of shard URLs: {error}", key=key, found=url) from None
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    if not any(lines):
+        raise ConfigError("expected one shard URL per line, the file has none", key=key, found=url)
+    return [line for line in lines if line]
+
+
+def _matches(name: str, key: str) -> list[str]:
+    """The shards that a glob names, or `name` itself."""
+    if storage.is_local(name):
+        path = storage.local_path(name)
+        if not glob.has_magic(path) or os.path.exists(path):
+            return [name]
+        return sorted(match for match in glob.glob(path, recursive=True) if match.endswith(SUFFIXES))
+    web = name.startswith(("http://", "https://"))
+    # In a web address a question mark begins the query.
+    if not ("*" in name or (not web and glob.has_magic(name))):
+        return [name]
+    fs, path = _filesystem(name, key)
+    matches = patiently(name, lambda: fs.glob(path))
+    return sorted(fs.unstrip_protocol(match) for match in matches if match.endswith(SUFFIXES))
+
+
+def _filesystem(url: str, key: str) -> tuple[Any, str]:
+    try:
+        fs, path = storage.filesystem(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"expected a URL that can be read here: {error}", key=key, found=url) from None
+    fs.invalidate_cache()
+    return fs, path
+
+
+def _check(urls: list[str], pattern: str, key: str) -> None:
+    """Raise `ConfigError` unless `urls` are tars that are there (web addresses are not asked for)."""
+    if not urls:
+        raise ConfigError("expected shards, no file matches the pattern", key=key, found=pattern)
+    for url in urls:
+        if not storage.basename(url).endswith(SUFFIXES):
+            raise ConfigError(f"expected names ending in {', '.join(SUFFIXES)}", key=key, found=url)
+    missing = _missing(urls, key)
+    if len(missing) == len(urls):
+        raise ConfigError("expected shards, no file matches the pattern", key=key, found=pattern)
+    if missing:
+        several = f" ({len(missing)} of {len(urls)} are missing)" if len(missing) > 1 else ""
+        raise ConfigError(f"expected every shard of {pattern!r} to be there{several}", key=key, found=missing[0])
+
+
+def _missing(urls: list[str], key: str) -> list[str]:
+    missing = [url for url in urls if storage.is_local(url) and not os.path.isfile(storage.local_path(url))]
+    remote = [url for url in urls if not storage.is_local(url) and not url.startswith(("http://", "https://"))]
+    # One listing per folder instead of one question per shard.
+    listed: dict[str, set[str]] = {}
+    for url in remote:
+        fs, path = _filesystem(url, key)
+        folder = path.rpartition("/")[0]
+        if folder not in listed:
+            listed[folder] = patiently(url, partial(_names, fs, folder))
+        if path.strip("/") not in listed[folder]:
+            missing.append(url)
+    return missing
+
+
+def _names(fs: Any, folder: str) -> set[str]:
+    try:
+        return {entry.strip("/") for entry in fs.ls(folder, detail=False)}
+    except FileNotFoundError:
+        return set()

@@ -1,0 +1,177 @@
+"""The bytes of one shard: complete or an error, retried where storage is remote, decompressed as its name says.
+
+Broken *storage* (an error, a short answer) raises; broken *data* (a gzip stream that ends early) ends the stream and
+is told in `ShardStream.error`. Without that difference a cut connection would look like a truncated tar.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from typing import Any, Protocol
+
+import zstandard
+from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from pipeline.errors import InputError
+from pipeline.store import storage
+
+#: Endings of shard names.
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+#: Bytes fetched from remote storage at once.
+BLOCK_BYTES = 4 << 20
+#: Times a block is asked for before the shard is given up (the filesystem's own retries come on top).
+ATTEMPTS = 4
+
+_GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
+_BROKEN_DATA = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+
+
+class _Bytes(Protocol):
+    def read1(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class ShardStream:
+    """Readable decompressed bytes of the shard at `url`. Raises `InputError` when storage does not give them.
+
+    Attributes:
+        error: what was wrong with the compressed data, once that is known; else "".
+    """
+
+    def __init__(self, url: str) -> None:
+        self.error = ""
+        name = storage.basename(url)
+        self._raw = _open(url)
+        self._source: _Bytes
+        if name.endswith((".tar.gz", ".tgz")):
+            self._source = gzip.GzipFile(fileobj=self._raw)
+        elif name.endswith(".tar.zst"):
+            self._source = zstandard.ZstdDecompressor().stream_reader(self._raw, read_across_frames=True)
+        else:
+            self._source = self._raw
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer only at the end of the data or where the data are broken (see `error`)."""
+        parts = []
+        missing = 0 if self.error else size
+        while missing > 0:
+            try:
+                part = self._source.read1(missing)
+            except _BROKEN_DATA as error:
+                self.error = f"broken compressed data: {error}"
+                break
+            if not part:
+                break
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Release the file or connection."""
+        self._source.close()
+        self._raw.close()
+
+
+def describe(url: str) -> tuple[int, str]:
+    """Size in bytes and a version of the file at `url`: its etag where storage has one, else its time of change.
+
+    Raises `InputError` when it is not there.
+    """
+    fs, path = storage.filesystem(url)
+    if not storage.is_local(url):
+        fs.invalidate_cache()
+    info = patiently(url, lambda: fs.info(path))
+    if info.get("type") == "directory":
+        raise InputError(f"{url}: expected a tar, found a folder")
+    version = next((info[name] for name in ("ETag", "etag", "md5", "mtime", "LastModified") if info.get(name)), "")
+    return int(info.get("size") or 0), str(version).strip('"')
+
+
+def _open(url: str) -> io.BufferedReader:
+    if storage.is_local(url):
+        try:
+            return open(storage.local_path(url), "rb")
+        except OSError as error:
+            raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
+    fs, path = storage.filesystem(url)
+    fs.invalidate_cache()
+    info = patiently(url, lambda: fs.info(path))
+    size = info.get("size")
+    # Web servers that ignore ranges would answer each block with the whole file.
+    ranges = size is not None and (not url.startswith(("http://", "https://")) or bool(info.get("partial")))
+    raw = _Ranges(url, fs, path, int(size)) if ranges else _Sequence(url, fs, path, size)
+    return io.BufferedReader(raw, BLOCK_BYTES)
+
+
+def patiently(url: str, ask: Any) -> Any:
+    """The value of `ask()`, a question to storage about `url`, retried unless the answer is that nothing is there.
+
+    Raises `InputError`.
+    """
+    # Clients of object stores raise errors of many unrelated classes, hence all but the hopeless ones.
+    patience = Retrying(
+        retry=retry_if_not_exception_type(_GONE),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential_jitter(initial=0.1, max=5, jitter=0.1),
+        reraise=True,
+    )
+    try:
+        return patience(ask)
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{url}: cannot be read: {text}") from error
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file read block by block, each block retried and checked for its length."""
+
+    def __init__(self, url: str, fs: Any, path: str, size: int) -> None:
+        self._url, self._fs, self._path, self._size, self._position = url, fs, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        start, end = self._position, min(self._position + len(buffer), self._size)
+        if start == end:
+            return 0
+        block = patiently(self._url, lambda: self._fetch(start, end))
+        buffer[: len(block)] = block
+        self._position = end
+        return len(block)
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        block: bytes = self._fs.cat_file(self._path, start=start, end=end)
+        if len(block) != end - start:
+            raise OSError(f"asked for {end - start} bytes at {start}, got {len(block)}")
+        return block
+
+
+class _Sequence(io.RawIOBase):
+    """A remote file that can only be read from its beginning; it must be as long as it was said to be."""
+
+    def __init__(self, url: str, fs: Any, path: str, size: int | None) -> None:
+        self._url, self._size, self._position = url, size, 0
+        self._file = patiently(url, lambda: fs.open(path, "rb", block_size=0))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            block = self._file.read(len(buffer))
+        except Exception as error:
+            raise InputError(f"{self._url}: broke off after {self._position} bytes: {error}") from error
+        self._position += len(block)
+        if not block and self._size is not None and self._position != self._size:
+            raise InputError(f"{self._url}: broke off after {self._position} of {self._size} bytes")
+        buffer[: len(block)] = block
+        return len(block)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
