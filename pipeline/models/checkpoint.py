@@ -1,0 +1,243 @@
+"""Checkpoint files: ours (safetensors with the optimizer's state), open_clip's `epoch_N.pt`, plain safetensors.
+
+A file of ours holds `params/NAME`, `buffers/NAME` and, where known, `exp_avg/NAME` and `exp_avg_sq/NAME` (AdamW) or
+`momentum/NAME` (SGD), with step, rate and run as JSON in its metadata. Names are open_clip's.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.models.clip import split_state
+from pipeline.store import storage
+from pipeline.types import AdamState, Checkpoint, Tree
+
+#: The metadata key of our files. One key alone: safetensors writes several in an order that changes.
+METADATA_KEY = "diffprune.checkpoint"
+
+# What a learning rate computed by numpy needs beyond torch's own safe types (open_clip's schedulers use np.cos).
+_NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+]
+
+
+def excluded_from_decay(name: str, parameter: Tensor) -> bool:
+    """Whether open_clip's trainer (and ours) keeps weight decay off a parameter: gains, biases, the logit scale."""
+    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def save_checkpoint(url: str, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically; equal checkpoints give equal bytes."""
+    storage.write_bytes(url, serialise_checkpoint(checkpoint))
+
+
+def serialise_checkpoint(checkpoint: Checkpoint) -> bytes:
+    """The bytes of a checkpoint file."""
+    trees = {"params": checkpoint.params, "buffers": checkpoint.buffers}
+    header: dict[str, Any] = {"step": checkpoint.step, "lr": checkpoint.lr, "run": checkpoint.run}
+    if (adam := checkpoint.adam) is not None:
+        trees |= {"exp_avg": adam.exp_avg, "exp_avg_sq": adam.exp_avg_sq}
+        header["adam"] = {"steps": adam.steps, "beta1": adam.beta1, "beta2": adam.beta2, "eps": adam.eps}
+    if checkpoint.momentum is not None:
+        trees["momentum"] = checkpoint.momentum
+        header["momentum"] = True
+    tensors = {
+        f"{kind}/{name}": value.detach().cpu().contiguous()
+        for kind, tree in trees.items()
+        for name, value in tree.items()
+    }
+    return safetensors.torch.save(tensors, metadata={METADATA_KEY: json.dumps(header)})
+
+
+def load_checkpoint(
+    url: str,
+    model: nn.Module | None = None,
+    *,
+    step: int | None = None,
+    lr: float | None = None,
+    run: int | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of any of the three forms, on the CPU.
+
+    Args:
+        url: the file.
+        model: what it must fit: names and shapes are checked. Needed for files that are not ours, which do not say
+            what is a parameter.
+        step: optimizer steps so far; overrides what the file says, and is needed where it says nothing.
+        lr: rate of the last step; the same.
+        run: the proxy run it belongs to; null takes the file's, else 0.
+
+    Raises `InputError` for a file that is absent, broken, or of another model.
+    """
+    if url.endswith(".safetensors"):
+        tensors, header = _read_safetensors(url)
+        checkpoint = _ours(url, tensors, header) if header is not None else _plain(url, tensors, model, step, lr)
+    else:
+        checkpoint = _open_clip(url, model, step, lr)
+    if model is not None:
+        _check_fit(url, checkpoint, model)
+    checkpoint.step = checkpoint.step if step is None else step
+    checkpoint.lr = checkpoint.lr if lr is None else lr
+    checkpoint.run = checkpoint.run if run is None else run
+    return checkpoint
+
+
+def _read_safetensors(url: str) -> tuple[Tree, dict[str, Any] | None]:
+    """All tensors, and our metadata where the file is ours."""
+    try:
+        data = storage.read_bytes(url)
+        tensors = safetensors.torch.load(data)
+    except OSError as error:
+        raise InputError(f"{url}: expected a checkpoint: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise InputError(f"{url}: expected a whole safetensors file: {error}") from None
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return tensors, json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+
+
+def _ours(url: str, tensors: Tree, header: dict[str, Any]) -> Checkpoint:
+    trees: dict[str, Tree] = {kind: {} for kind in ("params", "buffers", "exp_avg", "exp_avg_sq", "momentum")}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        trees[kind][name] = value
+    adam = header.get("adam")
+    return Checkpoint(
+        step=header["step"],
+        lr=header["lr"],
+        run=header["run"],
+        params=trees["params"],
+        buffers=trees["buffers"],
+        adam=AdamState(exp_avg=trees["exp_avg"], exp_avg_sq=trees["exp_avg_sq"], **adam) if adam else None,
+        momentum=trees["momentum"] if header.get("momentum") else None,
+    )
+
+
+def _plain(url: str, tensors: Tree, model: nn.Module | None, step: int | None, lr: float | None) -> Checkpoint:
+    if step is None or lr is None:
+        raise InputError(
+            f"{url}: expected a step and a learning rate for a plain safetensors file "
+            "(proxy.checkpoint_steps and proxy.checkpoint_rates, or step and lr in the manifest)"
+        )
+    params, buffers = _split(url, tensors, model)
+    return Checkpoint(step=step, lr=lr, run=0, params=params, buffers=buffers)
+
+
+def _open_clip(url: str, model: nn.Module | None, step: int | None, lr: float | None) -> Checkpoint:
+    """open_clip's trainer file: `state_dict`, `optimizer`."""
+    tree = _read_torch(url)
+    state = tree.get("state_dict")
+    if not isinstance(state, dict):
+        raise InputError(f"{url}: expected open_clip's 'state_dict', found the keys {', '.join(map(str, tree))}")
+    params, buffers = _split(url, {name.removeprefix("module."): value for name, value in state.items()}, model)
+    optimizer = tree.get("optimizer")
+    groups = optimizer["param_groups"] if optimizer else []
+    adam = _adam_state(url, params, optimizer) if optimizer else None
+    if groups and lr is None:
+        lr = float(groups[0]["lr"])
+    if adam is not None and step is None:
+        step = adam.steps
+    if step is None or lr is None:
+        raise InputError(
+            f"{url}: expected the optimizer's state with step and learning rate, found none; "
+            "give proxy.checkpoint_steps and proxy.checkpoint_rates"
+        )
+    return Checkpoint(step=step, lr=lr, run=0, params=params, buffers=buffers, adam=adam)
+
+
+def _read_torch(url: str) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            tree = torch.load(io.BytesIO(storage.read_bytes(url)), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{url}: expected a checkpoint: {error.strerror or error}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{url}: expected a whole checkpoint of tensors and plain values: {reason}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{url}: expected a dictionary with 'state_dict', found {type(tree).__name__}")
+    return tree
+
+
+def _split(url: str, tensors: Tree, model: nn.Module | None) -> tuple[Tree, Tree]:
+    """Parameters (float32) and buffers of a state dict, which must have what the model has and nothing else."""
+    if model is None:
+        raise ValueError("a checkpoint of another program needs the model that it is of")
+    params, buffers = split_state(model)
+    absent = sorted((params.keys() | buffers.keys()) - tensors.keys())
+    unknown = sorted(tensors.keys() - params.keys() - buffers.keys())
+    for what, names in (("lacks", absent), ("has the unknown", unknown)):
+        if names:
+            raise InputError(f"{url}: expected a checkpoint of this model, it {what} {_some(names)}")
+    floats = {name: tensors[name].to(params[name].dtype) for name in params}
+    return floats, {name: tensors[name] for name in buffers}
+
+
+def _adam_state(url: str, params: Tree, optimizer: dict[str, Any]) -> AdamState | None:
+    """Adam's state by name; None where the optimizer keeps none (SGD, Lion, or before the first step).
+
+    open_clip's optimizer numbers its state in the order of its two groups: first what has no weight decay, then the
+    rest, each in the order of `named_parameters()`.
+    """
+    state = optimizer.get("state", {})
+    if not state or any("exp_avg_sq" not in entry for entry in state.values()):
+        return None
+    names = [name for name, p in params.items() if excluded_from_decay(name, p)]
+    sizes = [len(names), len(params) - len(names)]
+    names += [name for name, p in params.items() if not excluded_from_decay(name, p)]
+    groups = optimizer["param_groups"]
+    found = [len(group["params"]) for group in groups]
+    if found != sizes:
+        raise InputError(
+            f"{url}: expected the optimizer's two groups (without and with weight decay) to hold {sizes} parameters, "
+            f"found {found}: checkpoints with a locked tower or another grouping can be used without 'optimizer'"
+        )
+    numbers = [number for group in groups for number in group["params"]]
+    moments: dict[str, Tree] = {"exp_avg": {}, "exp_avg_sq": {}}
+    for name, number in zip(names, numbers, strict=True):
+        for kind, tree in moments.items():
+            value = state[number][kind] if number in state else torch.zeros_like(params[name])
+            if value.shape != params[name].shape:
+                raise InputError(
+                    f"{url}: expected {kind} of {name} to have the shape {list(params[name].shape)}, "
+                    f"found {list(value.shape)}"
+                )
+            tree[name] = value.float()
+    beta1, beta2 = groups[0]["betas"]
+    steps = max(int(entry["step"]) for entry in state.values())
+    return AdamState(steps=steps, beta1=float(beta1), beta2=float(beta2), eps=float(groups[0]["eps"]), **moments)
+
+
+def _check_fit(url: str, checkpoint: Checkpoint, model: nn.Module) -> None:
+    for found, expected in zip((checkpoint.params, checkpoint.buffers), split_state(model), strict=True):
+        if found.keys() != expected.keys():
+            raise InputError(
+                f"{url}: expected a checkpoint of this model, they differ in {_some(found.keys() ^ expected.keys())}"
+            )
+        for name, value in expected.items():
+            if found[name].shape != value.shape:
+                raise InputError(
+                    f"{url}: expected {name} to have the shape {list(value.shape)}, found {list(found[name].shape)}"
+                )
+
+
+def _some(names: Any, limit: int = 3) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
