@@ -1,0 +1,19 @@
+"""The influence engine: from checkpoints and batches to a score per pair. Pure torch, no files, no Ray."""
+
+from pipeline.influence.plan import Probe, ProbePlan
+from pipeline.influence.prepare import prepare
+from pipeline.influence.scorer import Scorer
+from pipeline.influence.settings import UTILITY_SIGN, WHOLE_RUN, Batches, Estimator, ScoreBatch, Settings
+
+__all__ = [
+    "UTILITY_SIGN",
+    "WHOLE_RUN",
+    "Batches",
+    "Estimator",
+    "Probe",
+    "ProbePlan",
+    "ScoreBatch",
+    "Scorer",
+    "Settings",
+    "prepare",
+]

@@ -1,0 +1,83 @@
+"""What the estimators need of one checkpoint: its tensors, the preconditioner, and the losses of `B` and `V` there."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.influence.gradients import BatchLoss
+from pipeline.influence.parameters import chosen_names
+from pipeline.influence.passes import Passes
+from pipeline.influence.settings import Batches, Settings
+from pipeline.influence.trees import norm, plus, restricted, times, to_device, tree_map
+from pipeline.types import Checkpoint, Tree
+
+
+class LocalView:
+    """One checkpoint on the model's device.
+
+    Attributes:
+        state: parameters and buffers.
+        names: parameters that directions live on.
+        preconditioner: `P` of AdamW, or None for SGD's form (`P = 1`).
+        gradient_loss: the mean loss of `B`.
+        target_loss: the mean loss of `V`.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, batches: Batches, settings: Settings) -> None:
+        device = next(model.parameters()).device
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.passes = Passes(model, settings)
+        self.state = to_device({**checkpoint.params, **checkpoint.buffers}, device)
+        self.names = chosen_names(checkpoint.params, settings.parameters)
+        self.gradient_loss = BatchLoss(self.passes, batches.gradient.to(device), self.names)
+        self.target_loss = BatchLoss(self.passes, batches.target.to(device), self.names)
+        diagonal = preconditioner(checkpoint, settings)
+        self.preconditioner = None if diagonal is None else to_device(restricted(diagonal, self.names), device)
+
+    @property
+    def params(self) -> Tree:
+        """The parameters that directions live on."""
+        return restricted(self.state, self.names)
+
+    def preconditioned(self, vector: Tree) -> Tree:
+        """`P v`."""
+        return vector if self.preconditioner is None else times(vector, self.preconditioner)
+
+    def moved(self, vector: Tree, step: float) -> Tree:
+        """The state at `theta + step * vector`."""
+        return {**self.state, **plus(restricted(self.state, vector), vector, step)}
+
+    def step_for(self, vector: Tree, order: int) -> float:
+        """Step `h` along a vector for a central difference of what is rounded to `r`, the working precision.
+
+        The rounding error grows as `r / h`, the formula's own as `h^2`: they balance at `r^(1/3)` of the scale
+        on which the loss varies, for a difference of losses in two directions (`order` 2) at `r^(1/4)`. That scale
+        is taken to be the length of the parameters.
+        """
+        length = norm(vector)
+        if length == 0:
+            return 1.0
+        dtype = next(iter(vector.values())).dtype
+        relative: float = self.settings.roundoff(dtype) ** (1 / (2 + order))
+        return relative * norm(restricted(self.state, vector)) / length
+
+
+def preconditioner(checkpoint: Checkpoint, settings: Settings) -> Tree | None:
+    """`P = 1 / (sqrt(v) + eps)` with `v` bias-corrected, or None where SGD's form is used.
+
+    Raises `InputError` when `precondition` is `adam` and the checkpoint has no Adam state.
+    """
+    if settings.precondition == "none":
+        return None
+    adam = checkpoint.adam
+    if adam is None:
+        if settings.precondition == "adam":
+            raise InputError(
+                f"checkpoint of step {checkpoint.step}: expected Adam's state, found none; use score.precondition: none"
+            )
+        return None
+    correction = 1 - adam.beta2**adam.steps
+    return tree_map(lambda v: 1 / (torch.sqrt(v / correction) + adam.eps), adam.exp_avg_sq)

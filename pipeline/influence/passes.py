@@ -1,0 +1,226 @@
+"""Passes of the model over pairs: features, and their derivatives along vectors in parameter space.
+
+Forward-mode passes need attention as plain matrix products; fused attention has no forward derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline.errors import InputError
+from pipeline.influence.forward_mode import push_forward
+from pipeline.influence.settings import Settings
+from pipeline.types import Features, PairBatch, Tree
+
+#: Features and their derivatives, by the names of the vectors they are taken along; `()` is the value.
+Jet = dict[tuple[str, ...], Features]
+
+#: Directions carried by one pass; more are done in several passes over the same pairs.
+_TANGENTS_PER_PASS = 8
+
+
+class Passes:
+    """Runs one model, in `eval` mode, at any parameters.
+
+    Args:
+        model: `model(images, tokens)` gives `Features`.
+        settings: `precision` decides the arithmetic.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model = model
+        self.settings = settings
+        self._trim: Callable[[Tensor], Tensor] | None = getattr(model, "trim_tokens", None)
+
+    @contextmanager
+    def ready(self, differentiable: bool = True) -> Iterator[None]:
+        """The global state that passes need: `eval` mode, plain attention where tangents flow, the precision."""
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        training = self.model.training
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        self.model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.cuda.matmul.allow_tf32 = self.settings.precision == "tf32"
+        try:
+            with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
+                yield
+        finally:
+            self.model.train(training)
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+
+    def features(self, state: Tree, batch: PairBatch) -> Features:
+        """Features of a batch with the tensors of `state` (parameters and buffers), float32 or wider."""
+        tokens = batch.tokens if self._trim is None else self._trim(batch.tokens)
+        device = batch.images.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            out: Features = functional_call(self.model, state, (batch.images, tokens))
+        return Features(*(value.float() if value.itemsize < 4 else value for value in out))
+
+    def jet(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, wanted: Sequence[tuple[str, ...]]) -> Jet:
+        """Features of a batch and their derivatives along the wanted vectors, names of one or two each.
+
+        Derivatives of second order are mixed ones; they bring those of first order along both vectors with them.
+        Directions at one point share the primal pass. Raises `InputError` where an operator has no forward
+        derivative.
+        """
+        pairs = [names for names in wanted if len(names) == 2]
+        singles = {name for names in wanted if len(names) == 1 for name in names} - {
+            n for names in pairs for n in names
+        }
+        found: Jet = {}
+        try:
+            for first, second in pairs:
+                found |= self._mixed(state, vectors, batch, first, second)
+            ordered = sorted(singles)
+            for start in range(0, len(ordered), _TANGENTS_PER_PASS):
+                found |= self._tangents(state, vectors, batch, ordered[start : start + _TANGENTS_PER_PASS])
+        except (NotImplementedError, RuntimeError) as error:
+            raise self._explained(error, state, vectors, batch) from error
+        if not found:
+            found[()] = self.features(state, batch)
+        return found
+
+    def _tangents(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, names: list[str]) -> Jet:
+        moved = sorted({parameter for name in names for parameter in vectors[name]})
+        if not moved:
+            value = self.features(state, batch)
+            return {(): value} | {(name,): _zeros(value) for name in names}
+        at = {parameter: state[parameter] for parameter in moved}
+        run = _on(self, state, batch)
+        directions = [_filled(vectors[name], at) for name in names]
+        if len(names) == 1:
+            value, tangent = push_forward(run, (at,), (directions[0],))
+            return {(): value, (names[0],): tangent}
+        stacked = {parameter: torch.stack([d[parameter] for d in directions]) for parameter in moved}
+        value, tangents = _over_directions(lambda d: push_forward(run, (at,), (d,)))(stacked)
+        return {(): value} | {
+            (name,): Features(*(part[index] for part in tangents)) for index, name in enumerate(names)
+        }
+
+    def _mixed(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, first: str, second: str) -> Jet:
+        moved = sorted(vectors[first].keys() | vectors[second].keys())
+        at = {parameter: state[parameter] for parameter in moved}
+        run = _on(self, state, batch)
+        inner = _filled(vectors[first], at)
+        (value, along_first), (along_second, mixed) = push_forward(
+            lambda point: push_forward(run, (point,), (inner,)), (at,), (_filled(vectors[second], at),)
+        )
+        return {(): value, (first,): along_first, (second,): along_second, (first, second): mixed}
+
+    def _explained(self, error: Exception, state: Tree, vectors: dict[str, Tree], batch: PairBatch) -> Exception:
+        """The error itself, or for a missing forward derivative an `InputError` that names the module."""
+        text = " ".join(str(error).split())
+        if "forward AD" not in text and "forward-mode" not in text and "jvp" not in text:
+            return error
+        trail = _Trail(self.model)
+        try:
+            self._tangents(state, vectors, batch[:1], sorted(vectors)[:1])
+        except (NotImplementedError, RuntimeError):
+            pass
+        finally:
+            trail.close()
+        where = f" in module {trail.open_modules[-1]}" if trail.open_modules else ""
+        return InputError(f"the model has no forward derivative{where}: {text[:200]}; use score.method: forward")
+
+
+class _Trail:
+    """Remembers which modules were entered and not left: after an error, where it happened."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.open_modules: list[str] = []
+        self._handles: list[Any] = []
+        for name, module in model.named_modules():
+            label = f"{name or 'model'} ({type(module).__name__})"
+            self._handles.append(module.register_forward_pre_hook(self._entered(label)))
+            self._handles.append(module.register_forward_hook(self._left))
+
+    def _entered(self, label: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.open_modules.append(label)
+
+        return hook
+
+    def _left(self, *_: Any) -> None:
+        self.open_modules.pop()
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _on(passes: Passes, state: Tree, batch: PairBatch) -> Callable[[Tree], Features]:
+    return lambda point: passes.features({**state, **point}, batch)
+
+
+def _filled(vector: Tree, like: Tree) -> Tree:
+    return {name: vector[name] if name in vector else torch.zeros_like(value) for name, value in like.items()}
+
+
+def _over_directions(function: Callable[[Tree], Any]) -> Callable[[Tree], Any]:
+    """The function for a stack of directions; its first result does not depend on them."""
+    shared: Any = (None, 0)
+    return vmap(function, out_dims=shared)
+
+
+def _zeros(features: Features) -> Features:
+    return Features(*(torch.zeros_like(value) for value in features))
+
+
+def chunks(batch: PairBatch, size: int) -> Iterator[PairBatch]:
+    """Consecutive parts of at most `size` pairs."""
+    for start in range(0, len(batch), size):
+        yield batch[start : start + size]
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """Features of consecutive parts of a batch as one; scale and bias are those of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    image, text = (torch.cat([getattr(part, side) for part in parts]) for side in ("image", "text"))
+    return Features(image, text, parts[0].scale, parts[0].bias)
+
+
+def joined_jets(parts: Sequence[Jet]) -> Jet:
+    """Jets of consecutive parts of a batch as one."""
+    return {names: joined([part[names] for part in parts]) for names in parts[0]}
+
+
+def derivative(loss: Callable[..., Tensor], jets: Sequence[Jet], along: tuple[str, ...]) -> Tensor:
+    """Derivative of `loss(*features)` along zero, one or two vectors, from the jets of its arguments.
+
+    The chain rule through the features: `d/ds` (and `d/dt`) of the loss at `f + s f_a + t f_b + s t f_ab`.
+    """
+    if not along:
+        return loss(*(jet[()] for jet in jets))
+    zero, one = _unit(jets[0][()].image)
+
+    def path(s: Tensor, t: Tensor) -> Tensor:
+        points = []
+        for jet in jets:
+            parts = [(jet[along[:1]], s)]
+            if len(along) == 2:
+                parts += [(jet[along[1:]], t), (jet[along], s * t)]
+            start = jet[()]
+            points.append(Features(*(v + sum(c * p[i] for p, c in parts) for i, v in enumerate(start))))
+        return loss(*points)
+
+    def first(t: Tensor) -> Tensor:
+        slope: Tensor = push_forward(lambda s: path(s, t), (zero,), (one,))[1]
+        return slope
+
+    if len(along) == 1:
+        return first(zero)
+    mixed: Tensor = push_forward(first, (zero,), (one,))[1]
+    return mixed
+
+
+def _unit(like: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros((), dtype=like.dtype, device=like.device), torch.ones((), dtype=like.dtype, device=like.device)

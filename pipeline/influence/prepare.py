@@ -1,0 +1,101 @@
+"""From a checkpoint to what every pair is evaluated along there: each estimator's formula, once per checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.influence.local import LocalView
+from pipeline.influence.plan import Probe, ProbePlan
+from pipeline.influence.settings import WHOLE_RUN, Batches, Settings
+from pipeline.influence.trees import without_zeros
+from pipeline.types import Checkpoint, Tree
+
+
+def prepare(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    batches: Batches,
+    settings: Settings,
+    *,
+    dataset_size: int,
+    num_checkpoints: int,
+    num_runs: int = 1,
+) -> ProbePlan:
+    """Compute what pairs are evaluated along at one checkpoint.
+
+    Args:
+        model: `model(images, tokens)` gives `Features`; run at the checkpoint's tensors, on its own device.
+        checkpoint: one of the `num_checkpoints` of its run.
+        batches: R, B and V.
+        settings: the estimator and how it is computed.
+        dataset_size: `N` of Eq. 9, the pairs that the run was trained on.
+        num_checkpoints: `m` of Eq. 9, checkpoints per run.
+        num_runs: runs whose terms are averaged.
+
+    Raises `InputError` for what the model or checkpoint cannot give, and for estimators that need the whole run.
+    """
+    if settings.estimator in WHOLE_RUN:
+        raise InputError(f"{settings.estimator} needs all checkpoints of a run at once (prepare_run)")
+    share = 1 / (num_checkpoints * num_runs)
+    if settings.estimator in _PLAIN:
+        return _PLAIN[settings.estimator](share)
+    here = LocalView(model, checkpoint, batches, settings)
+    if settings.estimator == "diff-in":
+        # a_t of Eq. 9
+        factor = -checkpoint.step * checkpoint.lr**2 / dataset_size * share
+        return diff_in(here, factor)
+    loss = here.gradient_loss if settings.estimator == "moso" else here.target_loss
+    return along_gradient(here, here.preconditioned(loss.gradient(here.state)), checkpoint.lr / num_runs)
+
+
+def along_gradient(here: LocalView, vector: Tree, weight: float) -> ProbePlan:
+    """`weight * <v, G_z>`: one tangent pass, or with `method: forward` the difference of two losses."""
+    vectors = {"v": without_zeros(vector)}
+    if here.settings.method != "forward":
+        return ProbePlan([Probe(weight, along=("v",))], vectors)
+    step = here.step_for(vector, order=1)
+    probes = [Probe(sign * weight / (2 * step), at=(("v", sign * step),)) for sign in (1, -1)]
+    return ProbePlan(probes, vectors, facts={"step": step})
+
+
+def diff_in(here: LocalView, factor: float) -> ProbePlan:
+    """Eq. 9: `factor * <g_V, H_B G_z + H_z G_B>`, with AdamW `<P g_V, H_B P G_z + H_z P G_B>`.
+
+    The bracket is the derivative along `u = P g_V` of `<P G_B, G_z>`.
+    """
+    u = here.preconditioned(here.target_loss.gradient(here.state))
+    method = here.settings.method
+    if method == "auto":
+        # With few parameters in motion the passes at `theta` itself cost hardly more than the bare forward pass.
+        method = "exact" if here.settings.parameters == "projections" else "central"
+    if method == "exact":
+        push = here.preconditioned(here.gradient_loss.gradient(here.state))
+        bent = here.preconditioned(here.gradient_loss.hessian_product(here.state, u))
+        vectors = {"u": without_zeros(u), "push": without_zeros(push), "bent": without_zeros(bent)}
+        return ProbePlan([Probe(factor, along=("bent",)), Probe(factor, along=("u", "push"))], vectors)
+    step = here.step_for(u, order=1 if method == "central" else 2)
+    vectors = {"u": without_zeros(u)}
+    probes: list[Probe] = []
+    facts = {"step": step}
+    for name, sign in (("push_ahead", 1), ("push_behind", -1)):
+        push = here.preconditioned(here.gradient_loss.gradient(here.moved(u, sign * step)))
+        vectors[name] = without_zeros(push)
+        weight = sign * factor / (2 * step)
+        at = (("u", sign * step),)
+        if method == "central":
+            probes.append(Probe(weight, along=(name,), at=at))
+            continue
+        inner = facts[f"step_{name}"] = here.step_for(push, order=2)
+        probes += [Probe(s * weight / (2 * inner), at=(*at, (name, s * inner))) for s in (1, -1)]
+    return ProbePlan(probes, vectors, facts=facts)
+
+
+_PLAIN: dict[str, Callable[[float], ProbePlan]] = {
+    "clip-score": lambda share: ProbePlan([Probe(share, of="similarity")]),
+    "neg-clip-loss": lambda share: ProbePlan([Probe(share, of="neg-clip-loss")]),
+    "el2n": lambda share: ProbePlan([Probe(share, of="el2n")]),
+    "random": lambda share: ProbePlan([Probe(share, of="random")]),
+}

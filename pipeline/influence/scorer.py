@@ -1,0 +1,178 @@
+"""Scores pairs: a batch in, one term per checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
+from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined_jets
+from pipeline.influence.plan import Probe, ProbePlan
+from pipeline.influence.settings import ScoreBatch, Settings
+from pipeline.influence.trees import plus, restricted, to_device
+from pipeline.types import Checkpoint, Features, PairBatch, Tree
+
+Point = tuple[tuple[str, float], ...]
+
+
+class Scorer:
+    """Evaluates the plans of all checkpoints for batches of pairs.
+
+    A pair's terms depend on the pair, the checkpoints and R alone, not on the other pairs of the batch.
+
+    Args:
+        model: `model(images, tokens)` gives `Features`; moved to `device`.
+        checkpoints: each checkpoint with its plan; all runs, in the order of the terms.
+        reference: R.
+        settings: as for `prepare`.
+        device: where passes run; weights, vectors and R's features stay there.
+        batch_size: pairs per pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoints: Sequence[tuple[Checkpoint, ProbePlan]],
+        reference: PairBatch,
+        settings: Settings,
+        device: torch.device | str = "cpu",
+        batch_size: int = 256,
+    ) -> None:
+        self.settings = settings
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.passes = Passes(model.to(self.device), settings)
+        self.reference = reference.to(self.device)
+        last = {checkpoint.run: index for index, (checkpoint, _) in enumerate(checkpoints)}
+        self._last = set(last.values())
+        with self.passes.ready():
+            self._parts = [
+                _CheckpointScorer(self, checkpoint, plan, observed=index in self._last)
+                for index, (checkpoint, plan) in enumerate(checkpoints)
+            ]
+
+    def score(self, batch: PairBatch) -> ScoreBatch:
+        """Terms, loss, similarity and embedding of each pair of the batch, in its order."""
+        order = _by_caption_length(batch.tokens)
+        parts: list[ScoreBatch] = []
+        with torch.no_grad(), self.passes.ready():
+            for part in chunks(batch[order], self.batch_size):
+                parts.append(self._score(part.to(self.device)))
+        restore = order.argsort()
+        return ScoreBatch(
+            *(torch.cat([getattr(part, name) for part in parts])[restore] for name in ScoreBatch.__slots__)
+        )
+
+    def _score(self, batch: PairBatch) -> ScoreBatch:
+        near = self.neighbours(batch)
+        terms: list[Tensor] = []
+        observed: list[tuple[Tensor, Features]] = []
+        for part in self._parts:
+            term, seen = part.score(batch, near)
+            terms.append(term)
+            if seen is not None:
+                observed.append(seen)
+        features = observed[-1][1]
+        return ScoreBatch(
+            terms=torch.stack(terms, 1).cpu(),
+            loss=torch.stack([loss for loss, _ in observed]).mean(0).cpu(),
+            similarity=torch.stack([similarities(f) for _, f in observed]).mean(0).cpu(),
+            embedding=torch.cat([features.image, features.text], 1).half().cpu(),
+        )
+
+    def neighbours(self, batch: PairBatch) -> Neighbours:
+        """Which members of R are negatives of which pair of the batch."""
+        ignore = self.settings.equal_captions == "ignore"
+        reference = self.reference
+        return Neighbours(batch.ids, batch.captions, reference.ids, reference.captions, ignore)
+
+
+class _CheckpointScorer:
+    """One checkpoint's tensors and plan on the device, with R's features and their derivatives at every point."""
+
+    def __init__(self, scorer: Scorer, checkpoint: Checkpoint, plan: ProbePlan, observed: bool) -> None:
+        self.scorer = scorer
+        self.plan = plan
+        self.observed = observed
+        device = scorer.device
+        self.state = to_device({**checkpoint.params, **checkpoint.buffers}, device)
+        self.vectors = {name: to_device(tree, device) for name, tree in plan.vectors.items()}
+        self.wanted: dict[Point, list[tuple[str, ...]]] = {}
+        for probe in plan.probes:
+            if probe.of != "random":
+                self.wanted.setdefault(probe.at, []).append(probe.along)
+        if observed:
+            self.wanted.setdefault((), []).append(())
+        self.reference_jets = {
+            point: joined_jets([self._jet(point, part) for part in chunks(scorer.reference, scorer.batch_size)])
+            for point in self.wanted
+        }
+
+    def _jet(self, point: Point, batch: PairBatch) -> Jet:
+        with torch.no_grad():
+            return self.scorer.passes.jet(self._state_at(point), self.vectors, batch, self.wanted[point])
+
+    def _state_at(self, point: Point) -> Tree:
+        state = self.state
+        for name, coefficient in point:
+            vector = self.vectors[name]
+            state = {**state, **plus(restricted(state, vector), vector, coefficient)}
+        return state
+
+    def score(self, batch: PairBatch, near: Neighbours) -> tuple[Tensor, tuple[Tensor, Features] | None]:
+        """The term of each pair `[b]`, and where observed its loss and features at the checkpoint itself."""
+        total = torch.zeros(len(batch), dtype=self.reference_dtype, device=batch.images.device)
+        jets = {point: self._jet(point, batch) for point in self.wanted}
+        for probe in self.plan.probes:
+            total = total + probe.weight * self._value(probe, batch, jets, near) ** probe.power
+        if self.plan.root_weight is not None:
+            total = self.plan.root_weight * total.sqrt()
+        if not self.observed:
+            return total, None
+        features = jets[()][()]
+        loss = self._pair_losses(near)(features, self.reference_jets[()][()])
+        return total, (loss, features)
+
+    @property
+    def reference_dtype(self) -> torch.dtype:
+        """The dtype of losses: that of R's features."""
+        return next(value.dtype for value in self.state.values() if value.is_floating_point())
+
+    def _pair_losses(self, near: Neighbours):  # type: ignore[no-untyped-def]
+        settings = self.scorer.settings
+        return lambda pairs, reference: pair_losses(pairs, reference, near, settings.family, settings.loss)
+
+    def _value(self, probe: Probe, batch: PairBatch, jets: dict[Point, Jet], near: Neighbours) -> Tensor:
+        settings = self.scorer.settings
+        if probe.of == "random":
+            return uniform(batch.ids, settings.seed)
+        pairs, reference = jets[probe.at], self.reference_jets[probe.at]
+        if probe.of == "loss":
+            return derivative(self._pair_losses(near), [pairs, reference], probe.along)
+        here, others = pairs[()], reference[()]
+        if probe.of == "similarity":
+            return similarities(here)
+        if probe.of == "neg-clip-loss":
+            return -pair_losses(here, others, near, settings.family, "row") / here.scale
+        return error_norms(here, others, near, settings.family)
+
+
+def uniform(ids: Tensor, seed: int) -> Tensor:
+    """A number in [0, 1) for each id, float64 `[b]`: a hash of id and seed (the finaliser of SplitMix64)."""
+    mixed = ids + (seed + 1) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * factor
+    mixed = mixed ^ _shifted(mixed, 31)
+    return _shifted(mixed, 11).double() / 2.0**53
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _by_caption_length(tokens: Tensor) -> Tensor:
+    """An order of pairs in which captions of equal length are neighbours."""
+    return (tokens != 0).sum(1).argsort(stable=True)

@@ -1,0 +1,111 @@
+"""What decides a score: the estimator, how it is computed, and the pairs it is computed against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.types import PairBatch
+
+Estimator = Literal[
+    "diff-in", "diff-in-self", "tracin", "tracin-self", "moso", "unrolled", "z0",
+    "clip-score", "neg-clip-loss", "el2n", "grand", "random",
+]  # fmt: skip
+
+#: What a score is multiplied with to become a utility, in which higher means keep. The score keeps its published sign.
+UTILITY_SIGN: dict[str, int] = {
+    "diff-in": -1,
+    "diff-in-self": 1,
+    "tracin": 1,
+    "tracin-self": -1,
+    "moso": 1,
+    "unrolled": 1,
+    "z0": 1,
+    "clip-score": 1,
+    "neg-clip-loss": 1,
+    "el2n": 1,
+    "grand": 1,
+    "random": 1,
+}
+
+#: Estimators whose directions at one checkpoint depend on the others of the run: `prepare_run`, not `prepare`.
+WHOLE_RUN = frozenset({"unrolled", "z0"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the pairs and the checkpoints that decides a score.
+
+    Attributes:
+        estimator: what is estimated.
+        method: how derivatives are taken: `exact`, `central` (Diff-In's bracket as a difference of two tangent passes),
+            `forward` (losses only), or `auto`.
+        family: the contrastive loss.
+        loss: the loss of one pair against the reference batch.
+        equal_captions: whether pairs of equal captions are each other's negatives.
+        parameters: the parameters that directions live on: `all`, `projections` or `last-K-blocks`.
+        precondition: whether AdamW's preconditioner is used; `auto` where the checkpoint carries Adam's state.
+        projections: random directions of projected self-influences.
+        eigenpairs: leading eigenpairs of `H_B` for the projected `diff-in-self`.
+        self_form: `exact` takes a gradient per pair (small models), `projected` random directions.
+        replay: how `unrolled` goes back through the run.
+        precision: arithmetic of the passes; features and losses are always float32 or wider.
+        chunk: pairs per pass while directions are computed; it bounds memory and changes nothing else.
+        seed: decides random directions and the `random` estimator.
+    """
+
+    estimator: Estimator = "diff-in"
+    method: Literal["auto", "exact", "central", "forward"] = "auto"
+    family: Literal["clip", "siglip"] = "clip"
+    loss: Literal["marginal", "row"] = "marginal"
+    equal_captions: Literal["negative", "ignore"] = "negative"
+    parameters: str = "all"
+    precondition: Literal["auto", "adam", "none"] = "auto"
+    projections: int = 64
+    eigenpairs: int = 16
+    self_form: Literal["projected", "exact"] = "projected"
+    replay: Literal["exact", "checkpoints"] = "checkpoints"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    chunk: int = 256
+    seed: int = 0
+
+    def roundoff(self, dtype: torch.dtype) -> float:
+        """Relative rounding error of a pass whose weights have `dtype`."""
+        if dtype == torch.float64:
+            return torch.finfo(torch.float64).eps
+        return {"fp32": torch.finfo(torch.float32).eps, "tf32": 2.0**-10, "bf16": 2.0**-8}[self.precision]
+
+
+@dataclass(slots=True)
+class Batches:
+    """The pairs that directions are computed from.
+
+    Attributes:
+        reference: `R`, the negatives of the loss of one pair.
+        gradient: `B`, training pairs whose mean loss gives `G_B` and `H_B`.
+        target: `V`, the pairs whose loss the kept data shall lower.
+    """
+
+    reference: PairBatch
+    gradient: PairBatch
+    target: PairBatch
+
+
+@dataclass(slots=True)
+class ScoreBatch:
+    """Scores of `b` pairs at `m` checkpoints, on the CPU.
+
+    Attributes:
+        terms: `[b, m]`, in the estimator's own sign, one per checkpoint in the order given; their sum is the score.
+        loss: `[b]`, the loss of the pair against the reference batch, mean over the runs' last checkpoints.
+        similarity: `[b]`, cosine of image and text, mean over the runs' last checkpoints.
+        embedding: float16 `[b, 2 d]`, image then text of unit length, at the last checkpoint.
+    """
+
+    terms: Tensor
+    loss: Tensor
+    similarity: Tensor
+    embedding: Tensor
