@@ -1,0 +1,1 @@
+"""How good scores and selections are: judged against known truth, by retraining, and by training on what was kept."""

@@ -1,0 +1,165 @@
+"""Many counterfactual trainings at once: the same run, each time without some of the pairs.
+
+Leave-one-out and random halves are one computation: a 0/1 mask over the pairs per training, everything else (start,
+order, learning rates) equal. The trainings are stacked along a first dimension and advanced together by
+`torch.func.vmap`, so that small models fill the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline.influence.losses import Family, batch_loss
+from pipeline.types import AdamState, Checkpoint, Features, PairBatch, Tree
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every counterfactual is trained.
+
+    Attributes:
+        order: int64 `[steps, batch]`, the rows of each step.
+        rates: learning rate of each step.
+        optimizer: `sgd` or `adamw`.
+        weight_decay: decoupled, on matrices only as in open_clip.
+        beta1, beta2, eps: AdamW's.
+        family: `clip` or `siglip`.
+        ignore_equal_captions: whether equal captions are not each other's negatives.
+    """
+
+    order: Tensor
+    rates: list[float]
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    family: Family = "clip"
+    ignore_equal_captions: bool = False
+
+
+def compact_vocabulary(model: nn.Module, batches: list[PairBatch]) -> tuple[nn.Module, list[PairBatch]]:
+    """Shrink the token embedding to the tokens in use, and renumber them in order.
+
+    Unused rows never receive a gradient, so training is unchanged; stacking a hundred models becomes affordable.
+    The order of token numbers is kept because open_clip finds the end of a text by the largest number.
+    """
+    used, renumbered = torch.unique(torch.cat([batch.tokens.flatten() for batch in batches]), return_inverse=True)
+    name, embedding = next(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith("token_embedding")
+    )
+    small = nn.Embedding(len(used), embedding.embedding_dim, dtype=embedding.weight.dtype)
+    small.weight.data.copy_(embedding.weight.data[used])
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, small)
+    pieces = renumbered.split([batch.tokens.numel() for batch in batches])
+    return model, [
+        replace(batch, tokens=piece.reshape(batch.tokens.shape)) for batch, piece in zip(batches, pieces, strict=True)
+    ]
+
+
+def masked_loss(features: Features, keep: Tensor, captions: Tensor, recipe: Recipe) -> Tensor:
+    """Contrastive loss of the kept pairs of a batch, as if the others had not been in it.
+
+    Args:
+        features: of `b` pairs.
+        keep: `[b]`, 1 for pairs that are in.
+        captions: int64 `[b]` caption hashes.
+
+    Returns the mean over the kept pairs (0 when none is kept).
+    """
+    absent = keep == 0
+    excluded = absent[:, None] | absent[None, :]
+    if recipe.ignore_equal_captions:
+        excluded = excluded | (captions[:, None] == captions[None, :])
+    total = batch_loss(features, excluded, recipe.family) * len(keep)
+    if recipe.family == "siglip":  # without negatives an absent pair still has its positive term there
+        positive = features.scale * (features.image * features.text).sum(1) + features.bias
+        total = total - (nn.functional.softplus(-positive, threshold=50) * absent).sum()
+    return total / keep.sum().clamp(min=1)
+
+
+def train_masked(
+    model: nn.Module,
+    start: Checkpoint,
+    data: PairBatch,
+    masks: Tensor,
+    recipe: Recipe,
+    at_step: Callable[[int, Tree, Tree, Tree], None] | None = None,
+) -> Tree:
+    """Train one model per row of `masks [M, n]` (1 = the pair is in) and return their parameters, stacked `[M, ...]`.
+
+    `at_step(t, params, exp_avg, exp_avg_sq)` is called after every step `t` with the stacked state.
+    """
+    stacked = {name: value.expand(len(masks), *value.shape).clone() for name, value in start.params.items()}
+    first = {name: torch.zeros_like(value) for name, value in stacked.items()}
+    second = {name: torch.zeros_like(value) for name, value in stacked.items()}
+
+    def loss(params: Tree, keep: Tensor, images: Tensor, tokens: Tensor, captions: Tensor) -> Tensor:
+        features = functional_call(model, {**params, **start.buffers}, (images, tokens))
+        return masked_loss(features, keep, captions, recipe)
+
+    gradients = vmap(grad(loss), in_dims=(0, 0, None, None, None))
+    torch.backends.mha.set_fastpath_enabled(False)
+    for step, rows in enumerate(recipe.order, start=1):
+        batch = data[rows]
+        with sdpa_kernel(SDPBackend.MATH):
+            gradient = gradients(stacked, masks[:, rows], batch.images, batch.tokens, batch.captions)
+        with torch.no_grad():
+            _advance(stacked, first, second, gradient, step, recipe)
+        if at_step is not None:
+            at_step(step, stacked, first, second)
+    return stacked
+
+
+def _advance(params: Tree, first: Tree, second: Tree, gradient: Tree, step: int, recipe: Recipe) -> None:
+    """One step of SGD or AdamW (Loshchilov & Hutter, Algorithm 2), on stacked parameters."""
+    rate = recipe.rates[step - 1]
+    for name, value in params.items():
+        g = gradient[name]
+        if recipe.weight_decay and value.ndim > 2:  # one more than in the model: the stack; vectors do not decay
+            value.mul_(1 - rate * recipe.weight_decay)
+        if recipe.optimizer == "sgd":
+            value.sub_(rate * g)
+            continue
+        first[name].lerp_(g, 1 - recipe.beta1)
+        second[name].mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
+        denominator = (second[name] / (1 - recipe.beta2**step)).sqrt_().add_(recipe.eps)
+        value.addcdiv_(first[name], denominator, value=-rate / (1 - recipe.beta1**step))
+
+
+def checkpoint_of(
+    row: int, step: int, lr: float, params: Tree, first: Tree, second: Tree, start: Checkpoint, recipe: Recipe
+) -> Checkpoint:
+    """One training out of the stack as a `Checkpoint`."""
+    adam = None
+    if recipe.optimizer == "adamw":
+        adam = AdamState(
+            steps=step,
+            exp_avg={name: value[row].clone() for name, value in first.items()},
+            exp_avg_sq={name: value[row].clone() for name, value in second.items()},
+            beta1=recipe.beta1,
+            beta2=recipe.beta2,
+            eps=recipe.eps,
+        )
+    return Checkpoint(step, lr, start.run, {n: v[row].clone() for n, v in params.items()}, start.buffers, adam)
+
+
+def target_losses(model: nn.Module, stacked: Tree, buffers: Tree, target: PairBatch, recipe: Recipe) -> Tensor:
+    """Mean contrastive loss of the target set under each of the stacked models, `[M]`."""
+    everyone = torch.ones(len(target), dtype=next(iter(stacked.values())).dtype)
+
+    def loss(params: Tree) -> Tensor:
+        features = functional_call(model, {**params, **buffers}, (target.images, target.tokens))
+        return masked_loss(features, everyone, target.captions, recipe)
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        return vmap(loss)(stacked)

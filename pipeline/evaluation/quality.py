@@ -1,0 +1,90 @@
+"""How well low values point at the pairs that are known to be wrong (for judging only, never an input)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from pipeline.errors import InputError
+from pipeline.store import storage
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Quality of a ranking of suspects.
+
+    Attributes:
+        auroc: chance that a wrong pair is ranked below a right one (0.5 is blind).
+        average_precision: area under precision over recall, wrong pairs found from the low end.
+        precision: share of wrong pairs among the `suspects` lowest.
+        recall: share of the wrong pairs that are among the `suspects` lowest.
+        base_rate: share of wrong pairs in all.
+        suspects: how many lowest pairs `precision` and `recall` look at.
+        pairs: how many pairs have a known truth and a finite value.
+    """
+
+    auroc: float
+    average_precision: float
+    precision: float
+    recall: float
+    base_rate: float
+    suspects: int
+    pairs: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain numbers for JSON."""
+        return asdict(self)
+
+
+def auroc(values: Floats, wrong: Bools) -> float:
+    """Chance that a wrong pair has a lower value than a right one, ties counted half; NaN if one kind is missing."""
+    n_wrong = int(wrong.sum())
+    n_right = len(wrong) - n_wrong
+    if not n_wrong or not n_right:
+        return float("nan")
+    ranks = rankdata(-values)
+    return float((ranks[wrong].sum() - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
+
+
+def detect(values: Floats, wrong: Bools, suspects: int) -> Detection:
+    """Judge a ranking, `values [n]` (low is suspect), against `wrong [n]`. Non-finite values are left out."""
+    finite = np.isfinite(values)
+    values, wrong = values[finite], wrong[finite]
+    suspects = min(suspects, len(values))
+    found = wrong[np.argsort(values, kind="stable")]
+    hits = np.cumsum(found)
+    precision = hits / np.arange(1, len(found) + 1)
+    n_wrong = int(found.sum())
+    return Detection(
+        auroc=auroc(values, wrong),
+        average_precision=float(precision[found].mean()) if n_wrong else float("nan"),
+        precision=float(found[:suspects].mean()) if suspects else float("nan"),
+        recall=float(hits[suspects - 1] / n_wrong) if suspects and n_wrong else float("nan"),
+        base_rate=float(found.mean()) if len(found) else float("nan"),
+        suspects=suspects,
+        pairs=len(found),
+    )
+
+
+def read_truth(url: str) -> dict[str, bool]:
+    """Which uids are wrong, from a CSV with columns `uid` and `clean` (0 or 1). Raises `InputError`."""
+    try:
+        rows = csv.DictReader(io.StringIO(storage.read_bytes(url).decode()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{url}: expected a CSV with columns uid and clean: {error}") from None
+    if not {"uid", "clean"} <= set(rows.fieldnames or ()):
+        raise InputError(f"{url}: expected columns uid and clean, found {', '.join(rows.fieldnames or ()) or 'none'}")
+    wrong = {}
+    for line, row in enumerate(rows, start=2):
+        if row["clean"] not in ("0", "1"):
+            raise InputError(f"{url}, line {line}: clean: expected 0 or 1, found {row['clean']!r}")
+        wrong[row["uid"]] = row["clean"] == "0"
+    return wrong

@@ -1,0 +1,78 @@
+"""What the directions stage leaves in a run's folder for the scoring actors: settings, decoded batches, plans."""
+
+from __future__ import annotations
+
+import json
+
+import safetensors.torch
+
+from pipeline.config import Config
+from pipeline.influence.plan import ProbePlan
+from pipeline.influence.settings import Batches, Settings
+from pipeline.store import storage
+from pipeline.types import PairBatch
+
+_METADATA_KEY = "diffprune.plan"
+
+
+def settings_of(config: Config) -> Settings:
+    """The part of a config that decides the mathematics of a score."""
+    score = config.score
+    return Settings(
+        estimator=score.estimator,
+        method=score.method,
+        family=config.proxy.loss,
+        loss=score.loss,
+        equal_captions=config.reference.equal_captions,
+        parameters=score.parameters,
+        precondition=score.precondition,
+        projections=score.projections,
+        eigenpairs=score.eigenpairs,
+        self_form=score.self_form,
+        replay=score.replay,
+        precision=score.precision,
+        chunk=score.batch_size,
+        seed=config.seed,
+    )
+
+
+def batches_url(root: str) -> str:
+    """Where R, B and V of a run are kept, decoded."""
+    return storage.join(root, "directions", "batches.safetensors")
+
+
+def save_batches(root: str, batches: Batches) -> None:
+    """Write the decoded batches, so that each worker reads a few MB instead of shards."""
+    tensors = {
+        f"{name}/{field}": getattr(getattr(batches, name), field).contiguous()
+        for name in Batches.__slots__
+        for field in PairBatch.__slots__
+    }
+    storage.write_bytes(batches_url(root), safetensors.torch.save(tensors))
+
+
+def load_batches(root: str) -> Batches:
+    """The inverse of `save_batches`."""
+    tensors = safetensors.torch.load(storage.read_bytes(batches_url(root)))
+    return Batches(
+        *(PairBatch(*(tensors[f"{name}/{field}"] for field in PairBatch.__slots__)) for name in Batches.__slots__)
+    )
+
+
+def plan_url(root: str, number: int) -> str:
+    """Where the directions of checkpoint `number` (its place in the manifest) are kept."""
+    return storage.join(root, "directions", f"{number:05d}.safetensors")
+
+
+def save_plan(root: str, number: int, plan: ProbePlan) -> None:
+    """Write a checkpoint's plan: its vectors as tensors, its probes as metadata."""
+    tensors, rest = plan.to_tensors()
+    storage.write_bytes(plan_url(root, number), safetensors.torch.save(tensors, metadata={_METADATA_KEY: rest}))
+
+
+def load_plan(root: str, number: int) -> ProbePlan:
+    """The inverse of `save_plan`."""
+    data = storage.read_bytes(plan_url(root, number))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    return ProbePlan.from_tensors(safetensors.torch.load(data), header["__metadata__"][_METADATA_KEY])

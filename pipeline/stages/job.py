@@ -1,0 +1,104 @@
+"""One run as its stages see it: the config, the folder, the model's input, and who connects to Ray."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.data.decode import Decoder
+from pipeline.data.demo import make_demo
+from pipeline.data.inventory import ShardInfo, read_inventory
+from pipeline.errors import ConfigError, StageError
+from pipeline.models.clip import PairModel, build_model
+from pipeline.run import RunFolder
+from pipeline.store import marks, storage
+from pipeline.store.fingerprint import Fingerprint
+
+DEMO_PREFIX = "demo:"
+
+
+@dataclass
+class Job:
+    """A config and what is derived from it once."""
+
+    config: Config
+
+    @cached_property
+    def folder(self) -> RunFolder:
+        """Where the run's files are."""
+        return RunFolder(self.config.out)
+
+    @cached_property
+    def inventory(self) -> list[ShardInfo]:
+        """The input shards. Raises `StageError` before the inventory stage has finished."""
+        if not storage.exists(self.folder.inventory):
+            raise StageError(f"no inventory in {self.folder.root}: run `diffprune inventory CONFIG` first")
+        return read_inventory(self.folder.inventory)
+
+    @cached_property
+    def samples(self) -> int:
+        """Input samples in all shards."""
+        return sum(shard.samples for shard in self.inventory)
+
+    @cached_property
+    def threads(self) -> int:
+        """Decoding threads of this process."""
+        return self.config.engine.decode_threads or os.cpu_count() or 1
+
+    def model(self, run: int = 0) -> PairModel:
+        """The proxy at its initial weights; each proxy run has a seed of its own."""
+        proxy = self.config.proxy
+        return build_model(proxy.model, pretrained=proxy.pretrained, loss=proxy.loss, seed=self.config.seed + run)
+
+    def decoder(self, model: PairModel) -> Decoder:
+        """Decoder of pairs into the input of `model`."""
+        return Decoder(model.image_spec, model.tokenize, self.config.data.max_pixels)
+
+    @cached_property
+    def cache_folder(self) -> str:
+        """Local folder of decoded training pairs: in the run's folder, or a temporary one for a remote run."""
+        if storage.is_local(self.folder.root):
+            return os.path.join(storage.local_path(self.folder.root), "cache")
+        name = storage.checksum(self.folder.root.encode())
+        return os.path.join(tempfile.gettempdir(), "diffprune", name)
+
+    def is_current(self, mark_url: str, fingerprint: Fingerprint) -> bool:
+        """Whether the work marked at `mark_url` is done with these settings. Raises `FingerprintError` (engine.stale)."""
+        return marks.is_current(mark_url, marks.read_mark(mark_url), fingerprint, self.config.engine.stale)
+
+
+def open_job(config: Config) -> Job:
+    """The job of a config, with `demo:` paths replaced by the demo data, which is written if need be."""
+    if not _demo_paths(config):
+        return Job(config)
+    if not storage.is_local(config.out):
+        raise ConfigError(
+            "expected a local folder, since `demo:` paths are written into it", key="out", found=config.out
+        )
+    demo = make_demo(os.path.join(storage.local_path(config.out), "demo"), seed=config.seed)
+    places: dict[str, Any] = {"train": demo.train, "target": demo.target, "test": demo.test, "truth": demo.truth}
+    tree = config.model_dump()
+    for section, key in _demo_paths(config):
+        name = str(tree[section][key]).removeprefix(DEMO_PREFIX)
+        if name not in places:
+            raise ConfigError(
+                f"expected one of {', '.join(DEMO_PREFIX + place for place in places)}",
+                key=f"{section}.{key}",
+                found=tree[section][key],
+            )
+        tree[section][key] = places[name]
+    return Job(Config.model_validate(tree))
+
+
+def _demo_paths(config: Config) -> list[tuple[str, str]]:
+    candidates = {
+        ("data", "shards"): config.data.shards,
+        ("target", "shards"): config.target.shards,
+        ("evaluate", "shards"): config.evaluate.shards if config.evaluate else None,
+        ("evaluate", "truth"): config.evaluate.truth if config.evaluate else None,
+    }
+    return [key for key, value in candidates.items() if isinstance(value, str) and value.startswith(DEMO_PREFIX)]
