@@ -115,13 +115,13 @@ def build_model(
     if pretrained is not None:
         _load_pretrained(model, pretrained)
     preprocess = {"size": model.visual.image_size, **preprocess}
-    model.attach_input(_image_spec(name, preprocess), tokenize)
+    model.attach_input(_image_spec(preprocess), tokenize)
     return model.eval()
 
 
 def split_state(model: nn.Module) -> tuple[Tree, Tree]:
-    """The model's parameters and its persistent buffers by name, as references, not copies."""
-    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """The trainable parameters, and the rest of the model's state (buffers, frozen tensors): references, by name."""
+    params = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     buffers = {name: value.detach() for name, value in model.state_dict().items() if name not in params}
     return params, buffers
 
@@ -160,7 +160,7 @@ def _read_config(name_or_json: str) -> tuple[str, dict[str, Any], dict[str, Any]
     return name_or_json, deepcopy(tree), preprocess
 
 
-def _image_spec(name: str, preprocess: dict[str, Any]) -> ImageSpec:
+def _image_spec(preprocess: dict[str, Any]) -> ImageSpec:
     merged = {
         "mean": open_clip.OPENAI_DATASET_MEAN,
         "std": open_clip.OPENAI_DATASET_STD,
@@ -168,11 +168,9 @@ def _image_spec(name: str, preprocess: dict[str, Any]) -> ImageSpec:
         "resize_mode": "shortest",
     } | preprocess
     size = merged["size"]
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    if height != width:
-        raise InputError(f"{name}: expected a square image size, found {height}x{width}")
+    height, width = (size, size) if isinstance(size, int) else size
     return ImageSpec(
-        size=height,
+        size=(height, width),
         mean=tuple(merged["mean"]),
         std=tuple(merged["std"]),
         interpolation=merged["interpolation"],

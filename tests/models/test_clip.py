@@ -23,9 +23,8 @@ CAPTIONS = ["a cat", "two dogs on a beach", "x", "blue, small and round"]
 
 
 def pairs(model: PairModel, seed: int = 0) -> tuple[Tensor, Tensor]:
-    size = model.image_spec.size
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (len(CAPTIONS), 3, size, size), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (len(CAPTIONS), 3, *model.image_spec.size), dtype=torch.uint8, generator=generator)
     return images, model.tokenize(CAPTIONS)
 
 
@@ -187,7 +186,6 @@ def test_pretrained_weights_come_from_a_file(tmp_path: Path) -> None:
         ('{"embed_dim": 4, "vision_cfg": {"layers": "x"}, "text_cfg": {}}', "open_clip can build"),
         ('{"embed_dim": 4, "vision_cfg": {"unheard": 1}, "text_cfg": {}}', "unheard"),
         ('{"embed_dim": 4, "vision_cfg": {}, "text_cfg": {}, "multimodal_cfg": {}}', "CoCa"),
-        ('{"embed_dim": 4, "vision_cfg": {"image_size": [32, 64], "layers": 1}, "text_cfg": {"layers": 1}}', "square"),
     ],
 )
 def test_a_broken_config_is_one_line(content: str, message: str, tmp_path: Path) -> None:
@@ -205,3 +203,23 @@ def test_unknown_names_and_absent_tokenizers_are_named(monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="tokenizer"):
         build_model("ViT-B-16-SigLIP")
+
+
+def test_frozen_tensors_are_not_parameters() -> None:
+    model = build_model("tiny-vit")
+    model.visual.conv1.weight.requires_grad_(False)
+    params, buffers = split_state(model)
+    assert "visual.conv1.weight" in buffers
+    assert params.keys() | buffers.keys() == model.state_dict().keys()
+
+
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": [16, 32], "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "wide.json").write_text(json.dumps(config))
+    model = build_model(str(tmp_path / "wide.json"))
+    assert model.image_spec.size == (16, 32)
+    assert model(*pairs(model)).image.shape == (4, 16)
