@@ -189,7 +189,7 @@ class EngineConfig(Section):
     memory_per_worker: PositiveInt | None = None
     """Bytes that Ray reserves for an actor; null reserves none."""
     object_store_memory: PositiveInt | None = None
-    """Bytes of the object store of a Ray started here; null lets Ray choose."""
+    """Bytes of the object store of a Ray started here; null takes 256 MiB, as only small messages go through it."""
     decode_threads: PositiveInt | None = None
     """Threads that decode images in each actor; null takes its CPUs."""
     prefetch: PositiveInt = 1
@@ -209,7 +209,7 @@ class EngineConfig(Section):
 class Threshold(Section):
     """Keep what lies at or above a value."""
 
-    threshold: float
+    threshold: Annotated[float, Field(allow_inf_nan=False)]
     """Smallest value that is kept."""
 
 
@@ -260,6 +260,13 @@ class SelectConfig(Section):
     rank(similarity)`."""
     where: str | None = None
     """A condition that a pair must meet to be kept, such as `width >= 64 and caption_length > 5`."""
+    join: dict[str, str] = {}
+    """Folders of other runs over the same shards, by name: with `{other: runs/b}` formulas may say `other.utility`.
+    `min(rank(utility), rank(other.utility))` as `by` keeps what both runs rank high."""
+    spread: str | None = None
+    """With `significant`: the standard error of `by`; null takes `utility_std`, or `zterms_std` for `by: zterms`."""
+    embeddings: str | None = None
+    """The joined run whose `embedding` column clusters and near-duplicates are found by; null takes this run's."""
     policy: Literal["rank", "significant", "infomax"] = "rank"
     """`rank` cuts the ranking; `significant` removes only what is harmful beyond its spread and fills up from the
     ties; `infomax` also avoids redundancy."""
@@ -319,7 +326,7 @@ class EvaluateConfig(Section):
     """Pairs to measure on; zero-shot accuracy where captions form few classes, else retrieval recall. Never used
     before."""
     truth: str | None = None
-    """A CSV with columns `uid` and `clean` (0 or 1), for judging only: how well low utility finds the unclean pairs."""
+    """A CSV with columns `uid`, `clean` and `caption_class`, for judging only: how well low utility finds wrong captions."""
     keeps: list[Fraction] | None = None
     """Sizes for a coreset curve; null evaluates only the selection's own size."""
 

@@ -1,0 +1,46 @@
+"""Layers: one value per row of every shard, worked out by one pass for the next, as `.npy` in a scratch folder."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store import storage
+
+
+def url(scratch: str, name: str, part: int) -> str:
+    """Where part number `part` (usually a shard) of layer `name` lies."""
+    return storage.join(scratch, name, f"{part:05d}.npy")
+
+
+def write(scratch: str, name: str, part: int, values: npt.NDArray[Any]) -> None:
+    """Write a part of a layer atomically."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    storage.write_bytes(url(scratch, name, part), buffer.getvalue())
+
+
+def read(scratch: str, name: str, part: int) -> npt.NDArray[Any]:
+    """A whole part of a layer."""
+    with storage.open_read(url(scratch, name, part)) as handle:
+        return np.asarray(np.lib.format.read_array(handle, allow_pickle=False))
+
+
+def read_rows(scratch: str, name: str, part: int, start: int, stop: int) -> npt.NDArray[Any]:
+    """Rows `start` to `stop` of a one-dimensional part, without reading the others."""
+    with storage.open_read(url(scratch, name, part)) as handle:
+        version = np.lib.format.read_magic(handle)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        _, _, dtype = read_header(handle)
+        handle.seek(start * dtype.itemsize, io.SEEK_CUR)
+        return np.frombuffer(handle.read((stop - start) * dtype.itemsize), dtype=dtype)
+
+
+def remove_all(scratch: str) -> None:
+    """Remove the scratch folder and everything in it."""
+    if storage.exists(scratch):
+        fs, path = storage.filesystem(scratch)
+        fs.rm(path, recursive=True)

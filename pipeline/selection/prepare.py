@@ -1,0 +1,205 @@
+"""From the config to a recipe: formulas checked against the columns there are, and the passes that formulas need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import SelectConfig, Threshold
+from pipeline.errors import ConfigError, InputError, StageError
+from pipeline.run import RunFolder
+from pipeline.selection.formula import parse_formula
+from pipeline.selection.ranks import RankSketch, merged
+from pipeline.selection.recipe import OpenShard, Recipe
+from pipeline.selection.scan import ScoreFile, ScoreShard
+from pipeline.selection.standardise import Moments, Standardisation, terms_matrix
+from pipeline.selection.tasks import MapTasks, chunks
+from pipeline.store import storage
+
+#: Called with the name of each pass when it begins.
+Progress = Callable[[str], None]
+
+
+def make_recipe(config: SelectConfig, first: ScoreShard, seed: int, scratch: str) -> Recipe:
+    """Check a select section against the columns of the score file `first` and of the joined runs.
+
+    Raises `ConfigError` before anything is read but these schemas.
+    """
+    known = _known_columns(first.url)
+    schemas = {"": _schema(first.url)}
+    for name, root in config.join.items():
+        if not name.isidentifier():
+            raise ConfigError("expected a name of letters, digits and '_'", key="select.join", found=name)
+        url = RunFolder(root).score_file(first.index)
+        if not storage.exists(url):
+            raise ConfigError(
+                "expected the folder of a run with finished scores", key=f"select.join.{name}", found=root
+            )
+        schemas[name] = _schema(url)
+        known |= {f"{name}.{column}" for column in _numeric(schemas[name])}
+    significant = config.policy == "significant"
+    spread = config.spread or ("zterms_std" if config.by == "zterms" else "utility_std")
+    recipe = Recipe(
+        by=parse_formula(config.by, "select.by", known),
+        where=parse_formula(config.where, "select.where", known, condition=True) if config.where else None,
+        spread=parse_formula(spread, "select.spread", known) if significant else None,
+        significance=config.significance,
+        fill=config.fill,
+        seed=seed,
+        join=config.join,
+        scratch=scratch,
+    )
+    _check_columns(config, schemas)
+    return recipe
+
+
+def work_out(
+    run: RunFolder, recipe: Recipe, shards: Sequence[ScoreShard], tell: Progress, map_tasks: MapTasks
+) -> Recipe:
+    """The passes that formulas need: do joined runs match, the moments of the terms, the ranks."""
+    if recipe.join:
+        tell("matching joined runs")
+        for _ in map_tasks(partial(_match_joined, recipe), chunks(shards)):
+            pass
+    formulas = [formula for formula in (recipe.by, recipe.where, recipe.spread) if formula is not None]
+    if any(formula.columns & {"zterms", "zterms_std"} for formula in formulas):
+        tell("standardising terms")
+        runs = _runs_of_terms(run, shards)
+        parts = (part for task in map_tasks(partial(_moments, len(runs)), chunks(shards)) for part in task)
+        recipe = replace(recipe, zterms=Standardisation.of(parts, runs))
+    ranked = tuple(dict.fromkeys(source for formula in formulas for source in formula.ranked))
+    if ranked:
+        tell("ranking")
+        tasks = list(map_tasks(partial(_sketches, recipe, ranked), chunks(shards)))
+        sketches = [merged(task[place] for task in tasks) for place in range(len(ranked))]
+        recipe = replace(recipe, tables={source: s.table() for source, s in zip(ranked, sketches, strict=True)})
+    if recipe.spread is not None and not _has_spread(recipe, shards):
+        raise StageError(
+            f"select.policy: significant needs {recipe.spread.source}, which is empty; it takes proxy.runs of 2 or more"
+        )
+    return recipe
+
+
+def _check_columns(config: SelectConfig, schemas: dict[str, pa.Schema]) -> None:
+    if isinstance(config.keep, Threshold) and (config.policy != "rank" or config.balance.by != "none"):
+        raise ConfigError("expected a fraction or a count with a policy or a balance", key="select.keep")
+    if config.embeddings is not None and config.embeddings not in schemas:
+        raise ConfigError("expected the name of a joined run", key="select.embeddings", found=config.embeddings)
+    needs = {
+        "select.dedup.exact": config.dedup.exact and "content",
+        "select.balance.by": config.balance.by == "caption" and "caption_id",
+    }
+    for key, column in needs.items():
+        if column and column not in schemas[""].names:
+            raise ConfigError(f"expected scores with a column {column!r}, found none", key=key)
+    embedded = {
+        "select.dedup.cosine": config.dedup.cosine is not None,
+        "select.balance.by": config.balance.by == "cluster",
+        "select.policy": config.policy == "infomax",
+        "select.fill": config.policy == "significant" and config.fill in ("representative", "diverse"),
+    }
+    for key, wanted in embedded.items():
+        if wanted and "embedding" not in schemas[config.embeddings or ""].names:
+            raise ConfigError("expected scores with embeddings (score.embeddings: true), found none", key=key)
+
+
+def _schema(url: str) -> pa.Schema:
+    with ScoreFile(url) as file:
+        return file.schema
+
+
+def _numeric(schema: pa.Schema) -> set[str]:
+    kinds = (pa.types.is_integer, pa.types.is_floating)
+    return {item.name for item in schema if any(kind(item.type) for kind in kinds)}
+
+
+def _known_columns(url: str) -> set[str]:
+    schema = _schema(url)
+    return _numeric(schema) | ({"zterms", "zterms_std"} if "terms" in schema.names else set())
+
+
+def _runs_of_terms(run: RunFolder, shards: Sequence[ScoreShard]) -> npt.NDArray[np.int64]:
+    """The proxy run that each term belongs to [m]: from the checkpoints' manifest, which lists them in that order."""
+    width = next((width for shard in shards if (width := _terms_width(shard))), 0)
+    if width == 0:
+        raise StageError(f"{run.scores}: expected scores with terms, found none")
+    if not storage.exists(run.checkpoint_manifest):
+        return np.zeros(width, dtype=np.int64)
+    listed = storage.read_json(run.checkpoint_manifest)["checkpoints"]
+    if len(listed) != width:
+        return np.zeros(width, dtype=np.int64)
+    return np.array([int(entry.get("run", 0)) for entry in listed], dtype=np.int64)
+
+
+def _terms_width(shard: ScoreShard) -> int:
+    with ScoreFile(shard.url) as file:
+        for span in file.spans():
+            longest = pc.max(span.arrow("terms").value_lengths()).as_py()
+            if longest:
+                return int(longest)
+    return 0
+
+
+def _has_spread(recipe: Recipe, shards: Sequence[ScoreShard]) -> bool:
+    assert recipe.spread is not None
+    for shard in shards:
+        with OpenShard(recipe, shard) as opened:
+            if any(np.isfinite(opened.evaluate(recipe.spread, span)).any() for span in opened.spans()):
+                return True
+    return False
+
+
+def _match_joined(recipe: Recipe, shards: Sequence[ScoreShard]) -> None:
+    for shard in shards:
+        with OpenShard(recipe, shard) as opened:
+            uids = opened.file.parquet.read(columns=["uid"])["uid"]
+            for name in recipe.join:
+                with opened.open_joined(name) as other:
+                    if other.parquet.read(columns=["uid"])["uid"] != uids:
+                        raise InputError(f"{other.url}: expected the same pairs in the same order as {shard.url}")
+
+
+def _moments(width: int, shards: Sequence[ScoreShard]) -> list[Moments]:
+    """Moments of the terms of the pairs that scored, one per shard."""
+    found = []
+    for shard in shards:
+        total = Moments(0, np.zeros(width), np.zeros(width), 0)
+        with ScoreFile(shard.url) as file:
+            for span in file.spans():
+                terms = terms_matrix(span.arrow("terms"), width)
+                sign = np.sign(span.numeric("utility").astype(np.float64) * span.numeric("score"))
+                good = np.isfinite(terms).all(axis=1) & np.isfinite(sign)
+                ok = span.ok()
+                good = good if ok is None else good & ok
+                total = total + Moments.of(terms[good], int(sign[good].sum()))
+        found.append(total)
+    return found
+
+
+def _sketches(recipe: Recipe, ranked: tuple[str, ...], shards: Sequence[ScoreShard]) -> list[RankSketch]:
+    """A sketch of each formula in `ranked` over the pairs with status ok."""
+    found = [RankSketch() for _ in ranked]
+    for shard in shards:
+        with OpenShard(recipe, shard) as opened:
+            known = set(opened.file.schema.names) | {"zterms", "zterms_std"} | _joined_names(opened)
+            formulas = [parse_formula(source, "select", known) for source in ranked]
+            for span in opened.spans():
+                ok = span.ok()
+                for formula, sketch in zip(formulas, found, strict=True):
+                    value = opened.evaluate(formula, span).astype(np.float32)
+                    sketch.add(value if ok is None else value[ok])
+    return found
+
+
+def _joined_names(opened: OpenShard) -> set[str]:
+    names = set()
+    for run in opened.recipe.join:
+        with opened.open_joined(run) as other:
+            names |= {f"{run}.{name}" for name in other.schema.names}
+    return names

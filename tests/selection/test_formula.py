@@ -1,0 +1,153 @@
+"""Formulas: what the grammar admits, and what it evaluates to."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pipeline.config import SelectConfig
+from pipeline.errors import ConfigError, InputError, StageError
+from pipeline.selection import ranks
+from pipeline.selection.formula import parse_formula
+from pipeline.selection.ranks import RankSketch, merged
+from tests.selection.scores import kept, row, select, write_run
+
+COLUMNS = {"utility": np.array([1.0, -2.0, 3.0]), "width": np.array([10.0, 20.0, 0.0])}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("utility * 2 + 1", [3, -3, 7]),
+        ("-abs(utility)", [-1, -2, -3]),
+        ("min(utility, width / 10, 0.5)", [0.5, -2, 0]),
+        ("max(utility, 0) - log(width)", [1 - math.log(10), -math.log(20), math.inf]),
+        ("utility > 0 and not width == 10", [False, False, True]),
+        ("0 < utility <= 1 or width >= 20", [True, True, False]),
+    ],
+)
+def test_values(source, expected):
+    formula = parse_formula(source, "select.by", COLUMNS)
+    assert formula.evaluate(COLUMNS, {}).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "__import__('os').system('x')", "utility.__class__", "utility[0]", "lambda: 1", "utility ** 9", "open(width)",
+        "'text'", "utility if width else 1", "rank(rank(utility))", "min(utility)", "rank(utility, width)", "", "1 +",
+        "utility and width", "True", "(" * 300 + "1" + ")" * 300, "1 if", "a.b.c", "utility < width in [1]", "x" * 3000,
+    ],
+)  # fmt: skip
+def test_what_is_not_in_the_grammar_is_refused(source):
+    with pytest.raises(ConfigError, match=r"select\.by"):
+        parse_formula(source, "select.by", COLUMNS)
+
+
+def test_unknown_columns_are_refused_before_anything_runs(tmp_path):
+    run = write_run(tmp_path, [[row(1, 0.5)]])
+    with pytest.raises(ConfigError, match=r"select.by: .*'utility'.*'utilty'"):
+        select(run, SelectConfig(by="rank(utilty)"), seed=0)
+    with pytest.raises(ConfigError, match=r"select.where: expected a condition"):
+        select(run, SelectConfig(where="width"), seed=0)
+    with pytest.raises(ConfigError, match=r"select.by"):
+        select(run, SelectConfig(by="other.utility"), seed=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=arrays(np.float32, st.integers(1, 60), elements=st.floats(width=32)), split=st.integers(0, 60))
+def test_ranks_are_exact_while_the_bins_suffice(values, split):
+    parts = [RankSketch(), RankSketch()]
+    parts[0].add(values[:split])
+    parts[1].add(values[split:])
+    finite = values[np.isfinite(values)]
+    got = merged(parts).table().rank(values)
+    for value, rank in zip(values, got, strict=True):
+        if np.isfinite(value):
+            assert rank == pytest.approx(((finite < value).sum() + (finite == value).sum() / 2) / len(finite))
+        else:
+            assert math.isnan(rank)
+
+
+def test_ranks_with_fewer_bins_than_values(monkeypatch):
+    monkeypatch.setattr(ranks, "MAX_BINS", 1 << 12)
+    values = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+    whole, parts = RankSketch(), [RankSketch() for _ in range(7)]
+    whole.add(values)
+    for part, chunk in zip(parts, np.array_split(values, 7), strict=True):
+        part.add(chunk)
+    table = merged(parts).table()
+    assert np.array_equal(table.bins, whole.table().bins)
+    exact = (np.argsort(np.argsort(values)) + 0.5) / len(values)
+    assert np.abs(table.rank(values) - exact).max() < 0.005
+
+
+def test_formula_with_ranks_and_a_condition(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [row(n, float(rng.normal()), similarity=float(rng.normal()), width=int(rng.integers(1, 100)))
+            for n in range(40)]  # fmt: skip
+    run = write_run(tmp_path, [rows[:15], rows[15:]])
+    select(run, SelectConfig(keep=12, by="rank(utility) - 2 * rank(similarity)", where="width >= 20"), seed=0)
+
+    def ranks_of(name):
+        return np.argsort(np.argsort([entry[name] for entry in rows])) / 40
+
+    value = ranks_of("utility") - 2 * ranks_of("similarity")
+    allowed = [place for place in range(40) if rows[place]["width"] >= 20]
+    best = sorted(allowed, key=lambda place: (-round(value[place], 6), rows[place]["uid"]))[:12]
+    assert kept(run) == sorted((0, place) if place < 15 else (1, place - 15) for place in best)
+
+
+def test_two_runs_are_intersected_by_rank(tmp_path):
+    first = [row(n, float(n)) for n in range(20)]
+    second = [row(n, float((n * 7) % 20)) for n in range(20)]
+    run = write_run(tmp_path / "a", [first])
+    other = write_run(tmp_path / "b", [second], group_rows=3)
+    by = "min(rank(utility), rank(other.utility))"
+    select(run, SelectConfig(keep=5, by=by, join={"other": other.root}), seed=0)
+    best = sorted(range(20), key=lambda n: (-min(n, (n * 7) % 20), first[n]["uid"]))[:5]
+    assert kept(run) == [(0, place) for place in sorted(best)]
+
+
+def test_a_joined_run_over_other_pairs_is_refused(tmp_path):
+    run = write_run(tmp_path / "a", [[row(1, 1.0), row(2, 2.0)]])
+    swapped = write_run(tmp_path / "b", [[row(2, 1.0), row(1, 2.0)]])
+    short = write_run(tmp_path / "c", [[row(1, 1.0)]])
+    for other in (swapped, short):
+        with pytest.raises(InputError, match="expected the"):
+            select(run, SelectConfig(keep=1, by="other.utility", join={"other": other.root}), seed=0)
+    with pytest.raises(ConfigError, match=r"select.join.other"):
+        select(run, SelectConfig(by="other.utility", join={"other": str(tmp_path / "none")}), seed=0)
+
+
+def test_zterms_give_each_checkpoint_an_equal_say(tmp_path):
+    from pipeline.store import storage
+
+    rng = np.random.default_rng(1)
+    terms = rng.normal(size=(30, 4)) * [1, 1000, 0.01, 1] + [0, 5, 0, 0]
+    rows = [row(n, -float(t.sum()), terms=t.tolist(), score=float(t.sum())) for n, t in enumerate(terms)]
+    rows[3] = row(3, None, status="corrupt-image")
+    run = write_run(tmp_path, [rows[:11], rows[11:]])
+    entries = [{"path": f"{n}", "run": n // 2} for n in range(4)]
+    storage.write_json(run.checkpoint_manifest, {"checkpoints": entries})
+    select(run, SelectConfig(keep=10, by="zterms"), seed=0)
+    good = np.delete(np.arange(30), 3)
+    z = -(terms[good] - terms[good].mean(0)) / terms[good].std(0)
+    best = good[np.argsort(-z.sum(1))[:10]]
+    assert kept(run) == sorted((0, int(n)) if n < 11 else (1, int(n) - 11) for n in best)
+
+    per_run = np.stack([z[:, :2].sum(1), z[:, 2:].sum(1)])
+    error = per_run.std(0, ddof=1) / math.sqrt(2)
+    summary = select(run, SelectConfig(keep=1.0, by="zterms", where="zterms_std < 0.5", name="sure"), seed=0)
+    assert summary.kept == (error < 0.5).sum()
+
+
+def test_significant_without_a_spread_is_refused(tmp_path):
+    run = write_run(tmp_path, [[row(1, 1.0)]])
+    with pytest.raises(StageError, match=r"utility_std, which is empty; it takes proxy.runs"):
+        select(run, SelectConfig(policy="significant"), seed=0)
