@@ -1,0 +1,1 @@
+"""Ray: actors that score shards, resumable tasks, restarts, retries, progress and metrics."""

@@ -1,0 +1,67 @@
+"""Joining a Ray cluster, or starting a local one; only what was started here is stopped again."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from pipeline.config import EngineConfig
+from pipeline.errors import StageError
+
+#: The engine keeps nothing but small messages in the object store, so a Ray started here gets little of it.
+OBJECT_STORE_BYTES = 256 << 20
+
+
+@contextmanager
+def connect(config: EngineConfig) -> Iterator[None]:
+    """Be connected to Ray inside the block.
+
+    In this order: a connection that exists already; `config.address`; the cluster of the job or `RAY_ADDRESS`; else
+    a Ray on this machine alone, which ends with the block. Raises `StageError` when the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address and address != "local":
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            _start_local(config)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"the Ray cluster at {address}" if address and address != "local" else "a local Ray"
+        raise StageError(f"engine: {where} cannot be reached: {' '.join(str(error).split())}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(config: EngineConfig) -> None:
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        object_store_memory=config.object_store_memory or OBJECT_STORE_BYTES,
+    )
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Resources (`CPU`, `GPU`, ...) of each machine of the cluster that is alive."""
+    return [dict(node["Resources"]) for node in _nodes() if node["Alive"]]
+
+
+def node_is_alive(node_id: str) -> bool:
+    """Whether the machine with this Ray id is still part of the cluster."""
+    return any(node["NodeID"] == node_id and node["Alive"] for node in _nodes())
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes

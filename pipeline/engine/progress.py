@@ -1,0 +1,170 @@
+"""What a person sees while work goes on: a live display on a terminal, plain lines without one."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+#: Seconds between two lines where there is no terminal.
+LINE_EVERY = 10.0
+
+#: Seconds over which a rate is averaged.
+RATE_WINDOW = 60
+
+#: A worker that committed nothing for so long is not counted in the rate per worker.
+WORKER_SILENCE = 300.0
+
+
+class Rate:
+    """Events per second over the last `RATE_WINDOW` seconds (or since the start, when that is less)."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._buckets: deque[tuple[int, int]] = deque()
+        self._sum = 0
+
+    def add(self, count: int) -> None:
+        """Count `count` events now."""
+        second = int(self._clock())
+        if self._buckets and self._buckets[-1][0] == second:
+            self._buckets[-1] = (second, self._buckets[-1][1] + count)
+        else:
+            self._buckets.append((second, count))
+        self._sum += count
+
+    def per_second(self) -> float:
+        """The present rate; 0 before anything was counted."""
+        now = self._clock()
+        while self._buckets and self._buckets[0][0] < now - RATE_WINDOW:
+            self._sum -= self._buckets.popleft()[1]
+        return self._sum / max(min(now - self._start, RATE_WINDOW), 1e-3) if self._sum else 0.0
+
+
+class Tally:
+    """The numbers behind the display: units of work done and failed, pairs, rejected pairs, rates, time left."""
+
+    def __init__(
+        self, total: int, *, done: int = 0, pairs: int = 0, rejected: int = 0, clock: Callable[[], float] | None = None
+    ) -> None:
+        self._clock = clock or time.monotonic
+        self.total = total
+        self.done = done
+        self.failed = 0
+        self.pairs = pairs
+        self.rejected = rejected
+        self._units = Rate(self._clock)
+        self._pairs = Rate(self._clock)
+        self._workers: dict[str, tuple[Rate, float]] = {}
+
+    def add(self, pairs: int = 0, rejected: int = 0, worker: str = "") -> None:
+        """One unit is done, by `worker`."""
+        self.done += 1
+        self.pairs += pairs
+        self.rejected += rejected
+        self._units.add(1)
+        self._pairs.add(pairs)
+        if worker:
+            rate = self._workers[worker][0] if worker in self._workers else Rate(self._clock)
+            rate.add(pairs)
+            self._workers[worker] = (rate, self._clock())
+
+    def seconds_left(self) -> float | None:
+        """Estimate from the present rate; None while there is none."""
+        rate = self._units.per_second()
+        return (self.total - self.done - self.failed) / rate if rate else None
+
+    def line(self, unit: str) -> str:
+        """The numbers in one line, without the counts of done and total."""
+        parts = []
+        if self.pairs:
+            parts.append(f"{self._pairs.per_second():,.0f} pairs/s{self._per_worker()}")
+        else:
+            parts.append(f"{self._units.per_second():,.1f} {unit}/s")
+        left = self.seconds_left()
+        parts.append(f"{duration(left)} left" if left is not None else "time left unknown")
+        if self.rejected:
+            parts.append(f"{self.rejected:,} rejected")
+        if self.failed:
+            parts.append(f"{self.failed:,} {unit} failed")
+        return ", ".join(parts)
+
+    def _per_worker(self) -> str:
+        now = self._clock()
+        self._workers = {name: entry for name, entry in self._workers.items() if now - entry[1] < WORKER_SILENCE}
+        rates = [rate.per_second() for rate, _ in self._workers.values()]
+        if len(rates) < 2:
+            return ""
+        return f" ({len(rates)} workers, {min(rates):,.0f} to {max(rates):,.0f} each)"
+
+
+class Display:
+    """Shows a `Tally`; use as a context manager and call `tick` about once a second."""
+
+    def __init__(self, title: str, unit: str, tally: Tally, console: Console | None = None) -> None:
+        self.tally = tally
+        self._title = title
+        self._unit = unit
+        self._console = console or Console(stderr=True)
+        self._last_line = time.monotonic()
+        self._live: Progress | None = None
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=self._console,
+            )
+            self._live.start()
+            self._live.add_task(self._title, total=self.tally.total, completed=self.tally.done, detail="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._refresh(self._live)
+            self._live.stop()
+        else:
+            self._print_line()
+
+    def tick(self) -> None:
+        """Refresh the display, or print a line when the last one is `LINE_EVERY` seconds old."""
+        if self._live is not None:
+            self._refresh(self._live)
+        elif time.monotonic() - self._last_line >= LINE_EVERY:
+            self._print_line()
+
+    def note(self, text: str) -> None:
+        """Print one line of its own, above a live display."""
+        (self._live.console if self._live else self._console).print(
+            f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True
+        )
+
+    def _refresh(self, live: Progress) -> None:
+        live.update(live.task_ids[0], completed=self.tally.done, detail=self.tally.line(self._unit))
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        self.note(f"{self.tally.done:,} of {self.tally.total:,} {self._unit}, {self.tally.line(self._unit)}")
+
+
+def duration(seconds: float) -> str:
+    """`seconds` for people: `42 s`, `7 min`, `3 h 05 min`, `6 d 4 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"

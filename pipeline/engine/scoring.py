@@ -1,0 +1,330 @@
+"""The driver of scoring: hands shards to actors, keeps them fed, and sees every shard committed or set aside."""
+
+from __future__ import annotations
+
+import queue
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError
+
+from pipeline.config import EngineConfig
+from pipeline.data.inventory import ShardInfo
+from pipeline.engine.connect import alive_nodes, node_is_alive
+from pipeline.engine.failures import Aside, Failure, check_writable, read_aside, set_aside
+from pipeline.engine.interrupt import Interruption
+from pipeline.engine.metrics import DriverMetrics
+from pipeline.engine.progress import Display, Tally
+from pipeline.engine.resources import WorkerPlan, plan_workers
+from pipeline.engine.shard_queue import ShardQueue
+from pipeline.engine.worker import ScoreWorker, ShardStats, WorkerSpec
+from pipeline.errors import StageError
+from pipeline.run import RunFolder
+from pipeline.store import commits, storage
+from pipeline.store.fingerprint import Fingerprint
+
+#: Times Ray restarts one actor by itself; after that the driver makes a new one.
+ACTOR_RESTARTS = 10
+
+#: Seconds between two looks at the cluster for machines that joined or left.
+LOOK_EVERY = 5.0
+
+#: Seconds after which the shards of a worker that does not come back go to others.
+GONE_AFTER = 30.0
+
+#: Seconds that the driver waits for news before it looks around.
+TICK = 0.2
+
+
+@dataclass
+class Outcome:
+    """How scoring ended: shards committed (earlier ones included), rows by status, and the shards set aside."""
+
+    total: int
+    done: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    failed: list[Aside] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def check(self, allowed_failures: float, failed_folder: str) -> None:
+        """Raise `StageError` with the list when more than the allowed share of the shards failed."""
+        if len(self.failed) > allowed_failures * self.total:
+            named = "; ".join(str(aside) for aside in self.failed[:5])
+            more = f"; and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
+            raise StageError(
+                f"score: {len(self.failed)} of {self.total} shards failed ({named}{more}); why is in {failed_folder}; "
+                "--retry-failed takes them up again"
+            )
+
+
+def score_shards(
+    spec: WorkerSpec,
+    shards: Sequence[ShardInfo],
+    run: RunFolder,
+    fingerprint: Fingerprint,
+    config: EngineConfig,
+    *,
+    retry_failed: bool = False,
+) -> Outcome:
+    """Score every shard that is not yet committed with this fingerprint.
+
+    Args:
+        spec: makes the work of an actor; goes to each of them.
+        shards: the inventory.
+        run: where results, marks and the files of failed shards go.
+        fingerprint: the run's, without a shard.
+        config: workers, retries, and what happens to stale results.
+        retry_failed: take up the shards again that an earlier call set aside.
+
+    Raises `FingerprintError` for results of other settings with `stale: refuse`; `StageError` when the run folder
+    cannot be written, no worker can start, or the run is interrupted. Failed shards are in the outcome, not raised.
+    """
+    start = time.monotonic()
+    check_writable(run.root)
+    outcome = Outcome(total=len(shards))
+    pending = _pending(shards, run, fingerprint, config, outcome, retry_failed)
+    tally = Tally(len(shards), done=outcome.done, pairs=outcome.statuses.total(), rejected=_rejected(outcome.statuses))
+    tally.failed = len(outcome.failed)
+    with Display("score", "shards", tally) as display:
+        if pending:
+            _Driver(spec, shards, run, fingerprint, config, outcome, display).work(pending)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def _pending(
+    shards: Sequence[ShardInfo],
+    run: RunFolder,
+    fingerprint: Fingerprint,
+    config: EngineConfig,
+    outcome: Outcome,
+    retry_failed: bool,
+) -> Sequence[int]:
+    """Places in `shards` that are left to do; counts the others into `outcome`."""
+    places = {shard.index: place for place, shard in enumerate(shards)}
+    settled = bytearray(len(shards))
+    for mark in commits.committed(run, shards, fingerprint, config.stale):
+        settled[places[mark.shard]] = 1
+        outcome.done += 1
+        outcome.statuses.update({"ok": mark.ok, **mark.reasons})
+    for url in storage.list_files(storage.join(run.root, "failed"), ".json"):
+        aside = read_aside(url)
+        place = places.get(aside.item) if aside is not None else None
+        if aside is None or place is None:
+            continue
+        current = aside.fingerprint == commits.shard_fingerprint(fingerprint, shards[place]).digest
+        if settled[place] or retry_failed or not current:
+            storage.remove(url)
+        else:
+            settled[place] = 1
+            outcome.failed.append(aside)
+    return array("q", (place for place, value in enumerate(settled) if not value))
+
+
+def _rejected(statuses: dict[str, int]) -> int:
+    return sum(count for status, count in statuses.items() if status != "ok")
+
+
+@dataclass
+class _Slot:
+    """One actor, or the wish for one. `life` counts its deaths, so that late news of an earlier life is ignored."""
+
+    handle: Any
+    ready: bool = False
+    node: str = ""
+    life: int = 0
+    waiting_since: float = field(default_factory=time.monotonic)
+
+
+#: News of an actor: slot, its life, place of the shard (None: it started), and what came back.
+_Event = tuple[str, int, int | None, Any]
+
+
+class _Driver:
+    """One call of `score_shards`: the loop that reacts to what the actors report."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        shards: Sequence[ShardInfo],
+        run: RunFolder,
+        fingerprint: Fingerprint,
+        config: EngineConfig,
+        outcome: Outcome,
+        display: Display,
+    ) -> None:
+        self._spec = ray.put(spec)
+        self._shards = shards
+        self._run = run
+        self._fingerprint = fingerprint
+        self._config = config
+        self._outcome = outcome
+        self._display = display
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._slots: dict[str, _Slot] = {}
+        self._made = 0
+        self._fruitless = 0  # actors in a row that could not start
+        self._looked = 0.0
+        self._metrics = DriverMetrics()
+
+    def work(self, pending: Sequence[int]) -> None:
+        """Until every pending shard is settled."""
+        config = self._config
+        self._queue = ShardQueue(pending, depth=config.prefetch + 2, retries=config.retries, wait=config.retry_wait)
+        try:
+            with Interruption(lambda: self._display.note("finishing what is in hand (again: stop at once)")) as stop:
+                while not self._queue.finished():
+                    if stop.requested and self._queue.idle():
+                        left = self._outcome.total - self._outcome.done - len(self._outcome.failed)
+                        raise StageError(
+                            f"score: interrupted, {left} of {self._outcome.total} shards left; the same command goes "
+                            "on from here"
+                        )
+                    self._look_around()
+                    self._react(feed=not stop.requested)
+                    self._display.tick()
+        except BaseException:
+            for slot in self._slots.values():
+                ray.kill(slot.handle)
+            raise
+        finally:
+            self._slots.clear()  # without a handle an actor ends by itself, and reports its last metrics
+
+    def _react(self, feed: bool) -> None:
+        """Wait for news, take in all there is, and give work to the workers that reported."""
+        try:
+            events = [self._events.get(timeout=TICK)]
+        except queue.Empty:
+            hungry: Iterable[str] = list(self._slots)  # a retry may be due
+        else:
+            while len(events) < 1000:
+                try:
+                    events.append(self._events.get_nowait())
+                except queue.Empty:
+                    break
+            for event in events:
+                self._handle(*event)
+            hungry = {event[0] for event in events}
+        if feed:
+            for name in hungry:
+                self._feed(name)
+
+    def _handle(self, name: str, life: int, place: int | None, result: Any) -> None:
+        slot = self._slots.get(name)
+        if slot is None or slot.life != life:
+            return
+        if isinstance(result, RayActorError):
+            self._died(name, slot, place, result)
+        elif place is None:
+            self._started(name, slot, result)
+        elif isinstance(result, ShardStats):
+            self._queue.succeeded(name, place)
+            self._outcome.done += 1
+            self._outcome.statuses.update(result.statuses)
+            self._display.tally.add(result.pairs, _rejected(result.statuses), name)
+        else:
+            failure = result if isinstance(result, Failure) else Failure.of(result, name)
+            if not self._queue.failed(name, place):
+                self._give_up(place, failure)
+
+    def _started(self, name: str, slot: _Slot, result: Any) -> None:
+        if isinstance(result, str):
+            slot.ready, slot.node = True, result
+            self._fruitless = 0
+        else:
+            self._drop(name, result if isinstance(result, Failure) else Failure.of(result, name))
+
+    def _died(self, name: str, slot: _Slot, place: int | None, error: RayActorError) -> None:
+        """An actor's process is gone: find out what to do with its shards, and have it started again."""
+        self._metrics.worker_died()
+        slot.life += 1
+        if place is None and isinstance(error, ActorDiedError):
+            self._drop(name, Failure.of(error, name))
+            return
+        given_up = self._queue.died(name, blame=node_is_alive(slot.node))
+        if given_up is not None:
+            message = "the worker's process died each time it had this shard (out of memory, or a crash in native code)"
+            self._give_up(given_up, Failure("WorkerDied", message, str(error)[-1000:], node=slot.node, worker=name))
+        if isinstance(error, ActorDiedError):
+            slot.handle = self._actor(name)
+        self._start(name, slot)
+
+    def _drop(self, name: str, failure: Failure) -> None:
+        """An actor could not start: do without it, unless no other is left."""
+        self._fruitless += 1
+        self._display.note(f"worker {name} cannot start: {failure}")
+        del self._slots[name]
+        self._queue.removed(name)
+        if self._fruitless >= self._plan.workers and not any(slot.ready for slot in self._slots.values()):
+            raise StageError(f"score: no worker can start: {failure}")
+
+    def _give_up(self, place: int, failure: Failure) -> None:
+        shard = self._shards[place]
+        raised, deaths = self._queue.attempts(place)
+        digest = commits.shard_fingerprint(self._fingerprint, shard).digest
+        aside = Aside(shard.index, shard.url, failure, raised + deaths, deaths, digest)
+        set_aside(self._run.failure_file(shard.index), aside)
+        self._outcome.failed.append(aside)
+        self._display.tally.failed += 1
+        self._display.note(f"set aside {aside}")
+        self._metrics.shard_failed()
+
+    def _look_around(self) -> None:
+        """Every few seconds: as many actors as the cluster has room for now; free the shards of lost workers."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY:
+            return
+        self._looked = now
+        self._plan: WorkerPlan = plan_workers(self._config, alive_nodes())
+        wanted = min(self._plan.workers, len(self._shards))
+        while len(self._slots) < wanted and self._fruitless < wanted:
+            name = str(self._made)
+            self._made += 1
+            self._slots[name] = slot = _Slot(self._actor(name))
+            self._start(name, slot)
+        if any(slot.ready for slot in self._slots.values()):
+            for name, slot in self._slots.items():
+                if not slot.ready and now - slot.waiting_since > GONE_AFTER:
+                    self._queue.removed(name)
+
+    def _actor(self, name: str) -> Any:
+        return (
+            ray.remote(ScoreWorker)
+            .options(
+                name=f"score-worker-{name}-{time.time_ns():x}",
+                max_restarts=ACTOR_RESTARTS,
+                max_task_retries=-1,
+                max_concurrency=self._config.prefetch + 2,
+                scheduling_strategy="SPREAD",
+                **self._plan.options(),
+            )
+            .remote(name, self._spec, self._config.prefetch)
+        )
+
+    def _start(self, name: str, slot: _Slot) -> None:
+        """Ask for the actor's start; Ray repeats the call through the actor's restarts."""
+        slot.ready = False
+        slot.waiting_since = time.monotonic()
+        self._listen(slot.handle.start.remote(), name, slot.life, None)
+
+    def _feed(self, name: str) -> None:
+        slot = self._slots.get(name)
+        while slot is not None and slot.ready and (place := self._queue.take(name)) is not None:
+            # No retries by Ray: it would run a shard that kills its worker again and again. The queue counts.
+            call = slot.handle.score_shard.options(max_task_retries=0)
+            self._listen(call.remote(self._shards[place]), name, slot.life, place)
+
+    def _listen(self, ref: Any, name: str, life: int, place: int | None) -> None:
+        future: Future[Any] = ref.future()
+        future.add_done_callback(partial(_report, self._events.put, name, life, place))
+
+
+def _report(put: Callable[[_Event], None], name: str, life: int, place: int | None, future: Future[Any]) -> None:
+    put((name, life, place, future.exception() or future.result()))

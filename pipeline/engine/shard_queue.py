@@ -1,0 +1,143 @@
+"""Which shard a worker gets next, and what becomes of a shard that fails or kills its worker. Plain Python, no Ray."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class _Lane:
+    """What one worker has in hand, and the shards that were in hand when it died."""
+
+    in_hand: set[int] = field(default_factory=set)
+    suspects: deque[int] = field(default_factory=deque)
+    alone: bool = False
+
+
+class ShardQueue:
+    """Hands out shards, at most `depth` at a time per worker, so that a faster worker comes back for more.
+
+    A shard that raises is given out again after `wait` seconds, doubled each time, up to `retries` times.
+
+    When a worker dies with several shards in hand, any of them may have killed it. They become suspects: they go
+    back to that same worker, one at a time with nothing else in hand, so that the next death has one cause. A shard
+    whose worker dies `retries` times (at least once) with nothing else in hand is given up; other workers never
+    meet it, unless that worker does not come back.
+    """
+
+    def __init__(
+        self,
+        pending: Sequence[int],
+        *,
+        depth: int,
+        retries: int,
+        wait: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pending = pending
+        self._cursor = 0
+        self._open = 0  # shards taken from `pending` that are neither committed nor given up
+        self._depth = depth
+        self._retries = retries
+        self._wait = wait
+        self._clock = clock
+        self._lanes: dict[str, _Lane] = {}
+        self._delayed: list[tuple[float, int]] = []
+        self._orphans: deque[int] = deque()
+        self._failures: dict[int, int] = {}
+        self._deaths: dict[int, int] = {}
+
+    def take(self, worker: str) -> int | None:
+        """The next shard for `worker`, or None when it has enough in hand or nothing is due."""
+        lane = self._lanes.setdefault(worker, _Lane())
+        if lane.alone or len(lane.in_hand) >= self._depth:
+            return None
+        shard: int | None
+        if lane.suspects or self._orphans:
+            if lane.in_hand:
+                return None
+            shard = (lane.suspects or self._orphans).popleft()
+            lane.alone = True
+        else:
+            shard = self._next()
+        if shard is not None:
+            lane.in_hand.add(shard)
+        return shard
+
+    def _next(self) -> int | None:
+        if self._delayed and self._delayed[0][0] <= self._clock():
+            return heapq.heappop(self._delayed)[1]
+        if self._cursor == len(self._pending):
+            return None
+        self._cursor += 1
+        self._open += 1
+        return self._pending[self._cursor - 1]
+
+    def succeeded(self, worker: str, shard: int) -> None:
+        """`worker` committed `shard`."""
+        self._release(worker, shard)
+        self._open -= 1
+        self._failures.pop(shard, None)
+        self._deaths.pop(shard, None)
+
+    def failed(self, worker: str, shard: int) -> bool:
+        """`shard` raised an error on `worker`. True: it will be tried again; False: it is given up."""
+        self._release(worker, shard)
+        count = self._failures[shard] = self._failures.get(shard, 0) + 1
+        if count > self._retries:
+            self._open -= 1
+            return False
+        heapq.heappush(self._delayed, (self._clock() + self._wait * 2 ** (count - 1), shard))
+        return True
+
+    def died(self, worker: str, *, blame: bool = True) -> int | None:
+        """`worker` died. Returns the shard that is given up for it, if any.
+
+        With `blame=False` (its node went away) no shard is held to have caused it.
+        """
+        lane = self._lanes.get(worker)
+        if lane is None:
+            return None
+        in_hand = sorted(lane.in_hand)
+        lane.in_hand.clear()
+        lane.alone = False
+        if blame and len(in_hand) == 1:
+            count = self._deaths[in_hand[0]] = self._deaths.get(in_hand[0], 0) + 1
+            if count >= max(self._retries, 1):
+                self._open -= 1
+                return in_hand[0]
+        lane.suspects.extendleft(reversed(in_hand))
+        return None
+
+    def removed(self, worker: str) -> None:
+        """`worker` does not come back: what it had goes to whoever asks next, still one at a time."""
+        lane = self._lanes.pop(worker, None)
+        if lane is not None:
+            self._orphans.extend([*sorted(lane.in_hand), *lane.suspects])
+
+    def attempts(self, shard: int) -> tuple[int, int]:
+        """How often `shard` has raised, and how often its worker died with nothing else in hand."""
+        return self._failures.get(shard, 0), self._deaths.get(shard, 0)
+
+    def in_hand(self, worker: str) -> int:
+        """Shards that `worker` has now."""
+        lane = self._lanes.get(worker)
+        return len(lane.in_hand) if lane is not None else 0
+
+    def idle(self) -> bool:
+        """Whether no worker has a shard in hand."""
+        return not any(lane.in_hand for lane in self._lanes.values())
+
+    def finished(self) -> bool:
+        """Whether every shard is committed or given up."""
+        return self._open == 0 and self._cursor == len(self._pending)
+
+    def _release(self, worker: str, shard: int) -> None:
+        lane = self._lanes.get(worker)
+        if lane is not None:
+            lane.in_hand.discard(shard)
+            lane.alone = False

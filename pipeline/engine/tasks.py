@@ -1,0 +1,171 @@
+"""Independent tasks over Ray: bounded in flight, retried with back-off, resumable, failures kept as files."""
+
+from __future__ import annotations
+
+import queue
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+
+from pipeline.config import EngineConfig
+from pipeline.engine.connect import alive_nodes
+from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
+from pipeline.engine.interrupt import Interruption
+from pipeline.engine.progress import Display, Tally
+from pipeline.engine.shard_queue import ShardQueue
+from pipeline.errors import StageError
+from pipeline.run import RunFolder
+from pipeline.store import storage
+from pipeline.store.task_marks import TaskMarks
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+#: Tasks in flight per task that can run at the same time: enough that no CPU waits for the driver.
+IN_FLIGHT_PER_CPU = 2
+
+#: Seconds that the driver waits for news before it looks around.
+TICK = 0.2
+
+_LANE = "tasks"
+
+
+@dataclass
+class TaskOutcome:
+    """How a list of tasks ended: how many are complete (earlier ones included), and those set aside."""
+
+    total: int
+    done: int = 0
+    failed: list[Aside] = field(default_factory=list)
+
+    def check(self, stage: str) -> None:
+        """Raise `StageError` with the list when a task failed."""
+        if self.failed:
+            named = "; ".join(str(aside) for aside in self.failed[:5])
+            more = f"; and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
+            raise StageError(f"{stage}: {len(self.failed)} of {self.total} failed: {named}{more}")
+
+
+def run_tasks(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    run: RunFolder,
+    stage: str,
+    config: EngineConfig,
+    on_result: Callable[[int, Result], None],
+    name: Callable[[Item], str] = str,
+    marks: TaskMarks | None = None,
+    unit: str = "tasks",
+    cpus: float = 1,
+    gpus: float = 0,
+) -> TaskOutcome:
+    """Run `function(item)` for every item in Ray tasks.
+
+    Results reach `on_result(number, result)` in the driver as they come, in no particular order; those that `marks`
+    has from an earlier call first, without running anything. A task writes its mark itself, right after its result
+    is known, so that a driver killed in between loses nothing.
+
+    A task that raises, or whose process dies, is tried again after `config.retry_wait` seconds, doubled each time,
+    `config.retries` times, then set aside in `failed/STAGE/NNNNN.json`. It is tried anew by the next call.
+
+    Args:
+        function: picklable; named functions travel by name.
+        name: how an item is called in messages.
+        cpus: CPUs of one task.
+        gpus: GPUs of one task.
+
+    Raises `StageError` when the run folder cannot be written or the run is interrupted.
+    """
+    check_writable(run.root)
+    outcome = TaskOutcome(total=len(items))
+    settled = bytearray(len(items))
+    for number, result in marks.finished(len(items)) if marks is not None else ():
+        settled[number] = 1
+        outcome.done += 1
+        on_result(number, result)
+    pending = array("q", (number for number, value in enumerate(settled) if not value))
+    waiting = ShardQueue(pending, depth=_in_flight(cpus, gpus), retries=config.retries, wait=config.retry_wait)
+    # Retries are counted here, not by Ray, so that exceptions and dead processes share one limit and one back-off.
+    remote = ray.remote(_call).options(
+        num_cpus=cpus, num_gpus=gpus, max_retries=0, name=stage, scheduling_strategy="SPREAD"
+    )
+    function_ref = ray.put(function)
+    events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+
+    tally = Tally(len(items), done=outcome.done)
+    with (
+        Display(stage, unit, tally) as display,
+        Interruption(lambda: display.note("finishing what is in hand (again: stop at once)")) as stop,
+    ):
+        while not waiting.finished():
+            if stop.requested and waiting.idle():
+                left = outcome.total - outcome.done - len(outcome.failed)
+                raise StageError(
+                    f"{stage}: interrupted, {left} of {outcome.total} {unit} left; the same command goes on"
+                )
+            while not stop.requested and (due := waiting.take(_LANE)) is not None:
+                future: Future[Any] = remote.remote(function_ref, items[due], due, marks).future()
+                future.add_done_callback(partial(_report, events.put, due))
+            display.tick()
+            try:
+                number, result = events.get(timeout=TICK)
+            except queue.Empty:
+                continue
+            if isinstance(result, _Done):
+                waiting.succeeded(_LANE, number)
+                outcome.done += 1
+                tally.add()
+                on_result(number, result.value)
+                continue
+            failure = result if isinstance(result, Failure) else Failure.of(result)
+            if not waiting.failed(_LANE, number):
+                attempts, _ = waiting.attempts(number)
+                aside = Aside(number, name(items[number]), failure, attempts)
+                set_aside(storage.join(run.root, "failed", stage, f"{number:05d}.json"), aside)
+                outcome.failed.append(aside)
+                tally.failed += 1
+                display.note(f"set aside {aside}")
+    _forget_old_failures(run, stage, outcome)
+    return outcome
+
+
+@dataclass(frozen=True)
+class _Done:
+    value: Any
+
+
+def _call(function: Callable[[Any], Any], item: Any, number: int, marks: TaskMarks | None) -> _Done | Failure:
+    """Runs in the task: an exception comes back as a value, since it may not survive pickling."""
+    try:
+        result = function(item)
+        if marks is not None:
+            marks.write(number, result)
+    except Exception as error:
+        return Failure.of(error)
+    return _Done(result)
+
+
+def _report(put: Callable[[tuple[int, Any]], None], number: int, future: Future[Any]) -> None:
+    put((number, future.exception() or future.result()))
+
+
+def _in_flight(cpus: float, gpus: float) -> int:
+    """Tasks handed to Ray at a time: a small multiple of those that can run at once."""
+    nodes = alive_nodes()
+    resource, share = ("GPU", gpus) if gpus else ("CPU", cpus)
+    at_once = sum(node.get(resource, 0.0) for node in nodes) / max(share, 0.01)
+    return max(2, int(at_once * IN_FLIGHT_PER_CPU))
+
+
+def _forget_old_failures(run: RunFolder, stage: str, outcome: TaskOutcome) -> None:
+    """Remove the files of failures that an earlier call left and this one overcame."""
+    still = {aside.item for aside in outcome.failed}
+    for url in storage.list_files(storage.join(run.root, "failed", stage), ".json"):
+        if int(storage.basename(url).removesuffix(".json")) not in still:
+            storage.remove(url)

@@ -1,0 +1,138 @@
+"""The actor that scores shards: it loads the next ones while the present one is scored."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import ray
+import tenacity
+
+from pipeline.data.inventory import ShardInfo
+from pipeline.engine.failures import Failure
+from pipeline.engine.metrics import WorkerMetrics
+
+Loaded = TypeVar("Loaded")
+Scored = TypeVar("Scored")
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """What came of a shard: rows by status (`ok` and reasons), and the seconds of each phase.
+
+    `waiting` is how long the device stood idle before this shard could be scored.
+    """
+
+    statuses: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> int:
+        """All rows, rejected ones included."""
+        return sum(self.statuses.values())
+
+
+class ShardWork(Protocol[Loaded, Scored]):
+    """What an actor does with a shard, in three steps of which only the middle one has the device."""
+
+    def load(self, shard: ShardInfo) -> Loaded:
+        """Fetch and decode. Called from several threads at once."""
+        ...
+
+    def score(self, shard: ShardInfo, loaded: Loaded) -> Scored:
+        """Compute. Called for one shard at a time."""
+        ...
+
+    def commit(self, shard: ShardInfo, scored: Scored, seconds: dict[str, float]) -> dict[str, int]:
+        """Write the result and its mark; returns rows by status. Called from several threads at once."""
+        ...
+
+
+class WorkerSpec(Protocol):
+    """How to make the work of an actor: a small picklable value that names files, not their contents."""
+
+    def build(self, worker: str) -> ShardWork[Any, Any]:
+        """Load model, checkpoints and plans; called once in each actor's process."""
+        ...
+
+
+class ScoreWorker(Generic[Loaded, Scored]):
+    """The actor's class: `prefetch + 2` calls run in threads of it, one each in the phases load, score and commit.
+
+    At most `prefetch` loaded shards wait in memory beside the one that is scored.
+    """
+
+    def __init__(self, name: str, spec: WorkerSpec, prefetch: int) -> None:
+        self._name = name
+        self._spec = spec
+        self._work: ShardWork[Any, Any] | None = None
+        self._building = threading.Lock()
+        self._memory = threading.Semaphore(prefetch + 1)
+        self._loading = threading.Semaphore(prefetch)
+        self._device = threading.Lock()
+        self._idle_since = time.perf_counter()
+        self._metrics = WorkerMetrics(name)
+
+    def __repr__(self) -> str:
+        return f"ScoreWorker({self._name})"
+
+    def start(self) -> str | Failure:
+        """Build the work if this process has not yet. Returns Ray's id of the node, or why it cannot be built."""
+        try:
+            self._ready_work()
+        except Exception as error:
+            return Failure.of(error, self._name)
+        return str(ray.get_runtime_context().get_node_id())
+
+    def score_shard(self, shard: ShardInfo) -> ShardStats | Failure:
+        """Load, score and commit one shard. An exception comes back as a value: it may not survive pickling."""
+        try:
+            work = self._ready_work()
+            seconds: dict[str, float] = {}
+            with self._memory:
+                with self._loading, _Timer(seconds, "load"):
+                    loaded = work.load(shard)
+                with self._device:
+                    seconds["waiting"] = time.perf_counter() - self._idle_since
+                    try:
+                        with _Timer(seconds, "score"):
+                            scored = work.score(shard, loaded)
+                    finally:
+                        self._idle_since = time.perf_counter()
+                del loaded
+            with _Timer(seconds, "commit"):
+                statuses = work.commit(shard, scored, seconds)
+        except Exception as error:
+            return Failure.of(error, self._name)
+        stats = ShardStats(statuses, seconds)
+        self._metrics.count(stats.statuses, stats.seconds)
+        return stats
+
+    def _ready_work(self) -> ShardWork[Any, Any]:
+        with self._building:
+            if self._work is None:
+                # Storage may stumble while a hundred workers read the same checkpoints; nothing else is retried.
+                attempt = tenacity.Retrying(
+                    retry=tenacity.retry_if_exception_type(OSError),
+                    wait=tenacity.wait_random_exponential(max=20),
+                    stop=tenacity.stop_after_attempt(4),
+                    reraise=True,
+                )
+                self._work = attempt(self._spec.build, self._name)
+                self._idle_since = time.perf_counter()
+            return self._work
+
+
+class _Timer:
+    """Adds the seconds of a block to `seconds[phase]`."""
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self._seconds, self._phase = seconds, phase
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._phase] = time.perf_counter() - self._start

@@ -1,0 +1,194 @@
+"""Committing the scores of a shard, and reading back what was committed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.dataset
+
+from pipeline.run import RunFolder
+from pipeline.store import marks, storage
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.scores import score_schema, serialise
+
+#: Marks read at the same time: each is a round trip on an object store.
+READERS = 16
+
+
+class Shard(Protocol):
+    """What identifies an input shard (`pipeline.data.inventory.ShardInfo`)."""
+
+    @property
+    def index(self) -> int:
+        """Number in the run, from 0."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Size on storage."""
+        ...
+
+    @property
+    def etag(self) -> str:
+        """Etag or time of change."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """What came of a shard: rows in all, and how many of each status (`ok` among them)."""
+
+    rows: int
+    by_status: dict[str, int]
+
+    @property
+    def ok(self) -> int:
+        """Pairs with a score."""
+        return self.by_status.get("ok", 0)
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Pairs without a score, by reason."""
+        return {status: count for status, count in self.by_status.items() if status != "ok"}
+
+    @staticmethod
+    def of(table: pa.Table) -> ShardCounts:
+        """Count the rows of a score table."""
+        counted = table["status"].combine_chunks().value_counts().to_pylist()
+        return ShardCounts(table.num_rows, {str(entry["values"]): int(entry["counts"]) for entry in counted})
+
+
+@dataclass(frozen=True)
+class ScoreMark:
+    """The content of `scores/NNNNN.json`.
+
+    `seconds` has the time of each phase, `end_error` says where a broken tar ended (empty for a whole one),
+    `finished` is Unix time. The times are the only values that differ between two runs with one fingerprint.
+    """
+
+    shard: int
+    url: str
+    rows: int
+    ok: int
+    reasons: dict[str, int]
+    end_error: str
+    bytes: int
+    checksum: str
+    seconds: dict[str, float]
+    finished: float
+    worker: str
+    fingerprint: str
+    parts: dict[str, Any] = field(repr=False)
+
+    @staticmethod
+    def parse(value: dict[str, Any]) -> ScoreMark:
+        """A mark as read from JSON. Raises `KeyError` when something is missing."""
+        return ScoreMark(**{name: value[name] for name in ScoreMark.__dataclass_fields__})
+
+
+def shard_fingerprint(fingerprint: Fingerprint, shard: Shard) -> Fingerprint:
+    """The run's fingerprint with the identity of one input shard added."""
+    return fingerprint.of_shard(shard.name, shard.bytes, shard.etag)
+
+
+def commit_scores(
+    run: RunFolder,
+    shard: Shard,
+    table: pa.Table,
+    fingerprint: Fingerprint,
+    *,
+    estimator: str,
+    seconds: dict[str, float],
+    finished: float,
+    worker: str = "",
+    end_error: str = "",
+) -> ScoreMark:
+    """Write a shard's score file, then its mark. `fingerprint` is the run's; the shard's identity is added here.
+
+    A crash at any point leaves either no mark, or a mark whose file is whole.
+    """
+    mine = shard_fingerprint(fingerprint, shard)
+    data = serialise(table, estimator=estimator, fingerprint=mine.digest)
+    counts = ShardCounts.of(table)
+    url = run.score_mark(shard.index)
+    marks.invalidate(url, mine)
+    storage.write_bytes(run.score_file(shard.index), data)
+    mark = ScoreMark(
+        shard=shard.index,
+        url=shard.url,
+        rows=counts.rows,
+        ok=counts.ok,
+        reasons=dict(sorted(counts.rejected.items())),
+        end_error=end_error,
+        bytes=len(data),
+        checksum=storage.checksum(data),
+        seconds={phase: round(value, 4) for phase, value in seconds.items()},
+        finished=round(finished, 3),
+        worker=worker,
+        fingerprint=mine.digest,
+        parts=mine.parts,
+    )
+    content = asdict(mark)
+    del content["fingerprint"], content["parts"]
+    marks.write_mark(url, mine, content)
+    return mark
+
+
+def read_marks(run: RunFolder) -> Iterator[ScoreMark]:
+    """All commit marks of a run whose score file is there, by shard number; bounded memory."""
+    names = {storage.basename(url) for url in storage.list_files(run.scores, ".parquet")}
+    urls = [
+        url
+        for url in storage.list_files(run.scores, ".json")
+        if f"{os.path.splitext(storage.basename(url))[0]}.parquet" in names
+    ]
+    for mark in _read_all(urls):
+        if mark is not None:
+            yield ScoreMark.parse(mark)
+
+
+def committed(run: RunFolder, shards: Sequence[Shard], fingerprint: Fingerprint, stale: str) -> Iterator[ScoreMark]:
+    """The marks of those of `shards` that are complete with this fingerprint (the run's, without a shard).
+
+    A mark with another fingerprint is left out with `stale="redo"` and a `FingerprintError` with `"refuse"`.
+    """
+    by_index = {shard.index: place for place, shard in enumerate(shards)}
+    for mark in read_marks(run):
+        place = by_index.get(mark.shard)
+        if place is None:
+            continue
+        mine = shard_fingerprint(fingerprint, shards[place])
+        if marks.is_current(run.score_mark(mark.shard), asdict(mark), mine, stale):
+            yield mark
+
+
+def open_scores(run: RunFolder) -> pyarrow.dataset.Dataset:
+    """All committed scores as one Arrow dataset, by shard number; files without a mark are not part of it."""
+    files = [run.score_file(mark.shard) for mark in read_marks(run)]
+    if not files:
+        return pyarrow.dataset.dataset(score_schema().empty_table())
+    fs, _ = storage.filesystem(run.scores)
+    paths = [storage.filesystem(file)[1] for file in files]
+    return pyarrow.dataset.dataset(paths, format="parquet", filesystem=fs)
+
+
+def _read_all(urls: list[str]) -> Iterator[dict[str, Any] | None]:
+    """Read marks ahead with a few threads, a bounded number at a time, in order."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(urls), READERS * 16):
+            yield from pool.map(marks.read_mark, urls[start : start + READERS * 16])

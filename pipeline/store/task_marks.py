@@ -1,0 +1,46 @@
+"""Marks of a list of independent tasks, each with its result, so that a restart runs only the ones that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.store import marks, storage
+from pipeline.store.fingerprint import Fingerprint
+
+#: Marks read at the same time.
+READERS = 16
+
+
+@dataclass(frozen=True)
+class TaskMarks:
+    """One JSON file per finished task in `folder`; a task's result must be a JSON value.
+
+    `fingerprint` is of everything that decides the results, the list of tasks included; `stale` says whether marks
+    with another one are redone or refused.
+    """
+
+    folder: str
+    fingerprint: Fingerprint
+    stale: str = "redo"
+
+    def url(self, task: int) -> str:
+        """The mark of task number `task`."""
+        return storage.join(self.folder, f"{task:05d}.json")
+
+    def write(self, task: int, result: Any) -> None:
+        """Say that `task` is complete."""
+        marks.write_mark(self.url(task), self.fingerprint, {"result": result})
+
+    def finished(self, count: int) -> Iterator[tuple[int, Any]]:
+        """Number and result of the tasks below `count` that are complete, in order."""
+        there = set(storage.list_files(self.folder, ".json"))
+        tasks = [task for task in range(count) if self.url(task) in there]
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(tasks), READERS * 16):
+                block = tasks[start : start + READERS * 16]
+                for task, mark in zip(block, pool.map(marks.read_mark, map(self.url, block)), strict=True):
+                    if mark is not None and marks.is_current(self.url(task), mark, self.fingerprint, self.stale):
+                        yield task, mark["result"]

@@ -1,0 +1,109 @@
+"""Scoring over Ray with a fake scorer: every shard committed or set aside, whatever fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import EngineConfig
+from pipeline.engine.failures import read_aside
+from pipeline.engine.scoring import score_shards
+from pipeline.errors import FingerprintError, StageError
+from pipeline.run import RunFolder
+from pipeline.store.commits import open_scores, read_marks
+from pipeline.store.fingerprint import Fingerprint
+from tests.engine.fakes import FINGERPRINT, FakeSpec, fake_table, shard_infos
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+
+@pytest.fixture
+def config() -> EngineConfig:
+    return EngineConfig(workers=2, cpus_per_worker=1, retries=2, retry_wait=0.05)
+
+
+def scored_by(script: Path) -> Counter[int]:
+    return Counter(int(line.split()[0]) for line in (script / "log").read_text().splitlines())
+
+
+def test_every_shard_is_committed_and_a_second_call_scores_none_again(tmp_path: Path, config: EngineConfig) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(12)
+    spec = FakeSpec(run, script=str(tmp_path))
+    outcome = score_shards(spec, shards, run, FINGERPRINT, config)
+    assert (outcome.done, outcome.failed) == (12, [])
+    assert outcome.statuses == {"ok": 12 * 18, "no-image": 12 * 2}
+    table = open_scores(run).to_table()
+    assert table.num_rows == 240
+    assert table.column("uid").to_pylist()[20:40] == fake_table(shards[1])["uid"].to_pylist()
+
+    again = score_shards(spec, shards, run, FINGERPRINT, config)
+    assert (again.done, again.statuses) == (12, outcome.statuses)
+    assert set(scored_by(tmp_path).values()) == {1}
+
+
+def test_a_shard_that_raises_is_retried_then_set_aside_while_the_others_go_on(
+    tmp_path: Path, config: EngineConfig
+) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(6)
+    (tmp_path / "raise-3").touch()
+    spec = FakeSpec(run, script=str(tmp_path))
+    outcome = score_shards(spec, shards, run, FINGERPRINT, config)
+    assert outcome.done == 5
+    aside = read_aside(run.failure_file(3))
+    assert aside is not None
+    assert (aside.failure.exception, aside.failure.message) == ("OSError", "the tar is torn")
+    assert (aside.failure.last_sample, aside.attempts, aside.worker_deaths) == ("000007", 3, 0)
+    assert aside.failure.node
+    with pytest.raises(StageError, match="1 of 6 shards failed"):
+        outcome.check(0.0, "failed")
+    outcome.check(0.2, "failed")
+
+    (tmp_path / "raise-3").unlink()
+    still = score_shards(spec, shards, run, FINGERPRINT, config)
+    assert [aside.item for aside in still.failed] == [3]
+    retried = score_shards(spec, shards, run, FINGERPRINT, config, retry_failed=True)
+    assert (retried.done, retried.failed) == (6, [])
+    assert read_aside(run.failure_file(3)) is None
+
+
+def test_a_shard_that_kills_its_worker_is_set_aside_and_costs_no_other_shard(
+    tmp_path: Path, config: EngineConfig
+) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(10)
+    (tmp_path / "kill-4").touch()
+    outcome = score_shards(FakeSpec(run, script=str(tmp_path)), shards, run, FINGERPRINT, config)
+    assert outcome.done == 9
+    assert [aside.item for aside in outcome.failed] == [4]
+    assert outcome.failed[0].worker_deaths == 2
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len({worker for shard, _, worker in lines if shard == "4"}) == 1
+
+
+def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path: Path, config: EngineConfig) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(10)
+    (tmp_path / "once-2").touch()
+    outcome = score_shards(FakeSpec(run, script=str(tmp_path)), shards, run, FINGERPRINT, config)
+    assert (outcome.done, outcome.failed) == (10, [])
+    repeated = sum(count - 1 for count in scored_by(tmp_path).values())
+    assert 1 <= repeated <= config.prefetch + 2
+
+
+def test_stale_results_are_refused_by_name_or_redone(tmp_path: Path, config: EngineConfig) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(3)
+    score_shards(FakeSpec(run), shards, run, FINGERPRINT, config)
+    other = Fingerprint({**FINGERPRINT.parts, "score": {"estimator": "other"}})
+    spec = FakeSpec(run, fingerprint=other)
+    with pytest.raises(FingerprintError, match=r'score.estimator: "fake" there, "other" now'):
+        score_shards(spec, shards, run, other, config)
+    redo = config.model_copy(update={"stale": "redo"})
+    assert score_shards(spec, shards, run, other, redo).done == 3
+    assert {mark.fingerprint for mark in read_marks(run)} != {""}
+    assert all(mark.parts["score"] == {"estimator": "other"} for mark in read_marks(run))
+
+
+def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path: Path, config: EngineConfig) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    with pytest.raises(StageError, match="no worker can start: ValueError: no such checkpoint"):
+        score_shards(FakeSpec(run, broken="no such checkpoint"), shard_infos(3), run, FINGERPRINT, config)

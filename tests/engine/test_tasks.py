@@ -1,0 +1,88 @@
+"""Independent tasks over Ray: every one run once, resumed, retried or set aside."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import EngineConfig
+from pipeline.engine.failures import read_aside
+from pipeline.engine.tasks import run_tasks
+from pipeline.errors import StageError
+from pipeline.run import RunFolder
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.task_marks import TaskMarks
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+CONFIG = EngineConfig(retries=2, retry_wait=0.05)
+
+
+@dataclass(frozen=True)
+class Square:
+    """Squares a number; files in `folder` say which number raises or kills its process, and how often."""
+
+    folder: str
+
+    def __call__(self, number: int) -> int:
+        with open(Path(self.folder, "log"), "a") as log:
+            log.write(f"{number}\n")
+        for trouble in Path(self.folder).glob(f"{number}-*"):
+            trouble.unlink()
+            if trouble.name.startswith(f"{number}-kill"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError(f"no square of {number}")
+        return number * number
+
+
+def calls(folder: Path) -> list[int]:
+    return sorted(int(line) for line in (folder / "log").read_text().split())
+
+
+def test_results_stream_to_the_callback_and_a_second_call_runs_nothing(tmp_path: Path) -> None:
+    marks = TaskMarks(str(tmp_path / "marks"), Fingerprint({"items": 5}))
+    for _ in range(2):
+        results: dict[int, int] = {}
+        outcome = run_tasks(
+            Square(str(tmp_path)),
+            [3, 4, 5, 6, 7],
+            run=RunFolder(str(tmp_path / "run")),
+            stage="squares",
+            config=CONFIG,
+            on_result=results.__setitem__,
+            marks=marks,
+        )
+        assert (outcome.done, outcome.failed) == (5, [])
+        assert results == {0: 9, 1: 16, 2: 25, 3: 36, 4: 49}
+    assert calls(tmp_path) == [3, 4, 5, 6, 7]
+
+
+def test_trouble_within_the_retries_is_overcome_and_beyond_is_set_aside_until_the_next_call(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    for name in ("1-raise", "2-kill", "3-a", "3-b", "3-c"):
+        (tmp_path / name).touch()
+    results: dict[int, int] = {}
+
+    def work() -> list[str]:
+        outcome = run_tasks(
+            Square(str(tmp_path)), [0, 1, 2, 3], run=run, stage="squares", config=CONFIG, on_result=results.__setitem__
+        )
+        if outcome.failed:
+            with pytest.raises(StageError, match="squares: 1 of 4 failed: 3: ValueError: no square of 3"):
+                outcome.check("squares")
+        return [aside.name for aside in outcome.failed]
+
+    file = str(tmp_path / "run" / "failed" / "squares" / "00003.json")
+    assert work() == ["3"]
+    assert results == {0: 0, 1: 1, 2: 4}
+    aside = read_aside(file)
+    assert aside is not None
+    assert (aside.attempts, aside.failure.exception) == (3, "ValueError")
+    assert aside.failure.node
+    assert work() == []
+    assert results[3] == 9
+    assert read_aside(file) is None
