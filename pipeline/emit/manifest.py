@@ -1,0 +1,116 @@
+"""Where the files of an emitted selection are, and `manifest.jsonl`: what is kept of each input shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow.parquet as pq
+
+from pipeline.data.inventory import ShardInfo
+from pipeline.errors import StageError
+from pipeline.run import RunFolder
+from pipeline.store import storage
+
+
+@dataclass(frozen=True)
+class SelectionFolder:
+    """Paths of the files of one selection. `root` is a local path or an fsspec URL."""
+
+    root: str
+
+    def keep_name(self, shard: int) -> str:
+        """The keep list of input shard number `shard`, relative to the folder."""
+        return f"keep/{shard:05d}.parquet"
+
+    def keep(self, shard: int) -> str:
+        """The keep list of input shard number `shard` (Parquet: uid, key, index, utility)."""
+        return storage.join(self.root, self.keep_name(shard))
+
+    @property
+    def manifest(self) -> str:
+        """One line per input shard (JSON lines)."""
+        return storage.join(self.root, "manifest.jsonl")
+
+    @property
+    def uids(self) -> str:
+        """DataComp's subset file."""
+        return storage.join(self.root, "uids.npy")
+
+    @property
+    def shards(self) -> str:
+        """Folder of the pruned tars."""
+        return storage.join(self.root, "shards")
+
+    @property
+    def train_script(self) -> str:
+        """The open_clip command."""
+        return storage.join(self.root, "train.sh")
+
+    @property
+    def card(self) -> str:
+        """The dataset card (Markdown)."""
+        return storage.join(self.root, "README.md")
+
+    @property
+    def mark(self) -> str:
+        """Written last: what was emitted, and of what (JSON)."""
+        return storage.join(self.root, "emit.json")
+
+
+@dataclass(frozen=True)
+class ManifestLine:
+    """What is kept of one input shard.
+
+    Attributes:
+        shard: file name of the input shard.
+        url: where it is.
+        num_samples: samples in it, bad ones included.
+        num_kept: rows of its keep list.
+        keep: the keep list, relative to the selection's folder; None for a shard that was set aside without scores.
+    """
+
+    shard: str
+    url: str
+    num_samples: int
+    num_kept: int
+    keep: str | None
+
+
+def build_manifest(run: RunFolder, folder: SelectionFolder, inventory: Sequence[ShardInfo]) -> list[ManifestLine]:
+    """Count the keep lists of all input shards, in order of the inventory.
+
+    Raises `StageError` where a shard has neither a keep list nor a note that it was set aside.
+    """
+    lines = []
+    for info in inventory:
+        kept = _rows(folder.keep(info.index))
+        if kept is None and not storage.exists(run.failure_file(info.index)):
+            raise StageError(
+                f"{folder.keep(info.index)}: expected the keep list of {info.url}, found nothing there; run "
+                "`diffprune select` first"
+            )
+        keep = None if kept is None else folder.keep_name(info.index)
+        lines.append(ManifestLine(info.name, info.url, info.samples, kept or 0, keep))
+    return lines
+
+
+def write_manifest(url: str, lines: Iterable[ManifestLine]) -> None:
+    """Write one JSON object per line."""
+    with storage.atomic_writer(url) as handle:
+        for line in lines:
+            handle.write(json.dumps(asdict(line), ensure_ascii=False).encode() + b"\n")
+
+
+def read_manifest(url: str) -> list[ManifestLine]:
+    """Read what `write_manifest` wrote. Raises `ValueError` or `TypeError` for anything else."""
+    return [ManifestLine(**json.loads(line)) for line in storage.read_bytes(url).splitlines()]
+
+
+def _rows(url: str) -> int | None:
+    try:
+        with storage.open_read(url) as handle:
+            return int(pq.ParquetFile(handle).metadata.num_rows)
+    except FileNotFoundError:
+        return None

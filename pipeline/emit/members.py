@@ -1,0 +1,240 @@
+"""The samples of a tar with the bytes of their members, numbered as the reader numbers them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, NamedTuple, TypeVar, cast
+
+from pipeline.data.stream import ShardStream
+from pipeline.emit.tar import BLOCK, Buffer, padded
+from pipeline.errors import InputError
+from pipeline.store import storage
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
+_REGULAR, _OLD_REGULAR, _FOLDER, _LONG_NAME, _PAX = b"0\x005Lx"
+
+
+@dataclass(slots=True, frozen=True)
+class Sample:
+    """The members that follow each other with one key.
+
+    Attributes:
+        index: place within the shard, from 0.
+        key: what the members' names share.
+        members: the rest of each name (with its dot) and the content, in order.
+    """
+
+    index: int
+    key: str
+    members: list[tuple[str, Buffer]]
+
+
+class Extent(NamedTuple):
+    """Where a member lies in an uncompressed tar: its headers start at `start`, its content at `data`."""
+
+    start: int
+    data: int
+    size: int
+
+
+class UnusualTarError(Exception):
+    """A tar with entries that `scan` leaves to `tarfile`: links, sparse files, global headers."""
+
+
+def is_mappable(url: str) -> bool:
+    """Whether a shard is a local, uncompressed file, whose members can be reached without reading what is between."""
+    return storage.is_local(url) and url.endswith(".tar")
+
+
+def map_file(url: str) -> memoryview:
+    """A local file mapped into memory; the map lives as long as the last view of it."""
+    with open(storage.local_path(url), "rb") as handle:
+        if not os.fstat(handle.fileno()).st_size:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
+    """Name and place of the regular files of a mapped tar, in order, without touching their content.
+
+    Knows plain headers, GNU long names and pax records, which is what `tarfile` and webdataset write. Stops where the
+    tar ends or breaks off: the last member is always whole. Raises `UnusualTarError` on anything rarer.
+    """
+    offset = first = 0
+    stop = len(view)
+    name, long_size = "", -1
+    while offset + BLOCK <= stop:
+        header = bytes(view[offset : offset + BLOCK])
+        if not header[0] and not any(header):
+            return
+        kind = header[156]
+        try:
+            size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
+        except ValueError:
+            raise UnusualTarError from None
+        data = offset + BLOCK
+        if kind in (_REGULAR, _OLD_REGULAR):
+            if long_size >= 0:
+                size = long_size
+            if data + size > stop:
+                return
+            name = name or _name(header)
+            if not name.endswith("/"):
+                yield name, Extent(first, data, size)
+        elif kind == _LONG_NAME:
+            name = _text(bytes(view[data : data + size]).split(b"\0", 1)[0])
+        elif kind == _PAX:
+            records = _pax_records(bytes(view[data : data + size]))
+            name = _text(records.get(b"path", b"")) or name
+            long_size = int(records.get(b"size", long_size))
+        elif kind != _FOLDER:
+            raise UnusualTarError
+        offset = data + padded(size)
+        if kind != _LONG_NAME and kind != _PAX:
+            first, name, long_size = offset, "", -1
+
+
+def group(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[tuple[str, T]]]]:
+    """Samples in order: a key and the members that follow each other with it, none of whose endings repeats.
+
+    The rule is the reader's (and webdataset's); members without a key, or with a hidden name, belong to no sample.
+    """
+    key = ""
+    mine: list[tuple[str, T]] = []
+    endings: set[str] = set()
+    for name, value in members:
+        match = _NAME.fullmatch(name)
+        if match is None or _HIDDEN.match(name):
+            continue
+        new_key, ending = match.groups()
+        ending = ending.lower()
+        if new_key != key or ending in endings:
+            if mine:
+                yield key, mine
+            key, mine, endings = new_key, [], set()
+        endings.add(ending)
+        mine.append((name[len(new_key) :], value))
+    if mine:
+        yield key, mine
+
+
+def read_samples(url: str, indices: Sequence[int]) -> Iterator[Sample]:
+    """The samples of a shard with these indices, which ascend, in order.
+
+    A plain local tar is mapped: contents are views of it, and what lies between is not read. Any other shard is read
+    and decompressed from its beginning. Raises `InputError` when the shard has fewer samples.
+    """
+    done = 0
+    if is_mappable(url):
+        view = map_file(url)
+        try:
+            for index, (key, extents) in _pick(group(scan(view)), indices):
+                yield Sample(index, key, _views(view, extents))
+                done += 1
+        except UnusualTarError:
+            pass
+    if done < len(indices):
+        for index, (key, members) in _pick(group(_stream(url)), indices[done:]):
+            yield Sample(index, key, cast("list[tuple[str, Buffer]]", members))
+            done += 1
+    if done < len(indices):
+        raise _too_few(url, indices[done])
+
+
+def locate_samples(url: str, indices: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Where the samples with these indices (ascending) start and end in a plain local tar; None for other shards.
+
+    Raises `InputError` when the tar has fewer samples.
+    """
+    if not is_mappable(url):
+        return None
+    spans = []
+    try:
+        for _, (_, extents) in _pick(group(scan(map_file(url))), indices):
+            last = extents[-1][1]
+            spans.append((extents[0][1].start, last.data + padded(last.size)))
+    except UnusualTarError:
+        return None
+    if len(spans) < len(indices):
+        raise _too_few(url, indices[len(spans)])
+    return spans
+
+
+def sample_in(content: Buffer, index: int) -> Sample:
+    """The one sample, number `index` of its shard, in the bytes between the places that `locate_samples` found."""
+    view = memoryview(content)
+    ((key, extents),) = group(scan(view))
+    return Sample(index, key, _views(view, extents))
+
+
+def _pick(values: Iterable[T], indices: Sequence[int]) -> Iterator[tuple[int, T]]:
+    """The values at ascending `indices`, with these; stops after the last one, or where the values end."""
+    wanted = iter(indices)
+    following = next(wanted, None)
+    if following is None:
+        return
+    for index, value in enumerate(values):
+        if index == following:
+            yield index, value
+            following = next(wanted, None)
+            if following is None:
+                return
+
+
+def _stream(url: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the regular files of any shard, in order, up to where the tar ends or breaks off."""
+    stream = ShardStream(url)
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=1 << 16) as tar:
+            for info in tar:
+                content = tar.extractfile(info) if info.isreg() else None
+                if content is not None:
+                    yield info.name, content.read()
+                # Else `tarfile` remembers every member.
+                tar.members = []  # type: ignore[attr-defined]
+    except tarfile.TarError:
+        return
+    finally:
+        stream.close()
+
+
+def _views(view: memoryview, extents: list[tuple[str, Extent]]) -> list[tuple[str, Buffer]]:
+    return [(ending, view[extent.data : extent.data + extent.size]) for ending, extent in extents]
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    # POSIX headers carry the front of a long name in a field of its own; GNU headers keep times there.
+    if header[345] and header[257:263] == b"ustar\0":
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return _text(name)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _pax_records(content: bytes) -> dict[bytes, bytes]:
+    """`length key=value` records, each ending in a newline that the length counts."""
+    records = {}
+    position = 0
+    while (space := content.find(b" ", position)) > 0 and content[position:space].isdigit():
+        length = int(content[position:space])
+        key, _, value = content[space + 1 : position + length - 1].partition(b"=")
+        records[key] = value
+        position += max(length, 1)
+    if any(key.startswith(b"GNU.sparse") for key in records):
+        raise UnusualTarError
+    return records
+
+
+def _too_few(url: str, index: int) -> InputError:
+    return InputError(f"{url}: expected a sample number {index}, found the end of the tar before it")

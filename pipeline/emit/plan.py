@@ -1,0 +1,148 @@
+"""Which kept pair goes to which pruned tar, and the kept samples of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from pipeline.emit.members import Sample, read_samples
+from pipeline.emit.permutation import Permutation
+from pipeline.errors import InputError
+from pipeline.store import storage
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input shard with kept pairs: its number, file name, URL, keep list and how many that has."""
+
+    number: int
+    name: str
+    url: str
+    keep: str
+    kept: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which kept pair goes to which place of which pruned tar.
+
+    Attributes:
+        folder: where the tars go.
+        inputs: input shards with kept pairs, in order.
+        pairs_per_shard: at most so many pairs in a tar.
+        seed: of the global shuffle; None keeps the order of the inputs.
+        suffix_keys: whether each key gets the number of its input shard, because keys repeat over the input.
+        fingerprint: digest of all that decides the bytes.
+    """
+
+    folder: str
+    inputs: tuple[Input, ...]
+    pairs_per_shard: int
+    seed: int | None
+    suffix_keys: bool
+    fingerprint: str
+
+    @property
+    def pairs(self) -> int:
+        """Kept pairs in all."""
+        return sum(item.kept for item in self.inputs)
+
+    @property
+    def shards(self) -> int:
+        """Number of pruned tars."""
+        return -(-self.pairs // self.pairs_per_shard)
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """First place of a tar and of the next: sizes differ by at most one pair."""
+        return shard * self.pairs // self.shards, (shard + 1) * self.pairs // self.shards
+
+    def tar(self, shard: int) -> str:
+        """A pruned tar."""
+        return storage.join(self.folder, f"{shard:05d}.tar")
+
+    def sources(self, shard: int) -> str:
+        """Where the pairs of a tar come from (Parquet, `SOURCE_SCHEMA`, in the tar's order)."""
+        return storage.join(self.folder, f"{shard:05d}.parquet")
+
+    def stats(self, shard: int) -> str:
+        """The commit mark of a tar (JSON), written last."""
+        return storage.join(self.folder, f"{shard:05d}_stats.json")
+
+    @property
+    def sizes(self) -> str:
+        """Pairs of each tar (JSON), for open_clip."""
+        return storage.join(self.folder, "sizes.json")
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """Number, among all kept pairs, of the first one of each input; int64 `[inputs + 1]`, the total last."""
+        return np.concatenate([[0], np.cumsum([item.kept for item in self.inputs], dtype=np.int64)])
+
+    @property
+    def permutation(self) -> Permutation:
+        """Where the shuffle puts each kept pair."""
+        if self.seed is None:
+            raise ValueError("a plan without a seed keeps the order of the inputs")
+        return Permutation(self.pairs, self.seed)
+
+    def target_key(self, source: Input, key: str) -> str:
+        """The key of a pair in its pruned tar: its own, or followed by its input's number if keys repeat."""
+        return f"{key}-{source.number:05d}" if self.suffix_keys else key
+
+    @property
+    def parts(self) -> str:
+        """Folder of what a shuffle prepares per input shard; removed at the end."""
+        return storage.join(self.folder, f"{storage.TEMPORARY_PREFIX}parts-{self.fingerprint}")
+
+
+@dataclass(slots=True, frozen=True)
+class KeptRow:
+    """A row of a keep list, and the input shard it belongs to."""
+
+    source: Input
+    uid: str
+    key: str
+    index: int
+
+
+def read_keep(source: Input, first: int = 0, last: int | None = None) -> list[KeptRow]:
+    """Rows `first` to `last` of an input shard's keep list."""
+    with storage.open_read(source.keep) as handle:
+        table = pq.read_table(handle, columns=["uid", "key", "index"]).slice(
+            first, None if last is None else last - first
+        )
+    return [
+        KeptRow(source, uid, key, index)
+        for uid, key, index in zip(*(column.to_pylist() for column in table.columns), strict=True)
+    ]
+
+
+def kept_samples(rows: Sequence[KeptRow]) -> Iterator[tuple[KeptRow, Sample]]:
+    """The samples of rows of one input shard, in order.
+
+    Raises `InputError` when the shard holds other samples than the keep list says.
+    """
+    if not rows:
+        return
+    samples = read_samples(rows[0].source.url, [row.index for row in rows])
+    for row, sample in zip(rows, samples, strict=True):
+        check_key(row, sample)
+        yield row, sample
+
+
+def check_key(row: KeptRow, sample: Sample) -> None:
+    """Raise `InputError` unless the sample has the key that the keep list says."""
+    if sample.key != row.key and printable(sample.key) != row.key:
+        raise InputError(
+            f"{row.source.url}: sample {row.index}: expected the key {row.key!r} of {row.source.keep}, found "
+            f"{printable(sample.key)!r}; the shard has changed since it was scored"
+        )
+
+
+def printable(name: str) -> str:
+    """A member's name as the score files have it: bytes that are not UTF-8 are escaped with backslashes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.reader import read_shard
+from pipeline.emit.members import locate_samples, map_file, read_samples, sample_in
+from pipeline.emit.tar import TarWriter, header
+from pipeline.errors import InputError
+from tests.helpers import write_tar
+
+PARTS = st.sampled_from(["a", "b", "ü", "x" * 60, "__meta__", "", "0"])
+NAMES = st.builds("{}{}.{}".format, st.sampled_from(["", "d/", "d.e/", "n" * 90 + "/", "./"]), PARTS, st.sampled_from(
+    ["jpg", "JPG", "txt", "json", "seg.png", ""]
+))  # fmt: skip
+MEMBERS = st.lists(st.tuples(NAMES, st.binary(max_size=700)), max_size=12)
+
+
+def all_samples(url: str) -> list[Any]:
+    count = sum(1 for _ in read_shard(url))
+    return [
+        (sample.index, sample.key, [(name, bytes(content)) for name, content in sample.members])
+        for sample in read_samples(url, list(range(count)))
+    ]
+
+
+@given(MEMBERS, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+@settings(deadline=None, max_examples=50)
+def test_samples_are_the_readers_in_every_form_of_tar(
+    tmp_path_factory: pytest.TempPathFactory, members: list[tuple[str, bytes]], form: int
+) -> None:
+    folder = tmp_path_factory.mktemp("tar")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1700000000.5 if form == tarfile.PAX_FORMAT else 0
+            tar.addfile(info, io.BytesIO(content))
+    (folder / "a.tar").write_bytes(buffer.getvalue())
+    (folder / "a.tar.gz").write_bytes(gzip.compress(buffer.getvalue()))
+    plain, packed = all_samples(str(folder / "a.tar")), all_samples(str(folder / "a.tar.gz"))
+    assert plain == packed
+    read = list(read_shard(str(folder / "a.tar")))
+    assert [(index, key) for index, key, _ in plain] == [(sample.index, sample.key) for sample in read]
+    for (_, _, contents), sample in zip(plain, read, strict=True):
+        if sample.image is not None:
+            assert {name.lower(): content for name, content in contents}[f".{sample.image_type}"] == sample.image
+    spans = locate_samples(str(folder / "a.tar"), [index for index, _, _ in plain])
+    view = map_file(str(folder / "a.tar"))
+    again = [sample_in(view[start:end], index) for index, (start, end) in enumerate(spans or [])]
+    assert [(s.index, s.key, [(name, bytes(content)) for name, content in s.members]) for s in again] == plain
+
+
+def test_a_shard_of_webdatasets_own_writer(tmp_path: Path) -> None:
+    """Its fractional times put a pax header before each member."""
+    path = str(tmp_path / "a.tar")
+    with webdataset.TarWriter(path) as writer:
+        for number in range(5):
+            writer.write({"__key__": f"{number:03d}", "txt": f"caption {number}", "jpg": b"x" * number})
+    assert b"PaxHeader" in Path(path).read_bytes()
+    assert [(key, dict(members)[".txt"]) for _, key, members in all_samples(path)] == [
+        (f"{number:03d}", f"caption {number}".encode()) for number in range(5)
+    ]
+
+
+def test_links_and_folders_are_no_samples(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.tar")
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("d", tarfile.DIRTYPE), ("a.txt", tarfile.REGTYPE), ("b.txt", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("c.txt"))
+    assert [key for _, key, _ in all_samples(path)] == ["a", "c"]
+    assert locate_samples(path, [0, 1]) is None
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.zst"])
+def test_some_samples_of_a_tar_that_breaks_off(tmp_path: Path, suffix: str) -> None:
+    path = Path(write_tar(tmp_path / f"a{suffix}", [(f"{number}.txt", bytes(600)) for number in range(9)]))
+    assert [sample.index for sample in read_samples(str(path), [2, 3, 8])] == [2, 3, 8]
+    if suffix == ".tar":
+        path.write_bytes(path.read_bytes()[: 4 * 1536 + 700])
+        assert [sample.index for sample in read_samples(str(path), [2, 3])] == [2, 3]
+        with pytest.raises(InputError, match="sample number 4"):
+            list(read_samples(str(path), [2, 4, 5]))
+        with pytest.raises(InputError, match="sample number 4"):
+            locate_samples(str(path), [2, 4])
+    with pytest.raises(InputError, match="sample number 100"):
+        list(read_samples(str(path), [100]))
+
+
+@given(st.text("aü/.0", min_size=1, max_size=120), st.sampled_from([0, 1, 511, 8**11 - 1, 8**11, 2**40]))
+@settings(deadline=None)
+def test_headers_are_tarfiles(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert header(name, size) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def test_a_written_tar_is_tarfiles_byte_for_byte(tmp_path: Path) -> None:
+    contents = [bytes([number % 251]) * (number * 37 % 1500) for number in range(2000)]
+    with open(tmp_path / "ours.tar", "wb") as handle:
+        writer = TarWriter(handle)
+        for number, content in enumerate(contents):
+            writer.add(f"{number}.bin", memoryview(content))
+        writer.close()
+    assert writer.position == (tmp_path / "ours.tar").stat().st_size
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for number, content in enumerate(contents):
+            info = tarfile.TarInfo(f"{number}.bin")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_writes_that_stop_early_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    whole = os.writev
+    monkeypatch.setattr(os, "writev", lambda file, pieces: whole(file, [memoryview(pieces[0])[:700], *pieces[1:1]]))
+    with open(tmp_path / "a.tar", "wb") as handle:
+        writer = TarWriter(handle)
+        for number in range(7):
+            writer.add(f"{number}.bin", bytes([number]) * 1000)
+        writer.close()
+    monkeypatch.undo()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert [tar.extractfile(info).read() for info in tar] == [bytes([number]) * 1000 for number in range(7)]  # type: ignore[union-attr]
