@@ -13,13 +13,12 @@ CPU_WORKERS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """Scoring actors: their number, what Ray reserves for each, and the threads that decode in each."""
+    """Scoring actors: their number, and what Ray reserves for each."""
 
     workers: int
     cpus: float
     gpus: float
     memory: int | None
-    decode_threads: int
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `ActorClass.options`."""
@@ -40,7 +39,7 @@ def plan_workers(config: EngineConfig, nodes: list[dict[str, float]]) -> WorkerP
     cpus = config.cpus_per_worker or _cpu_share(used, gpus)
     fitting = sum(_fits(node, cpus, gpus) for node in used)
     workers = config.workers or max(fitting, 1)
-    return WorkerPlan(workers, cpus, gpus, config.memory_per_worker, config.decode_threads or max(1, int(cpus)))
+    return WorkerPlan(workers, cpus, gpus, config.memory_per_worker)
 
 
 def _cpu_share(nodes: list[dict[str, float]], gpus: float) -> float:

@@ -160,7 +160,7 @@ class _Driver:
         outcome: Outcome,
         display: Display,
     ) -> None:
-        self._spec = ray.put(spec)
+        self._spec = spec
         self._shards = shards
         self._run = run
         self._fingerprint = fingerprint

@@ -1,0 +1,239 @@
+"""What an actor does with a shard: read and decode it, score its pairs at every checkpoint, write its score file."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import Config
+from pipeline.data.decode import DecodedShard, Decoder, ImageSpec
+from pipeline.data.inventory import ShardInfo
+from pipeline.data.reader import Sample, read_shard
+from pipeline.data.reasons import Reason
+from pipeline.engine.failures import SampleError
+from pipeline.engine.score_columns import ScoreColumns
+from pipeline.errors import InputError
+from pipeline.influence import UTILITY_SIGN, Batches, ScoreBatch, Scorer
+from pipeline.models.clip import build_model
+from pipeline.models.manifest import Manifest
+from pipeline.prepared import load_batches, load_plan, settings_of
+from pipeline.run import RunFolder
+from pipeline.store import storage
+from pipeline.store.commits import commit_scores
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.scores import SCHEMA_VERSION, embedding_column, score_table
+from pipeline.types import PairBatch
+
+
+def score_fingerprint(config: Config, checkpoints: list[str], batches: Batches, images: ImageSpec) -> Fingerprint:
+    """The fingerprint of a run's scores, without a shard.
+
+    Args:
+        config: decides estimator and preprocessing; the batch size is left out, since it changes no score.
+        checkpoints: digest of each checkpoint's content, in manifest order.
+        batches: R, B and V; their pairs' ids count.
+        images: the model's input.
+    """
+    settings = asdict(settings_of(config))
+    del settings["chunk"]
+    return Fingerprint(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "checkpoints": checkpoints,
+            "score": settings,
+            "embeddings": config.score.embeddings,
+            "reference": _pairs_digest(batches.reference),
+            "gradient": _pairs_digest(batches.gradient),
+            "target": _pairs_digest(batches.target),
+            "preprocessing": {
+                **asdict(images),
+                "model": config.proxy.model,
+                "caption": config.data.caption,
+                "max_pixels": config.data.max_pixels,
+                "source": config.data.source,
+            },
+        }
+    )
+
+
+def _pairs_digest(pairs: PairBatch) -> str:
+    return storage.checksum(pairs.ids.numpy().astype("<i8").tobytes())
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Makes the scorer of an actor from the files of a run's folder.
+
+    Attributes:
+        config: the run's.
+        fingerprint: of the run's scores, without a shard.
+    """
+
+    config: Config
+    fingerprint: Fingerprint
+
+    def build(self, worker: str) -> ShardScorer:
+        """Load model, checkpoints and plans once for this process."""
+        config = self.config
+        cpus, gpus = _assigned()
+        model = build_model(config.proxy.model, loss=config.proxy.loss)
+        manifest = Manifest.read(RunFolder(config.out).checkpoint_manifest)
+        checkpoints = [entry.load(model) for entry in manifest.checkpoints]
+        for checkpoint in checkpoints:
+            checkpoint.adam = checkpoint.momentum = None  # the plans have what they need of it
+        scorer = Scorer(
+            model,
+            [(checkpoint, load_plan(config.out, number)) for number, checkpoint in enumerate(checkpoints)],
+            load_batches(config.out).reference,
+            settings_of(config),
+            device="cuda" if gpus and torch.cuda.is_available() else "cpu",
+            batch_size=config.score.batch_size,
+        )
+        decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
+        runs = np.array([checkpoint.run for checkpoint in checkpoints])
+        threads = config.engine.decode_threads or max(1, int(cpus))
+        return ShardScorer(self, scorer, decoder, runs, threads, worker)
+
+
+@dataclass
+class _Loaded:
+    decoded: DecodedShard
+    end_error: str
+
+
+@dataclass
+class _Scored:
+    table: pa.Table
+    end_error: str
+
+
+class ShardScorer:
+    """The work of an actor (`pipeline.engine.worker.ShardWork`).
+
+    Args:
+        spec: what it was made from.
+        scorer: scores batches of pairs.
+        decoder: decodes samples.
+        runs: int64 `[m]`, the proxy run of each checkpoint.
+        threads: threads that decode one shard.
+        worker: name of the actor, for marks.
+    """
+
+    def __init__(
+        self,
+        spec: ScorerSpec,
+        scorer: Scorer,
+        decoder: Decoder,
+        runs: NDArray[np.int64],
+        threads: int,
+        worker: str,
+    ) -> None:
+        self._spec = spec
+        self._run = RunFolder(spec.config.out)
+        self._scorer = scorer
+        self._decoder = decoder
+        self._runs = runs
+        self._threads = threads
+        self._worker = worker
+
+    def load(self, shard: ShardInfo) -> _Loaded:
+        """Read and decode every sample.
+
+        Raises `InputError` when the shard has not as many samples as the inventory says: it has changed since, or
+        the connection broke in the middle; `SampleError` when one sample could not be dealt with at all.
+        """
+        with read_shard(shard.url, caption=self._spec.config.data.caption) as reader:
+            seen = _LastSample()
+            try:
+                decoded = self._decoder.decode_shard(seen.watch(iter(reader)), self._threads)
+            except Exception as error:
+                raise SampleError(seen.key) from error
+        if len(decoded.rows) != shard.samples:
+            ended = f" ({reader.end_error})" if reader.end_error else ""
+            raise InputError(
+                f"{shard.url}: expected the {shard.samples} samples of the inventory, found {len(decoded.rows)}{ended}"
+            )
+        return _Loaded(decoded, reader.end_error)
+
+    def score(self, shard: ShardInfo, loaded: _Loaded) -> _Scored:
+        """Score the readable pairs; a row for every sample."""
+        decoded = loaded.decoded
+        scores = self._scorer.score(decoded.batch) if len(decoded.batch) else None
+        return _Scored(self._table(shard, decoded, scores), loaded.end_error)
+
+    def commit(self, shard: ShardInfo, scored: _Scored, seconds: dict[str, float]) -> dict[str, int]:
+        """Write score file and mark; returns rows by status."""
+        mark = commit_scores(
+            self._run,
+            shard,
+            scored.table,
+            self._spec.fingerprint,
+            estimator=self._spec.config.score.estimator,
+            seconds=seconds,
+            finished=time.time(),
+            worker=self._worker,
+            end_error=scored.end_error,
+        )
+        return dict(Counter({"ok": mark.ok}) + Counter(mark.reasons))
+
+    def _table(self, shard: ShardInfo, decoded: DecodedShard, scores: ScoreBatch | None) -> pa.Table:
+        rows, config = decoded.rows, self._spec.config
+        numbers = ScoreColumns(len(rows), self._runs, UTILITY_SIGN[config.score.estimator])
+        embedding = None
+        if scores is not None:
+            numbers.fill(decoded.ok, scores)
+        if config.score.embeddings:
+            values = scores.embedding.numpy() if scores is not None else self._no_embedding()
+            embedding = embedding_column(values, decoded.ok, len(rows))
+        status = [row.status for row in rows]
+        errors = [row.error for row in rows]
+        for place, error in numbers.not_finite.items():
+            status[place], errors[place] = str(Reason.NOT_FINITE), error
+        columns = {
+            "uid": [row.uid for row in rows],
+            "key": [row.key for row in rows],
+            "shard": [shard.name] * len(rows),
+            "index": [row.index for row in rows],
+            "status": status,
+            "error": errors,
+            **numbers.columns(),
+            "width": [row.width for row in rows],
+            "height": [row.height for row in rows],
+            "caption_length": [row.caption_length for row in rows],
+            "source": [row.source for row in rows],
+            "content": [row.content for row in rows],
+            "caption_id": [row.caption_id for row in rows],
+        }
+        return score_table(columns, embedding)
+
+    def _no_embedding(self) -> NDArray[np.float16]:
+        """`[0, 2 d]`: the width must be right even in a file without a single scored pair."""
+        one = self._scorer.score(self._scorer.reference[:1].to("cpu"))
+        return np.empty((0, one.embedding.shape[1]), np.float16)
+
+
+class _LastSample:
+    """Remembers the key of the last sample that went by."""
+
+    def __init__(self) -> None:
+        self.key = ""
+
+    def watch(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """The same samples."""
+        for sample in samples:
+            self.key = sample.key
+            yield sample
+
+
+def _assigned() -> tuple[float, float]:
+    """CPUs and GPUs that Ray has given this process."""
+    resources = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    return float(resources.get("CPU", 1)), float(resources.get("GPU", 0))

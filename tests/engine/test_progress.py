@@ -1,0 +1,74 @@
+"""The numbers behind the display and its two forms."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pipeline.engine import progress
+from pipeline.engine.progress import Display, Tally, duration
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_rates_and_time_left_follow_the_last_minute() -> None:
+    clock = Clock()
+    tally = Tally(100, clock=clock)
+    assert tally.seconds_left() is None
+    for _ in range(20):
+        clock.now += 1
+        tally.add(pairs=50, rejected=1, worker="0")
+    assert tally.seconds_left() == pytest.approx(80)
+    assert tally.line("shards") == "50 pairs/s, 1 min left, 20 rejected"
+    clock.now += 30
+    tally.add(pairs=500, worker="1")
+    tally.failed += 1
+    assert tally.line("shards").startswith("30 pairs/s (2 workers, ")
+    assert tally.line("shards").endswith("20 rejected, 1 shards failed")
+    clock.now += 200
+    assert tally.seconds_left() is None
+
+
+def test_earlier_work_counts_as_done_but_not_towards_the_rate() -> None:
+    clock = Clock()
+    tally = Tally(10, done=5, pairs=500, clock=clock)
+    clock.now = 10
+    tally.add(pairs=100)
+    assert (tally.done, tally.pairs) == (6, 600)
+    assert tally.line("shards") == "10 pairs/s, 40 s left"
+
+
+def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    out = io.StringIO()
+    tally = Tally(4)
+    with Display("score", "shards", tally, Console(file=out, width=200)) as display:
+        tally.add(pairs=10)
+        display.tick()
+        display.note("set aside [x]")
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("score: 1 of 4 shards, ")
+    assert lines[1] == "score: set aside [x]"
+    assert "\x1b" not in out.getvalue()
+
+
+def test_on_a_terminal_there_is_a_bar_with_counts_and_rate() -> None:
+    out = io.StringIO()
+    tally = Tally(4)
+    with Display("score", "shards", tally, Console(file=out, width=120, force_terminal=True)) as display:
+        tally.add(pairs=10, rejected=2)
+        display.tick()
+    assert "1/4" in out.getvalue()
+    assert "2 rejected" in out.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (119, "2 min"), (3900, "1 h 05 min"), (532_800, "6 d 4 h")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

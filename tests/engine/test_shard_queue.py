@@ -1,0 +1,130 @@
+"""The shard queue: bounded, fair to fast workers, and strict with shards that fail or kill."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.engine.shard_queue import ShardQueue
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(count: int, *, depth: int = 3, retries: int = 2, wait: float = 1.0) -> tuple[ShardQueue, Clock]:
+    clock = Clock()
+    return ShardQueue(range(count), depth=depth, retries=retries, wait=wait, clock=clock), clock
+
+
+def take_all(queue: ShardQueue, worker: str) -> list[int]:
+    taken = []
+    while (shard := queue.take(worker)) is not None:
+        taken.append(shard)
+    return taken
+
+
+def test_a_worker_holds_at_most_depth_and_comes_back_for_more() -> None:
+    queue, _ = make(6, depth=2)
+    assert take_all(queue, "fast") == [0, 1]
+    assert take_all(queue, "slow") == [2, 3]
+    queue.succeeded("fast", 0)
+    assert take_all(queue, "fast") == [4]
+    queue.succeeded("fast", 4)
+    queue.succeeded("fast", 1)
+    assert take_all(queue, "fast") == [5]
+    assert not queue.finished()
+    for worker, shard in (("fast", 5), ("slow", 2), ("slow", 3)):
+        queue.succeeded(worker, shard)
+    assert queue.finished()
+
+
+def test_a_failed_shard_waits_twice_as_long_each_time_and_is_given_up_after_its_retries() -> None:
+    queue, clock = make(1, retries=2, wait=1.0)
+    queue.take("a")
+    assert queue.failed("a", 0)
+    clock.now = 0.9
+    assert queue.take("a") is None
+    clock.now = 1.0
+    assert queue.take("b") == 0
+    assert queue.failed("b", 0)
+    clock.now = 2.9
+    assert queue.take("a") is None
+    clock.now = 3.0
+    assert queue.take("a") == 0
+    assert not queue.failed("a", 0)
+    assert queue.attempts(0) == (3, 0)
+    assert queue.finished()
+
+
+def test_after_a_death_the_suspects_go_back_to_that_worker_one_at_a_time() -> None:
+    queue, _ = make(9)
+    assert take_all(queue, "a") == [0, 1, 2]
+    assert queue.died("a") is None
+    assert take_all(queue, "b") == [3, 4, 5]
+    assert take_all(queue, "a") == [0]
+    queue.succeeded("a", 0)
+    assert take_all(queue, "a") == [1]
+    assert queue.died("a") is None
+    assert take_all(queue, "a") == [1]
+    assert queue.died("a") == 1
+    assert queue.attempts(1) == (0, 2)
+    assert take_all(queue, "a") == [2]
+    queue.succeeded("a", 2)
+    assert take_all(queue, "a") == [6, 7, 8]
+
+
+def test_a_lost_machine_is_no_fault_of_the_shard() -> None:
+    queue, _ = make(1, retries=1)
+    for _ in range(5):
+        assert take_all(queue, "a") == [0]
+        assert queue.died("a", blame=False) is None
+    assert take_all(queue, "a") == [0]
+
+
+def test_what_a_lost_worker_had_goes_to_others_alone() -> None:
+    queue, _ = make(5)
+    take_all(queue, "a")
+    queue.died("a", blame=False)
+    queue.removed("a")
+    assert take_all(queue, "b") == [0]
+    assert take_all(queue, "c") == [1]
+    queue.succeeded("b", 0)
+    assert take_all(queue, "b") == [2]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["done", "fail", "die", "lost", "gone"]), st.sampled_from("abc"))))
+def test_no_shard_is_lost_or_settled_twice_whatever_happens(events: list[tuple[str, str]]) -> None:
+    queue, clock = make(7, retries=2)
+    in_hand: dict[str, list[int]] = {worker: [] for worker in "abc"}
+    settled: list[int] = []
+
+    def step(event: str, worker: str) -> None:
+        clock.now += 10
+        in_hand[worker] += take_all(queue, worker)
+        assert len(in_hand[worker]) <= 3
+        if event in ("die", "lost", "gone"):
+            given_up = queue.died(worker, blame=event == "die")
+            settled.extend([] if given_up is None else [given_up])
+            in_hand[worker].clear()
+            if event == "gone":
+                queue.removed(worker)
+        elif in_hand[worker]:
+            shard = in_hand[worker].pop(0)
+            if event == "done":
+                queue.succeeded(worker, shard)
+                settled.append(shard)
+            elif not queue.failed(worker, shard):
+                settled.append(shard)
+
+    for event, worker in events:
+        step(event, worker)
+    for _ in range(60):
+        for worker in "abc":
+            step("done", worker)
+    assert queue.finished()
+    assert sorted(settled) == list(range(7))

@@ -1,0 +1,58 @@
+"""Status from files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.inventory import write_inventory
+from pipeline.engine.failures import Aside, Failure, set_aside
+from pipeline.engine.status import print_status, run_status
+from pipeline.errors import StageError
+from pipeline.run import RunFolder
+from pipeline.store import storage
+from pipeline.store.commits import commit_scores
+from tests.engine.fakes import FINGERPRINT, fake_table, shard_infos
+
+
+def test_counts_rate_and_failures_come_from_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, shards = RunFolder(str(tmp_path)), shard_infos(10)
+    with pytest.raises(StageError, match="expected a run's folder"):
+        run_status(str(tmp_path))
+    storage.write_bytes(run.config, b"seed: 0\n")
+    assert not run_status(str(tmp_path)).inventoried
+    write_inventory(run.inventory, shards)
+    for place in range(4):
+        commit_scores(
+            run,
+            shards[place],
+            fake_table(shards[place]),
+            FINGERPRINT,
+            estimator="fake",
+            seconds={},
+            finished=1000.0 + 10 * place,
+            worker=str(place % 2),
+        )
+    set_aside(run.failure_file(7), Aside(7, "00007.tar", Failure("OSError", "torn"), attempts=4))
+
+    status = run_status(str(tmp_path))
+    assert (status.shards, status.shards_done, status.shards_left) == (10, 4, 5)
+    assert (status.pairs, status.pairs_done, status.rejected) == (200, 80, 8)
+    assert status.reasons == {"no-image": 8}
+    assert [aside.item for aside in status.failed] == [7]
+    assert (status.pairs_per_second, status.seconds_left) == (pytest.approx(2.0), pytest.approx(50.0))
+    assert status.stages == {
+        "inventory": True,
+        "train": False,
+        "directions": False,
+        "score": False,
+        "select": False,
+        "emit": False,
+        "report": False,
+    }
+    print_status(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "4 done, 1 failed, 5 left" in printed
+    assert "2 pairs/s on 2 workers" in printed
+    assert "failed: 00007.tar: OSError: torn" in printed
