@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import StageError
@@ -20,6 +19,9 @@ from pipeline.store.commits import read_marks
 
 #: Rows that are looked at together: the unit of memory of every pass.
 SPAN_ROWS = 1 << 18
+
+#: Columns of few distinct strings, read as dictionaries: several times faster.
+REPEATING = ["status", "source"]
 
 Bool = npt.NDArray[np.bool_]
 
@@ -54,7 +56,9 @@ class ScoreFile:
         self.url = url
         local = storage.is_local(url)
         self._handle = None if local else storage.open_read(url)
-        self.parquet = pq.ParquetFile(storage.local_path(url) if local else self._handle, memory_map=local)
+        self.parquet = pq.ParquetFile(
+            storage.local_path(url) if local else self._handle, memory_map=local, read_dictionary=REPEATING
+        )
         self.schema: pa.Schema = self.parquet.schema_arrow
         self.rows: int = self.parquet.metadata.num_rows
 
@@ -118,10 +122,12 @@ class Span:
 
     def ok(self) -> Bool | None:
         """Which rows have status `ok`; None where all have (known from the file's statistics, without reading)."""
-        column = self.file.schema.get_field_index("status")  # nested columns have one leaf each, so numbers agree
+        place = self.file.schema.get_field_index("status")  # nested columns have one leaf each, so numbers agree
         metadata = self.file.parquet.metadata
-        statistics = (metadata.row_group(group).column(column).statistics for group in self.groups)
+        statistics = (metadata.row_group(group).column(place).statistics for group in self.groups)
         if all(s is not None and s.has_min_max and s.min == s.max == "ok" and not s.null_count for s in statistics):
             return None
-        found = np.asarray(pc.equal(self.arrow("status"), "ok").to_numpy(zero_copy_only=False), dtype=bool)
+        column = self.arrow("status")
+        is_ok = np.array([status == "ok" for status in column.dictionary.to_pylist()], dtype=bool)
+        found: Bool = is_ok[column.indices.to_numpy(zero_copy_only=False)]
         return None if found.all() else found

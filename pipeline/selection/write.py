@@ -85,7 +85,7 @@ def _carry_out(plan: SelectionPlan, folder: str | None, shards: Sequence[ScoreSh
     account = Account()
     for shard in shards:
         with OpenShard(plan.recipe, shard) as opened:
-            columns = ["uid", "key", "index", "utility"] if folder is not None else []
+            columns = ["uid", "key", "index", "utility", "source"] if folder is not None else []
             kept = _kept(plan, opened, columns, account)
             if folder is None:
                 count = sum(len(rows) for _, rows in kept)
@@ -100,14 +100,12 @@ def _kept(
     plan: SelectionPlan, opened: OpenShard, columns: list[str], account: Account
 ) -> Iterator[tuple[Span, npt.NDArray[np.int64]]]:
     """Each span with the rows of it that are kept [k]."""
-    sources = "source" in opened.file.schema.names
     for span in opened.spans():
         span.load(columns)
         judged = opened.judge(span)
         rows = judged.places()[taken_rows(plan, judged, opened.shard.index)] - span.start
-        if sources:
-            _count_sources(account.pairs, span.arrow("source"))
-            _count_sources(account.kept, span.arrow("source").take(pa.array(rows)))
+        _count_sources(account.pairs, span.arrow("source"))
+        _count_sources(account.kept, span.arrow("source").take(pa.array(rows)))
         yield span, rows
 
 
