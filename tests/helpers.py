@@ -191,7 +191,9 @@ class FaultProxy:
                 for name, value in answer.headers.items():
                     if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
                         self.send_header(name, value)
-                self.send_header("Content-Length", str(len(sent) if fault == "short" else length))
+                self.send_header(
+                    "Content-Length", str(len(sent) if fault == "short" and self.command != "HEAD" else length)
+                )
                 self.end_headers()
                 self.wfile.write(sent)
                 if fault == "cut":

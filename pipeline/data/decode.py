@@ -267,5 +267,6 @@ def _ordered_map(function: Callable[[Sample], Any], samples: Iterable[Sample], t
             yield waiting.popleft().result()
 
 
-# Our own limit is checked right after Pillow has read the header.
+# Our own limit is checked right after Pillow has read the header, and alpha is dropped as open_clip drops it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Palette images with Transparency", module="PIL")

@@ -72,6 +72,7 @@ def make_demo(folder: str, seed: int = 0, wrong_share: float = 0.3) -> DemoPaths
     train = storage.join(folder, "train", f"{{00000..{shards - 1:05d}}}.tar")
     mark = {"version": _VERSION, "seed": seed, "wrong_share": wrong_share, "pairs": len(digits)}
     if _mark(folder) != mark:
+        storage.remove(storage.join(folder, "demo.json"))
         rng = np.random.default_rng([seed, 1])
         named = _wrong_captions(digits[train_rows], wrong_share, rng)
         for number in range(shards):

@@ -229,6 +229,7 @@ class _Members:
                 archive.members.clear()
                 yield header
                 offset = archive.offset
+                self._skip(offset)
         except _NOT_A_TAR as error:
             self._stop(offset, self._stream.error or str(error) or type(error).__name__)
             return
@@ -247,11 +248,22 @@ class _Members:
             return None
         assert self._archive is not None
         assert self._archive.fileobj is not None
-        return self._archive.fileobj.read(header.size)
+        # A damaged header can claim more bytes than it leaves room for before the next one.
+        room = self._archive.offset - self._archive.fileobj.tell()
+        return self._archive.fileobj.read(max(0, min(header.size, room)))
+
+    def _skip(self, offset: int) -> None:
+        """Go on to the next header. `TarFile.next` would try for years if a header claims enough bytes."""
+        assert self._archive is not None
+        assert self._archive.fileobj is not None
+        while (missing := offset - self._archive.fileobj.tell()) > 0:
+            if not self._archive.fileobj.read(min(missing, 1 << 20)):
+                raise tarfile.ReadError("unexpected end of data")
 
     def _stop(self, offset: int, why: str) -> None:
         self.broken = True
-        self.end_error = f"the tar breaks off at byte {offset}: {' '.join(why.split())}"
+        byte = min(offset, self._stream.position)
+        self.end_error = f"the tar breaks off at byte {byte}: {' '.join(why.split())}"
 
 
 def _parse_meta(content: bytes | None, problems: list[tuple[Reason, str]]) -> dict[str, Any] | None:

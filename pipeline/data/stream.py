@@ -38,10 +38,12 @@ class ShardStream:
     """Readable decompressed bytes of the shard at `url`. Raises `InputError` when storage does not give them.
 
     Attributes:
+        position: decompressed bytes given out so far.
         error: what was wrong with the compressed data, once that is known; else "".
     """
 
     def __init__(self, url: str) -> None:
+        self.position = 0
         self.error = ""
         name = storage.basename(url)
         self._raw = _open(url)
@@ -67,6 +69,7 @@ class ShardStream:
                 break
             parts.append(part)
             missing -= len(part)
+            self.position += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:

@@ -1,0 +1,177 @@
+"""Seeded draws from all shards, and the cache of decoded pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pipeline.data.cache as cache_module
+from pipeline.data.cache import PairCache, build_cache, open_cache
+from pipeline.data.decode import Decoder, ImageSpec
+from pipeline.data.inventory import ShardInfo, inspect_shard
+from pipeline.data.reader import read_shard
+from pipeline.data.sampling import draw_positions, load_pairs
+from pipeline.errors import InputError
+from pipeline.types import PairBatch
+from tests.helpers import ByteTokenizer, image_bytes, sample_members, write_tar
+
+SPEC = ImageSpec((16, 16), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def make_decoder(size: int = 16) -> Decoder:
+    return Decoder(ImageSpec((size, size), SPEC.mean, SPEC.std), ByteTokenizer(), 10_000)
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> list[ShardInfo]:
+    """Three shards of 5, 0 and 7 samples; those at positions 2 and 9 are bad."""
+    paths = []
+    position = 0
+    for number, samples in enumerate((5, 0, 7)):
+        members = []
+        for _ in range(samples):
+            image = b"bad" if position in (2, 9) else image_bytes((20, 20), seed=position)
+            members += sample_members(f"{position:03d}", image, f"number {position}")
+            position += 1
+        paths.append(write_tar(tmp_path / f"{number}.tar", members))
+    return [inspect_shard(index, path) for index, path in enumerate(paths)]
+
+
+def everything(inventory: list[ShardInfo]) -> PairBatch:
+    return PairBatch.cat([make_decoder().decode_shard(read_shard(info.url)).batch for info in inventory])
+
+
+def same(one: PairBatch, other: PairBatch) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in one.__slots__)
+
+
+def test_draws_are_seeded_different_and_spare_the_excluded() -> None:
+    drawn = draw_positions(1000, 300, seed=1)
+    assert np.array_equal(drawn, draw_positions(1000, 300, seed=1))
+    assert not np.array_equal(drawn, draw_positions(1000, 300, seed=2))
+    assert len(set(drawn.tolist())) == 300
+    assert not np.array_equal(drawn, np.sort(drawn))
+    others = draw_positions(1000, 5000, seed=3, exclude=drawn)
+    assert sorted(others.tolist()) == sorted(set(range(1000)) - set(drawn.tolist()))
+
+
+def test_draws_are_uniform_over_what_is_not_excluded() -> None:
+    exclude = np.array([0, 1, 5, 9, 9, 77])
+    counts = np.zeros(10)
+    for seed in range(4000):
+        counts[draw_positions(10, 2, seed, exclude)] += 1
+    assert counts[[0, 1, 5, 9]].sum() == 0
+    assert np.all(np.abs(counts[[2, 3, 4, 6, 7, 8]] / 4000 - 1 / 3) < 0.04)
+
+
+def test_few_of_very_many_take_little_memory() -> None:
+    drawn = draw_positions(10**12, 1000, seed=0)
+    assert len(set(drawn.tolist())) == 1000
+    assert drawn.max() > 10**11
+
+
+def test_pairs_come_in_the_order_asked_for_without_the_bad_ones(inventory: list[ShardInfo]) -> None:
+    batch, kept = load_pairs(inventory, np.array([11, 2, 0, 9, 5, 4]), make_decoder(), "txt", threads=2)
+    assert kept.tolist() == [11, 0, 5, 4]
+    whole = everything(inventory)
+    rows = [position - (position > 2) - (position > 9) for position in kept.tolist()]
+    assert same(batch, whole[torch.tensor(rows)])
+
+
+def test_only_shards_with_wanted_pairs_are_read(inventory: list[ShardInfo]) -> None:
+    Path(inventory[2].url).unlink()
+    batch, kept = load_pairs(inventory, np.array([4, 1]), make_decoder(), "txt")
+    assert (kept.tolist(), len(batch)) == ([4, 1], 2)
+    none, kept = load_pairs(inventory, np.array([], np.int64), make_decoder(), "txt")
+    assert (len(none), len(kept)) == (0, 0)
+
+
+def test_wrong_positions_and_changed_shards_are_errors(inventory: list[ShardInfo]) -> None:
+    with pytest.raises(ValueError, match="positions"):
+        load_pairs(inventory, np.array([12]), make_decoder(), "txt")
+    with pytest.raises(ValueError, match="different"):
+        load_pairs(inventory, np.array([1, 1]), make_decoder(), "txt")
+    write_tar(inventory[0].url, sample_members("a", image_bytes(), "x"))
+    with pytest.raises(InputError, match="has no sample 4"):
+        load_pairs(inventory, np.array([4]), make_decoder(), "txt")
+
+
+def test_cache_holds_all_good_pairs(inventory: list[ShardInfo], tmp_path: Path) -> None:
+    cache = build_cache(str(tmp_path / "cache"), inventory, make_decoder(), "txt", threads=2)
+    assert cache.positions.tolist() == [position for position in range(12) if position not in (2, 9)]
+    assert len(cache) == 10
+    assert same(cache.batch(np.arange(10)), everything(inventory))
+    rows = np.array([7, 0, 3])
+    batch = open_cache(str(tmp_path / "cache")).batch(rows)
+    assert same(batch, everything(inventory)[torch.from_numpy(rows)])
+    assert batch.tokens.dtype == torch.int64
+
+
+def test_cache_of_some_positions(inventory: list[ShardInfo], tmp_path: Path) -> None:
+    cache = build_cache(str(tmp_path / "cache"), inventory, make_decoder(), "txt", positions=np.array([9, 11, 1, 6]))
+    assert cache.positions.tolist() == [1, 6, 11]
+    none = build_cache(str(tmp_path / "none"), inventory, make_decoder(), "txt", positions=np.array([2]))
+    assert len(none) == 0
+    assert len(none.batch(np.array([], np.int64))) == 0
+
+
+def test_interrupted_build_goes_on_behind_the_last_finished_shard(
+    inventory: list[ShardInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "CHUNK", 2)
+    folder = str(tmp_path / "cache")
+    read: list[str] = []
+
+    class Interrupted(Decoder):
+        def decode_shard(self, samples: object, threads: int = 1) -> object:  # type: ignore[override]
+            decoded = super().decode_shard(samples, threads)  # type: ignore[arg-type]
+            read.extend(row.key for row in decoded.rows)
+            if "008" in read:
+                raise KeyboardInterrupt
+            return decoded
+
+    broken = Interrupted(SPEC, ByteTokenizer(), 10_000)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(folder, inventory, broken, "txt")
+    with pytest.raises(InputError, match="finished cache"):
+        open_cache(folder)
+
+    seen: list[str] = []
+
+    class Watched(Decoder):
+        def decode_shard(self, samples: object, threads: int = 1) -> object:  # type: ignore[override]
+            decoded = super().decode_shard(samples, threads)  # type: ignore[arg-type]
+            seen.extend(row.key for row in decoded.rows)
+            return decoded
+
+    cache = build_cache(folder, inventory, Watched(SPEC, ByteTokenizer(), 10_000), "txt")
+    assert seen == [f"{position:03d}" for position in range(5, 12)]
+    assert same(cache.batch(np.arange(len(cache))), everything(inventory))
+
+
+@pytest.mark.parametrize("change", ["size", "positions", "shard"])
+def test_cache_of_something_else_is_built_anew(
+    inventory: list[ShardInfo], tmp_path: Path, change: str, make_shards: Callable[..., list[str]]
+) -> None:
+    folder = str(tmp_path / "cache")
+    build_cache(folder, inventory, make_decoder(), "txt")
+    if change == "size":
+        cache: PairCache = build_cache(folder, inventory, make_decoder(12), "txt")
+        assert cache.batch(np.arange(2)).images.shape == (2, 3, 12, 12)
+    elif change == "positions":
+        assert len(build_cache(folder, inventory, make_decoder(), "txt", positions=np.array([3]))) == 1
+    else:
+        other = [inspect_shard(0, make_shards(shards=1, samples=3)[0])]
+        assert len(build_cache(folder, other, make_decoder(), "txt")) == 3
+
+
+def test_finished_cache_reads_no_shard(inventory: list[ShardInfo], tmp_path: Path) -> None:
+    folder = str(tmp_path / "cache")
+    build_cache(folder, inventory, make_decoder(), "txt")
+    for info in inventory:
+        Path(info.url).unlink()
+    assert len(build_cache(folder, inventory, make_decoder(), "txt")) == 10

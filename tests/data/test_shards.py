@@ -1,0 +1,96 @@
+"""Every form in which shards can be named, and what is said when they are not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.shards import expand
+from pipeline.errors import ConfigError
+from tests.conftest import Bucket
+from tests.helpers import sample_members, write_shards, write_tar
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(tmp_path, shards=3, samples=1)
+    write_tar(tmp_path / "more" / "b.tar.zst", sample_members("x", b"", "y"))
+    write_tar(tmp_path / "more" / "a.tar.gz", sample_members("x", b"", "y"))
+    write_tar(tmp_path / "more" / "c.tgz", sample_members("x", b"", "y"))
+    (tmp_path / "more" / "truth.csv").write_text("not a shard")
+    return tmp_path
+
+
+def names(urls: list[str]) -> list[str]:
+    return [os.path.basename(url) for url in urls]
+
+
+def test_brace_pattern(folder: Path) -> None:
+    assert expand(f"{folder}/{{00000..00002}}.tar") == [f"{folder}/{number:05d}.tar" for number in range(3)]
+
+
+def test_glob_is_sorted_and_takes_only_tars(folder: Path) -> None:
+    assert names(expand(f"{folder}/more/*")) == ["a.tar.gz", "b.tar.zst", "c.tgz"]
+    assert names(expand(f"{folder}/**/*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_list_keeps_its_order(folder: Path) -> None:
+    assert names(expand([f"{folder}/00002.tar", f"{folder}/more/*.tgz", f"{folder}/00000.tar"])) == [
+        "00002.tar",
+        "c.tgz",
+        "00000.tar",
+    ]
+
+
+def test_joined_patterns(folder: Path) -> None:
+    assert names(expand(f"{folder}/0000{{1,2}}.tar::{folder}/more/a*")) == ["00001.tar", "00002.tar", "a.tar.gz"]
+
+
+def test_text_file_of_urls(folder: Path) -> None:
+    (folder / "list.txt").write_text(f"# ours\n{folder}/00001.tar\n\n{folder}/more/{{a.tar.gz,c.tgz}}  # two\n")
+    assert names(expand(f"{folder}/list.txt::{folder}/00000.tar")) == ["00001.tar", "a.tar.gz", "c.tgz", "00000.tar"]
+
+
+def test_file_url_and_name_with_glob_characters(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "odd[1].tar", sample_members("x", b"", "y"))
+    assert expand(path) == [path]
+    assert expand(f"file://{path}") == [f"file://{path}"]
+
+
+def test_web_addresses_are_not_asked_for() -> None:
+    url = "https://data.example/{000..001}.tar?signature=a"
+    assert expand(url) == [f"https://data.example/{number:03d}.tar?signature=a" for number in range(2)]
+
+
+def test_memory_and_s3_urls(s3_bucket: Bucket, folder: Path) -> None:
+    urls = s3_bucket.put(*sorted(folder.glob("*.tar")))
+    assert expand(f"{s3_bucket.url}/{{00000..00002}}.tar") == urls
+    assert expand(f"{s3_bucket.url}/*.tar") == urls
+    with pytest.raises(ConfigError, match=r"2 of 5 are missing.*00003\.tar"):
+        expand(f"{s3_bucket.url}/{{00000..00004}}.tar")
+    with pytest.raises(ConfigError, match=r"no file matches.*nothing-\*\.tar"):
+        expand(f"{s3_bucket.url}/nothing-*.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{folder}/none-*.tar", r"no file matches.*none-\*\.tar"),
+        ("{folder}/{{00007..00009}}.tar", r"no file matches.*\{00007\.\.00009\}\.tar"),
+        ("{folder}/{{00001..00004}}.tar", r"every shard of .*2 of 4 are missing.*00003\.tar"),
+        ("{folder}/more", r"names ending in \.tar"),
+        ("{folder}/more/truth.csv", r"names ending in \.tar"),
+        ("{folder}/00000.tar::{folder}/0000*.tar", r"named again.*00000\.tar"),
+        ("{folder}/{{0..1.tar", r"no file matches|balanced braces"),
+        ("{folder}/absent.txt", r"readable text file.*absent\.txt"),
+        ("nosuch://bucket/*.tar", r"can be read here"),
+        ("", "no pattern given"),
+    ],
+)
+def test_errors_name_key_and_pattern_on_one_line(folder: Path, pattern: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        expand(pattern.format(folder=folder), key="target.shards")
+    assert str(caught.value).startswith("target.shards: expected")
+    assert "\n" not in str(caught.value)
