@@ -1,0 +1,199 @@
+"""The reference pages of the documentation, made from the code they describe: config keys, files, score columns."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import annotated_types
+import pyarrow as pa
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pipeline.config import Config
+from pipeline.data.reasons import Reason
+from pipeline.emit.manifest import SelectionFolder
+from pipeline.run import RunFolder
+from pipeline.store.scores import score_schema
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key of the config: its dotted name, type and default in words, and what it means."""
+
+    key: str
+    type: str
+    default: str
+    meaning: str
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds (it may also be null); None for a field that holds a value."""
+    choices = [choice for choice in _choices(annotation) if choice is not type(None)]
+    if len(choices) == 1 and isinstance(choices[0], type) and issubclass(choices[0], BaseModel):
+        return choices[0]
+    return None
+
+
+def iterate_settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
+    """All keys of the config in the order of the file; a section comes before its keys."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = section_of(field.annotation)
+        if inner is None:
+            yield Setting(key, describe_type(field), describe_default(field), meaning(field))
+        else:
+            yield Setting(
+                key, "section", "absent" if field.default is None else "", inspect.cleandoc(inner.__doc__ or "")
+            )
+            yield from iterate_settings(inner, f"{key}.")
+
+
+def meaning(field: FieldInfo) -> str:
+    """A field's docstring on one line."""
+    return " ".join((field.description or "").split())
+
+
+def describe_default(field: FieldInfo) -> str:
+    """A field's default as YAML would have it; `required` without one."""
+    if field.default is PydanticUndefined and field.default_factory is None:
+        return "required"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, BaseModel):
+        default = default.model_dump(mode="json")
+    return default if isinstance(default, str) and default else json.dumps(default)
+
+
+def describe_type(field: FieldInfo) -> str:
+    """A field's type and limits in words."""
+    return _type_in_words(field.annotation, field.metadata)
+
+
+def _type_in_words(annotation: Any, limits: list[Any] | tuple[Any, ...] = ()) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        return _type_in_words(inner, metadata)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_in_words(choice) for choice in typing.get_args(annotation))
+    if origin is list:
+        (item,) = typing.get_args(annotation)
+        return f"list of {_type_in_words(item)}"
+    if origin is dict:
+        key, value = typing.get_args(annotation)
+        return f"mapping of {_type_in_words(key)} to {_type_in_words(value)}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        inner_keys = ", ".join(annotation.model_fields)
+        return f"`{{{inner_keys}}}`"
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+    text = words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    bounds = [bound for limit in limits for bound in _bounds(limit)]
+    return f"{text} {' and '.join(bounds)}" if bounds else text
+
+
+def _bounds(limit: Any) -> Iterator[str]:
+    if isinstance(limit, FieldInfo):
+        for inner in limit.metadata:
+            yield from _bounds(inner)
+        return
+    signs = {annotated_types.Gt: ">", annotated_types.Ge: "≥", annotated_types.Lt: "<", annotated_types.Le: "≤"}
+    for kind, sign in signs.items():
+        if isinstance(limit, kind):
+            yield f"{sign} {getattr(limit, kind.__name__.lower())}"
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def configuration_reference() -> str:
+    """The page on the config, Markdown: one table per section, generated from the pydantic tree."""
+    lines = [
+        "# Configuration",
+        "",
+        "A config is a YAML file. `--set a.b=c` overrides a key; an unknown key is an error.",
+    ]
+    lines += ["`diffprune init SHARDS` writes a commented one.", ""]
+    lines += _settings_table("Top level", "", Config)
+    for name, field in Config.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None:
+            lines += _settings_table(f"`{name}`", f"{name}.", section)
+    return "\n".join(lines) + "\n"
+
+
+def _settings_table(title: str, prefix: str, section: type[BaseModel]) -> list[str]:
+    lines = [f"## {title}", "", *inspect.cleandoc(section.__doc__ or "").splitlines(), ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for setting in iterate_settings(section, prefix):
+        if setting.type == "section" and not prefix:
+            continue
+        if prefix or "." not in setting.key:
+            default = f"`{setting.default}`" if setting.default not in ("required", "") else setting.default
+            lines.append(f"| `{setting.key}` | {_cell(setting.type)} | {_cell(default)} | {_cell(setting.meaning)} |")
+    return [*lines, ""]
+
+
+def outputs_reference(embedding_size: int = 512) -> str:
+    """The page on what a run writes, Markdown: files of the run's folder, score columns, reasons of rejection."""
+    lines = ["# Outputs", "", "## Files of a run's folder", "", "| path | what it is |", "|---|---|"]
+    for path, text in [*_files(RunFolder, "."), *_files(SelectionFolder, "pruned")]:
+        lines.append(f"| `{path}` | {_cell(text)} |")
+    lines += ["", "## Columns of `scores/*.parquet`", ""]
+    lines += ["One row per input sample, in input order, rejected ones included.", ""]
+    lines += ["| column | type | may be null | meaning |", "|---|---|---|---|"]
+    for field in score_schema(embedding_size):
+        text = (field.metadata or {}).get(b"description", b"").decode()
+        kind = _arrow_type(field.type, embedding_size)
+        lines.append(f"| `{field.name}` | {_cell(kind)} | {'yes' if field.nullable else 'no'} | {_cell(text)} |")
+    lines += ["", "## Values of `status`", "", "| status | meaning |", "|---|---|"]
+    lines += [f"| `{reason.value}` | {_cell(text)} |" for reason, text in _reasons()]
+    return "\n".join(lines) + "\n"
+
+
+def _files(folder: type[RunFolder] | type[SelectionFolder], root: str) -> Iterator[tuple[str, str]]:
+    """Paths that a folder's class knows, with their docstrings."""
+    example = folder(root)
+    for name, member in vars(folder).items():
+        if name.startswith("_") or name == "root":
+            continue
+        if isinstance(member, property):
+            path = str(getattr(example, name))
+        elif isinstance(member, types.FunctionType) and name != "keep_name":
+            path = str(member(example, "NAME" if name == "selection" else 0))
+        else:
+            continue
+        yield path.removeprefix("./"), " ".join(inspect.cleandoc(member.__doc__ or "").split())
+
+
+def _arrow_type(kind: pa.DataType, embedding_size: int) -> str:
+    if pa.types.is_fixed_size_list(kind):
+        return (
+            f"fixed_size_list<{_arrow_type(kind.value_type, 0)}>[2d], {embedding_size} with d = {embedding_size // 2}"
+        )
+    if pa.types.is_list(kind):
+        return f"list<{_arrow_type(kind.value_type, 0)}>"
+    return {"float": "float32", "halffloat": "float16"}.get(str(kind), str(kind))
+
+
+def _reasons() -> list[tuple[Reason, str]]:
+    """The reasons with the docstrings that follow them in the source, which Python itself does not keep."""
+    found = re.findall(r'^    ([A-Z_]+) = [^\n]*\n    """(.*?)"""', inspect.getsource(Reason), re.MULTILINE | re.DOTALL)
+    texts = {name: " ".join(text.split()) for name, text in found}
+    return [(reason, texts.get(reason.name, "")) for reason in Reason]
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a table cell."""
+    return text.replace("|", "\\|")

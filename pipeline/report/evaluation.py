@@ -1,0 +1,108 @@
+"""The section on models trained from what was kept and from the baselines, where there are results."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from pipeline.report.figures import Interval, interval_figure
+from pipeline.report.plots import Figure
+from pipeline.report.tables import Table
+from pipeline.report.text import count, number, plain, plus_minus
+from pipeline.run import RunFolder
+from pipeline.store import storage
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained set: a metric's mean and standard deviation over the seeds."""
+
+    set: str
+    size: int
+    metric: str
+    mean: float
+    std: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """A plot per metric, and all numbers."""
+
+    figures: list[Figure]
+    table: Table
+
+
+def read_results(run: RunFolder) -> list[Result]:
+    """The rows of `evaluation/results.json`; none where it is not there or has another form."""
+    try:
+        value = storage.read_json(storage.join(run.root, "evaluation", "results.json"))
+    except (FileNotFoundError, ValueError):
+        return []
+    rows = value.get("rows") if isinstance(value, dict) else value
+    results = [_result(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [result for result in results if result and math.isfinite(result.mean)]
+
+
+def _result(row: dict[str, Any]) -> Result | None:
+    try:
+        seeds = row.get("seeds", 1)
+        std = row.get("std")
+        return Result(
+            set=plain(str(row["set"]), 60),
+            size=int(row.get("size") or 0),
+            metric=plain(str(row["metric"]), 60),
+            mean=float(row["mean"]),
+            std=float("nan") if std is None else float(std),
+            seeds=len(seeds) if isinstance(seeds, list) else int(seeds),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def evaluation_section(results: list[Result]) -> EvaluationSection:
+    """Compare the sets by each metric."""
+    by_metric = sorted(results, key=lambda result: result.metric)
+    figures = [_figure(metric, list(rows)) for metric, rows in groupby(by_metric, key=lambda result: result.metric)]
+    several = len(figures) > 1
+    rows = [
+        (
+            f"{result.set}, {result.metric}" if several else result.set,
+            count(result.size),
+            plus_minus(result.mean, result.std),
+            count(result.seeds),
+        )
+        for result in results
+    ]
+    heads = ("set", "pairs", "mean \u00b1 standard deviation", "seeds")
+    return EvaluationSection(figures, Table("Models trained on each set", heads, rows, frozenset({1, 2, 3})))
+
+
+def _figure(metric: str, rows: list[Result]) -> Figure:
+    # A loss is better the lower it is; every other metric the higher.
+    better = -1 if "loss" in metric.lower() else 1
+    rows = sorted(rows, key=lambda row: -better * row.mean)
+    intervals = []
+    for row in rows:
+        spread = row.std if math.isfinite(row.std) else 0.0
+        note = f"{plus_minus(row.mean, row.std)}, {count(row.size)} pairs"
+        css = "kept" if is_ours(row.set) else "rejected"
+        intervals.append(Interval(row.set, row.mean, row.mean - spread, row.mean + spread, note, css))
+    see = f"{rows[0].set} comes out best"
+    if len(rows) > 1:
+        gap = abs(rows[0].mean - rows[1].mean)
+        error = math.sqrt(sum((row.std**2 / row.seeds if math.isfinite(row.std) else 0.0) for row in rows[:2]))
+        clear = error > 0 and gap > 2 * error
+        see += f", {'ahead of' if clear else 'not clearly ahead of'} {rows[1].set}: they differ by {number(gap, 2)}"
+        see += f" with a standard error of {number(error, 2)}" if error else ""
+    see += ". Whiskers are one standard deviation over the seeds."
+    return interval_figure(
+        metric[:1].upper() + metric[1:], see, f"{metric}, {'lower' if better < 0 else 'higher'} is better", intervals
+    )
+
+
+def is_ours(name: str) -> bool:
+    """Whether a set is the selection that the page is about, rather than a baseline."""
+    return name.lower() not in ("full", "everything", "all", "random") and "random" not in name.lower()

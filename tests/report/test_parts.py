@@ -1,0 +1,178 @@
+"""Numbers, foreign text, axes, thumbnails and the reading of optional results."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import DataConfig, parse_config
+from pipeline.data.inventory import inspect_shard
+from pipeline.report.evaluation import Result, evaluation_section, read_results
+from pipeline.report.plots import Canvas, Scale, tick_labels
+from pipeline.report.tables import quality_table, settings
+from pipeline.report.text import duration, number, percent, plain, plus_minus, size
+from pipeline.report.thumbnails import data_uri, fetch, open_image
+from pipeline.run import RunFolder
+from tests.helpers import image_bytes, write_shards
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (1234.5, "1,234"),
+        (0.12345, "0.123"),
+        (-7.26e-6, "−7.26×10⁻⁶"),
+        (3e7, "3.00×10⁷"),
+        (float("nan"), "–"),
+        (None, "–"),
+    ],
+)
+def test_number(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_uncertainty_decides_the_digits() -> None:
+    assert plus_minus(0.62345, 0.0123) == "0.623\u00a0±\u00a00.012"
+    assert plus_minus(-7.0e-5, 5.7e-6) == "(−7.00\u00a0±\u00a00.57)×10⁻⁵"
+    assert plus_minus(0.5, None) == "0.500"
+
+
+def test_units() -> None:
+    assert percent(0.41234) == "41.2\u202f%"
+    assert percent(0.0001) == "<\u202f0.1\u202f%"
+    assert [duration(seconds) for seconds in (0.4, 42.25, 81.5, 7200)] == [
+        "400 ms",
+        "42.2 s",
+        "1 min 22 s",
+        "2 h 00 min",
+    ]
+    assert size(1_500_000) == "1.5 MB"
+
+
+def test_foreign_text_is_made_plain() -> None:
+    assert plain("a\n b\x00\u202ec\u2066d\ud800") == "a b cd"
+    assert plain("x" * 500, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.1e-4, 0.9e-4), (0, 23), (0, 1), (2.3, 2.9), (0, 5e7), (-0.02, 0.31)])
+def test_axes_have_round_distinct_ticks(low: float, high: float) -> None:
+    scale = Scale(low, high, 0, 100)
+    ticks = scale.ticks(5)
+    labels, factor = tick_labels(ticks)
+    assert 3 <= len(ticks) <= 11
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    assert len(set(labels)) == len(labels)
+    exponent = (
+        float(factor.replace("× 10", "1e").translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))) if factor else 1.0
+    )
+    for tick, label in zip(ticks, labels, strict=True):
+        assert float(label.replace("−", "-").replace(",", "")) * exponent == pytest.approx(tick, abs=1e-9 * high)
+    assert scale(high + 1) == 100
+
+
+def test_svg_text_is_escaped() -> None:
+    canvas = Canvas(100, 100, 0, 0, 0, 0)
+    canvas.text(0, 0, "<b>&")
+    canvas.rect(0, 0, 1, 1, "kept", '"<i>')
+    markup = canvas.markup('say "<hi>"', "wide")
+    assert "<b>" not in markup
+    assert "<i>" not in markup
+    assert "<hi>" not in markup
+
+
+@pytest.mark.parametrize(
+    ("mode", "file_format"),
+    [
+        ("RGB", "JPEG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGBA", "PNG"),
+        ("I;16", "PNG"),
+        ("P", "PNG"),
+        ("RGBA", "WEBP"),
+    ],
+)
+def test_thumbnails_of_all_kinds(mode: str, file_format: str) -> None:
+    data = image_bytes((300, 150), mode=mode, file_format=file_format, seed=3)
+    image = open_image(data, max_pixels=10**6, side=100)
+    assert image is not None
+    assert (image.mode, image.size) == ("RGB", (100, 50))
+    pixels = np.asarray(image.convert("L"))
+    assert pixels.std() > 5, "the picture has content, neither all white nor all black"
+    assert data_uri(image).startswith("data:image/webp;base64,UklGR")
+
+
+def test_transparency_is_shown_on_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(buffer, "PNG")
+    image = open_image(buffer.getvalue(), 1000, 8)
+    assert image is not None
+    assert image.getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_images_that_are_too_large_or_broken_have_no_thumbnail() -> None:
+    data = image_bytes((64, 64))
+    assert open_image(data, max_pixels=64 * 64 - 1, side=32) is None
+    assert open_image(data[:200], max_pixels=10**6, side=32) is None
+    assert open_image(b"", max_pixels=10**6, side=32) is None
+
+
+def test_fetch_takes_the_pairs_asked_for(tmp_path: Path) -> None:
+    urls = write_shards(tmp_path, shards=2, samples=8)
+    shards = [inspect_shard(index, url) for index, url in enumerate(urls)]
+    contents = fetch([(0, 3), (1, 7), (1, 99)], shards, DataConfig(shards=urls))
+    assert set(contents) == {(0, 3), (1, 7)}
+    assert contents[0, 3].caption == "a old boat"
+    assert contents[1, 7].image is not None
+
+
+def test_evaluation_results_are_read_tolerantly(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    assert read_results(run) == []
+    path = tmp_path / "evaluation" / "results.json"
+    path.parent.mkdir()
+    good = {"set": "random", "size": 10, "metric": "accuracy", "mean": 0.5, "std": None, "seeds": [0, 1]}
+    path.write_text(json.dumps([good, {"set": "no mean"}, 3]))
+    (result,) = read_results(run)
+    assert (result.set, result.seeds, np.isnan(result.std)) == ("random", 2, True)
+    path.write_text("not json")
+    assert read_results(run) == []
+
+
+def test_best_set_is_named_by_the_metric_direction() -> None:
+    def results(metric: str) -> list[Result]:
+        return [Result("kept", 5, metric, 0.9, 0.01, 3), Result("random", 5, metric, 0.5, 0.01, 3)]
+
+    assert evaluation_section(results("accuracy")).figures[0].see.startswith("kept comes out best, ahead of random")
+    assert evaluation_section(results("target loss")).figures[0].see.startswith("random comes out best")
+
+
+def test_quality_table_takes_one_ranking_or_several() -> None:
+    one = {"auroc": 0.8, "precision": 0.5, "suspects": 100, "pairs": 1000, "base_rate": 0.1}
+    table = quality_table(one)
+    assert table is not None
+    # Hanley and McNeil: se = 0.0272 for 100 wrong and 900 right pairs
+    cells = [" ".join(cell.split()) for cell in table.rows[0]]
+    assert cells == ["utility", "0.800 ± 0.053", "50.0 % (40.4 % to 59.6 %) of 100", "10.0 %"]
+    assert quality_table({}) is None
+    several = quality_table({"utility": one, "similarity": {"auroc": 0.7}})
+    assert several is not None
+    assert [row[0] for row in several.rows] == ["utility", "similarity"]
+
+
+def test_settings_tell_what_differs_from_the_defaults() -> None:
+    config = parse_config(
+        {"data": {"shards": "a.tar"}, "select": {"keep": {"threshold": 0.5}}, "evaluate": {"seeds": 5}}
+    )
+    found = {key: (value, differs) for key, value, differs, _ in settings(config)}
+    assert found["data.shards"] == ("a.tar", True)
+    assert found["select.keep"] == ('{"threshold": 0.5}', True)
+    assert found["seed"] == ("0", False)
+    assert found["evaluate.seeds"] == ("5", True)
+    assert all(text for _, _, _, text in settings(config))
