@@ -1,0 +1,199 @@
+"""One proxy run from the first step to the last checkpoint: recorded, resumable at any moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, DiffpruneError
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint, serialise_checkpoint
+from pipeline.models.clip import PairModel
+from pipeline.replay.record import Record, RecordFolder, write_manifest, write_plan
+from pipeline.replay.schedule import Rows, TrainingSettings, data_order, recorded_steps, training_rows
+from pipeline.replay.train import Pairs, Trainer
+from pipeline.replay.workers import Alone, Workers
+from pipeline.run import RunFolder
+from pipeline.store import marks, storage
+from pipeline.store.fingerprint import Fingerprint
+
+#: Called after each step with the steps taken, the loss before the last of them and the rate that it used.
+Progress = Callable[[int, float, float], None]
+
+#: Seconds between two writings of `progress.json`.
+PROGRESS_SECONDS = 2.0
+
+
+def train_proxy(
+    config: Config,
+    model_factory: Callable[[int], PairModel],
+    cache: Pairs,
+    folder: RunFolder,
+    run: int = 0,
+    *,
+    rows: Rows | None = None,
+    identity: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    workers: Workers | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Train one run and record it under `checkpoints/run-NNN/`; goes on where an earlier call stopped.
+
+    A run that was killed and started again writes the same bytes as one that was not (on the same kind of machine,
+    with the same number of threads). When the last of `proxy.runs` is complete, `checkpoints/manifest.json` is written.
+
+    Args:
+        config: its `proxy`, `reference.equal_captions`, `seed` and `engine.stale` are used.
+        model_factory: the proxy at its initial weights, given the number of the run.
+        cache: the decoded pairs.
+        folder: the run's folder.
+        run: which of the `proxy.runs`.
+        rows: cache rows that may be trained on; None takes all. `proxy.subset` is drawn from them.
+        identity: what else decides the result and is not seen here, such as the inventory's fingerprint.
+        device: where to train.
+        workers: the processes that share each batch, this one included.
+        progress: called by the first worker after each step.
+
+    Raises `ConfigError` for settings that do not fit the pairs, `FingerprintError` when the folder holds a run with
+    other settings (`engine.stale: refuse`), `StageError` when training diverges.
+    """
+    workers = workers or Alone()
+    available = np.arange(len(cache)) if rows is None else np.asarray(rows, np.int64)
+    chosen = training_rows(available, config.proxy.subset, config.seed, run)
+    settings = TrainingSettings.of(config, len(chosen), run)
+    if settings.batch_size % workers.size:
+        raise ConfigError("expected a divisor of proxy.batch_size", key="proxy.workers", found=workers.size)
+    recorded = recorded_steps(config, settings)
+    trainer = Trainer(model_factory(run), cache, data_order(chosen, settings), settings, device, workers)
+    files = RecordFolder.of(folder, run)
+    initial = serialise_checkpoint(trainer.checkpoint())
+    fingerprint = Fingerprint(
+        {
+            "training": asdict(settings),
+            "checkpoints": recorded,
+            "rows": storage.checksum(chosen.tobytes()),
+            "initial": storage.checksum(initial),
+            "workers": workers.size,
+            "identity": dict(identity or {}),
+        }
+    )
+    if not marks.is_current(files.mark, marks.read_mark(files.mark), fingerprint, config.engine.stale):
+        session = _Session(trainer, files, fingerprint, recorded, config.proxy.resume_every)
+        losses = session.resume(config.engine.stale)
+        if workers.rank == 0:
+            storage.remove(files.failure)
+        if workers.rank == 0 and trainer.step == 0:
+            _remove_outdated(folder, files)
+            storage.write_bytes(files.initial, initial)
+            facts = {
+                "dataset_size": len(chosen),
+                "workers": workers.size,
+                "exact": trainer.model.trains_as_it_evaluates,
+            }
+            write_plan(files, settings, trainer.order, trainer.rates, facts)
+        board = _tensorboard(folder, run, trainer)
+        try:
+            session.train(losses, board, progress)
+        except DiffpruneError as error:
+            if workers.rank == 0:
+                storage.write_json(files.failure, {"step": trainer.step, "error": str(error)})
+            raise
+        finally:
+            if board is not None:
+                board.close()
+    workers.agree(0)  # Nobody reads the record before the first worker has written it.
+    if workers.rank == 0:
+        write_manifest(folder, config.proxy.runs)
+    return Record.read(folder, run)
+
+
+class _Session:
+    """The steps of one run between two interruptions."""
+
+    def __init__(
+        self, trainer: Trainer, files: RecordFolder, fingerprint: Fingerprint, recorded: list[int], resume_every: int
+    ) -> None:
+        self.trainer = trainer
+        self.files = files
+        self.fingerprint = fingerprint
+        self.recorded = recorded
+        self.resume_every = resume_every
+        self.writes = trainer.workers.rank == 0
+        self._shown = 0.0
+
+    def resume(self, stale: str) -> list[float]:
+        """Restore the last whole resume point; the losses of the steps before it."""
+        mark = marks.read_mark(self.files.resume_mark)
+        found = marks.is_current(self.files.resume_mark, mark, self.fingerprint, stale)
+        step = self.trainer.workers.agree(mark["step"] if found and mark else 0)
+        if not step or mark is None:
+            return []
+        self.trainer.restore(load_checkpoint(self.files.resume_point(step), self.trainer.model))
+        return list(mark["losses"])
+
+    def train(self, losses: list[float], board: SummaryWriter | None, progress: Progress | None) -> None:
+        """Take the steps that are left and commit the run."""
+        trainer, steps = self.trainer, self.trainer.settings.steps
+        while trainer.step < steps:
+            losses.append(trainer.advance())
+            step, rate = trainer.step, float(trainer.rates[trainer.step - 1])
+            if not self.writes:
+                continue
+            if step in self.recorded:
+                save_checkpoint(self.files.checkpoint(step), trainer.checkpoint())
+            if step % self.resume_every == 0 and step < steps:
+                self._keep_resume_point(step, losses)
+            if board is not None:
+                board.add_scalar("loss", losses[-1], step)
+                board.add_scalar("learning_rate", rate, step)
+            self._show_progress(step, losses[-1], rate)
+            if progress is not None:
+                progress(step, losses[-1], rate)
+        if self.writes:
+            self._commit(losses)
+
+    def _keep_resume_point(self, step: int, losses: list[float]) -> None:
+        save_checkpoint(self.files.resume_point(step), self.trainer.checkpoint())
+        marks.write_mark(self.files.resume_mark, self.fingerprint, {"step": step, "losses": losses})
+        self._remove_resume_points(keep=self.files.resume_point(step))
+
+    def _remove_resume_points(self, keep: str = "") -> None:
+        for url in storage.list_files(self.files.root, ".safetensors"):
+            if storage.basename(url).startswith("resume-") and storage.basename(url) != storage.basename(keep):
+                storage.remove(url)
+
+    def _show_progress(self, step: int, loss: float, rate: float) -> None:
+        now = time.monotonic()
+        steps = self.trainer.settings.steps
+        if now - self._shown >= PROGRESS_SECONDS or step == steps:
+            self._shown = now
+            storage.write_json(self.files.progress, {"step": step, "steps": steps, "loss": loss, "lr": rate})
+
+    def _commit(self, losses: list[float]) -> None:
+        rates = self.trainer.rates
+        checkpoints = [{"step": step, "lr": float(rates[step - 1])} for step in self.recorded]
+        marks.write_mark(self.files.mark, self.fingerprint, {"checkpoints": checkpoints, "losses": losses})
+        storage.remove(self.files.resume_mark)
+        self._remove_resume_points()
+
+
+def _remove_outdated(folder: RunFolder, files: RecordFolder) -> None:
+    """Before a run starts anew: the marks of an earlier one first, then its checkpoints."""
+    for mark in (folder.checkpoint_manifest, files.mark, files.resume_mark):
+        storage.remove(mark)
+    for url in storage.list_files(files.root, ".safetensors"):
+        storage.remove(url)
+
+
+def _tensorboard(folder: RunFolder, run: int, trainer: Trainer) -> SummaryWriter | None:
+    """Scalars of a local run for TensorBoard, going on at the trainer's step; object stores cannot be appended to."""
+    if trainer.workers.rank or not storage.is_local(folder.root):
+        return None
+    logs = storage.join(storage.local_path(folder.root), "tensorboard", f"run-{run:03d}")
+    return SummaryWriter(logs, purge_step=trainer.step + 1)

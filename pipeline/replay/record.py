@@ -1,0 +1,177 @@
+"""A run's record under `checkpoints/run-NNN/`: where its files are, and reading back what an exact replay needs."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.errors import StageError
+from pipeline.models.checkpoint import excluded_from_decay, load_checkpoint
+from pipeline.models.manifest import Manifest, ManifestEntry
+from pipeline.replay.schedule import Rows, TrainingSettings
+from pipeline.replay.train import Pairs, step_pairs
+from pipeline.run import RunFolder
+from pipeline.store import storage
+from pipeline.types import Checkpoint, PairBatch, Tree
+
+
+@dataclass(frozen=True)
+class RecordFolder:
+    """Paths of the files of one training run."""
+
+    root: str
+
+    @staticmethod
+    def of(folder: RunFolder, run: int) -> RecordFolder:
+        """The record of training run number `run`."""
+        return RecordFolder(storage.join(folder.checkpoints, f"run-{run:03d}"))
+
+    @property
+    def initial(self) -> str:
+        """The weights before the first step (a checkpoint file)."""
+        return storage.join(self.root, "initial.safetensors")
+
+    @property
+    def order(self) -> str:
+        """Cache rows of every step, `[steps, batch_size]` (npy)."""
+        return storage.join(self.root, "order.npy")
+
+    @property
+    def rates(self) -> str:
+        """Learning rate that each step used, float64 `[steps]` (npy)."""
+        return storage.join(self.root, "rates.npy")
+
+    @property
+    def settings(self) -> str:
+        """How the run was trained (JSON)."""
+        return storage.join(self.root, "settings.json")
+
+    @property
+    def mark(self) -> str:
+        """Written last: the run is complete (JSON, with its checkpoints and losses)."""
+        return storage.join(self.root, "run.json")
+
+    @property
+    def progress(self) -> str:
+        """How far the run is (JSON, renewed every few seconds)."""
+        return storage.join(self.root, "progress.json")
+
+    @property
+    def failure(self) -> str:
+        """Why the run stopped for good (JSON)."""
+        return storage.join(self.root, "failed.json")
+
+    @property
+    def resume_mark(self) -> str:
+        """Which resume point is whole, and the losses so far (JSON)."""
+        return storage.join(self.root, "resume.json")
+
+    def resume_point(self, step: int) -> str:
+        """The state after `step` steps, to go on from."""
+        return storage.join(self.root, f"resume-{step:08d}.safetensors")
+
+    def checkpoint(self, step: int) -> str:
+        """The recorded checkpoint after `step` steps."""
+        return storage.join(self.root, f"step-{step:08d}.safetensors")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        folder: its files.
+        settings: how it was trained.
+        order: cache rows of every step, `[steps, batch_size]`.
+        rates: learning rate that each step used, float64 `[steps]`.
+        dataset_size: pairs it was trained on, `N` in Eq. 9.
+        checkpoints: the recorded ones, by step.
+        exact: whether training computed what `eval()` mode computes (no dropout, no batch statistics), so that a
+            replay in `eval()` mode repeats it.
+        losses: the batch's loss before each step, float64 `[steps]`.
+    """
+
+    folder: RecordFolder
+    settings: TrainingSettings
+    order: Rows
+    rates: NDArray[np.float64]
+    dataset_size: int
+    checkpoints: tuple[ManifestEntry, ...]
+    exact: bool
+    losses: NDArray[np.float64]
+
+    @staticmethod
+    def read(folder: RunFolder, run: int = 0) -> Record:
+        """Read the record of a finished run. Raises `StageError` where there is none."""
+        files = RecordFolder.of(folder, run)
+        if not storage.exists(files.mark):
+            raise StageError(
+                f"{files.root}: expected the record of a finished training run; `diffprune train CONFIG` makes it "
+                "(checkpoints of other programs have none)"
+            )
+        mark = storage.read_json(files.mark)
+        saved = storage.read_json(files.settings)
+        settings = TrainingSettings(**saved["training"])
+        return Record(
+            folder=files,
+            settings=settings,
+            order=_read_array(files.order),
+            rates=_read_array(files.rates),
+            dataset_size=saved["dataset_size"],
+            checkpoints=tuple(
+                ManifestEntry(files.checkpoint(line["step"]), line["step"], line["lr"], run, settings.seed)
+                for line in mark["checkpoints"]
+            ),
+            exact=saved["exact"],
+            losses=np.asarray(mark["losses"], np.float64),
+        )
+
+    def initial(self, model: nn.Module | None = None) -> Checkpoint:
+        """The weights before the first step, as a checkpoint of step 0 without optimizer state."""
+        return load_checkpoint(self.folder.initial, model)
+
+    def pairs(self, cache: Pairs, step: int) -> PairBatch:
+        """The pairs of the step from `step` to `step + 1` (from 0), cropped as they were in training."""
+        return step_pairs(cache, self.order, self.settings, step)
+
+    def weight_decay(self, params: Tree) -> dict[str, float]:
+        """The decoupled weight decay of each parameter: `theta *= 1 - rate * decay` before each step."""
+        decay = self.settings.weight_decay
+        return {name: 0.0 if excluded_from_decay(name, value) else decay for name, value in params.items()}
+
+
+def write_plan(
+    files: RecordFolder, settings: TrainingSettings, order: Rows, rates: NDArray[np.float64], facts: dict[str, Any]
+) -> None:
+    """Write what is known before the first step; `facts` joins the settings in `settings.json`."""
+    small = order.astype(np.int32) if order.max(initial=0) < 2**31 else order
+    _write_array(files.order, small)
+    _write_array(files.rates, rates)
+    storage.write_json(files.settings, {"training": asdict(settings), **facts})
+
+
+def write_manifest(folder: RunFolder, runs: int) -> Manifest | None:
+    """Write `checkpoints/manifest.json` once the last of the runs is complete; None before that."""
+    if not all(storage.exists(RecordFolder.of(folder, run).mark) for run in range(runs)):
+        return None
+    records = [Record.read(folder, run) for run in range(runs)]
+    entries = tuple(entry for record in records for entry in record.checkpoints)
+    manifest = Manifest(records[0].dataset_size, records[0].settings.optimizer, entries)
+    manifest.write(folder.checkpoint_manifest)
+    return manifest
+
+
+def _write_array(url: str, array: NDArray[Any]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    storage.write_bytes(url, buffer.getvalue())
+
+
+def _read_array(url: str) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
+    return array

@@ -1,0 +1,147 @@
+"""What is decided before the first step of a run: its settings, the data order, the rates, the recorded steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+Rows = NDArray[np.int64]
+
+# Streams of random numbers of a run, so that a change of one leaves the others alone.
+SUBSET, ORDER, CHECKPOINTS, CROPS, DROPOUT = range(5)
+
+
+def generator(seed: int, run: int, *stream: int) -> np.random.Generator:
+    """The random numbers of one stream of one run."""
+    return np.random.default_rng([seed % 2**64, run, *stream])
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a run is trained; with the pairs and the initial weights it decides every checkpoint.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: pairs per step, over all workers.
+        loss: the contrastive loss.
+        equal_captions: whether pairs of equal captions are each other's negatives.
+        optimizer: `adamw`, or `sgd` with `momentum`.
+        lr: peak learning rate.
+        beta1, beta2, eps: AdamW's.
+        momentum: SGD's.
+        weight_decay: `theta *= 1 - lr * weight_decay` before the step, with either optimizer, for matrices.
+        grad_clip: norm to which the gradient is clipped; None does not clip.
+        warmup: share of the steps with a linearly rising rate.
+        augment: train on random crops.
+        seed: decides order, subset, crops and dropout, together with `run`.
+        run: number of the run.
+    """
+
+    steps: int
+    batch_size: int
+    loss: Literal["clip", "siglip"] = "clip"
+    equal_captions: Literal["negative", "ignore"] = "negative"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 5e-4
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    momentum: float = 0.0
+    weight_decay: float = 0.1
+    grad_clip: float | None = None
+    warmup: float = 0.1
+    augment: bool = False
+    seed: int = 0
+    run: int = 0
+
+    @staticmethod
+    def of(config: Config, pairs: int, run: int = 0) -> TrainingSettings:
+        """The settings of a run on `pairs` pairs. Raises `ConfigError` where they do not fill a batch."""
+        proxy = config.proxy
+        if pairs < proxy.batch_size:
+            raise ConfigError(
+                f"expected at most the {pairs} pairs of a run", key="proxy.batch_size", found=proxy.batch_size
+            )
+        if proxy.batch_size % proxy.workers:
+            raise ConfigError("expected a divisor of proxy.batch_size", key="proxy.workers", found=proxy.workers)
+        steps = proxy.steps or max(1, round(proxy.epochs * (pairs // proxy.batch_size)))
+        return TrainingSettings(
+            steps=steps,
+            batch_size=proxy.batch_size,
+            loss=proxy.loss,
+            equal_captions=config.reference.equal_captions,
+            optimizer=proxy.optimizer,
+            lr=proxy.lr,
+            beta1=proxy.beta1,
+            beta2=proxy.beta2,
+            eps=proxy.eps,
+            momentum=proxy.momentum,
+            weight_decay=proxy.weight_decay,
+            grad_clip=proxy.grad_clip,
+            warmup=proxy.warmup,
+            augment=proxy.augment,
+            seed=config.seed,
+            run=run,
+        )
+
+
+def learning_rates(settings: TrainingSettings) -> NDArray[np.float64]:
+    """The rate that each step uses, `[steps]`: linear warm-up to the peak, then a half cosine towards zero.
+
+    As in open_clip's trainer, so the last step's rate is small and never zero.
+    """
+    warm = round(settings.warmup * settings.steps)
+    step = np.arange(settings.steps)
+    rising = (step + 1) / max(warm, 1)
+    falling = 0.5 * (1 + np.cos(math.pi * (step - warm) / max(settings.steps - warm, 1)))
+    return np.asarray(settings.lr * np.where(step < warm, rising, falling), np.float64)
+
+
+def training_rows(available: Rows, share: float, seed: int, run: int) -> Rows:
+    """The seeded share of the available cache rows that a run trains on, sorted."""
+    if share >= 1:
+        return np.sort(available)
+    drawn = generator(seed, run, SUBSET).permutation(available)
+    return np.sort(drawn[: round(share * len(available))])
+
+
+def data_order(rows: Rows, settings: TrainingSettings) -> Rows:
+    """The cache rows of every step, `[steps, batch_size]`.
+
+    Each pass over the data is a permutation of its own; what does not fill a batch at its end is left out of it, so
+    that no pair meets itself in a batch.
+    """
+    per_pass = len(rows) // settings.batch_size
+    rng = generator(settings.seed, settings.run, ORDER)
+    passes = [
+        rng.permutation(rows)[: per_pass * settings.batch_size].reshape(per_pass, settings.batch_size)
+        for _ in range(-(-settings.steps // per_pass))
+    ]
+    return np.concatenate(passes)[: settings.steps]
+
+
+def recorded_steps(config: Config, settings: TrainingSettings) -> list[int]:
+    """The steps after which a checkpoint is recorded, ascending, from 1 to `steps`. Raises `ConfigError`."""
+    proxy, steps = config.proxy, settings.steps
+    if isinstance(proxy.checkpoint_at, list):
+        if max(proxy.checkpoint_at, default=0) > steps or len(set(proxy.checkpoint_at)) < len(proxy.checkpoint_at):
+            raise ConfigError(
+                f"expected different steps up to the run's {steps}",
+                key="proxy.checkpoint_at",
+                found=proxy.checkpoint_at,
+            )
+        return sorted(proxy.checkpoint_at)
+    count = proxy.num_checkpoints
+    if count > steps:
+        raise ConfigError(f"expected at most the run's {steps} steps", key="proxy.num_checkpoints", found=count)
+    if proxy.checkpoint_at == "random":
+        drawn = generator(settings.seed, settings.run, CHECKPOINTS).choice(steps, count, replace=False)
+        return sorted(int(step) + 1 for step in drawn)
+    return [round(steps * (i + 1) / count) for i in range(count)]

@@ -1,0 +1,194 @@
+"""The training loop: one optimizer step at a time, each a function of the state, the step's number and the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.errors import StageError
+from pipeline.influence.losses import batch_loss, similar_captions
+from pipeline.models.checkpoint import excluded_from_decay
+from pipeline.models.clip import PairModel, split_state
+from pipeline.replay.augment import crop_boxes, cropped
+from pipeline.replay.schedule import DROPOUT, Rows, TrainingSettings, generator, learning_rates
+from pipeline.replay.workers import Alone, Workers
+from pipeline.types import AdamState, Checkpoint, PairBatch, Tree
+
+
+class Pairs(Protocol):
+    """Decoded pairs by row (`pipeline.data.cache.PairCache`)."""
+
+    def __len__(self) -> int: ...
+    def batch(self, rows: NDArray[np.int64]) -> PairBatch:
+        """The pairs at these rows, in that order."""
+
+
+def step_pairs(
+    pairs: Pairs, order: Rows, settings: TrainingSettings, step: int, part: slice = slice(None)
+) -> PairBatch:
+    """The pairs that the step from `step` to `step + 1` sees, cropped as they were; `part` of the batch alone."""
+    batch = pairs.batch(np.asarray(order[step, part], np.int64))
+    if settings.augment:
+        size = (batch.images.shape[2], batch.images.shape[3])
+        boxes = crop_boxes(settings.seed, settings.run, step, order.shape[1], size)[part]
+        batch = PairBatch(cropped(batch.images, boxes), batch.tokens, batch.ids, batch.captions)
+    return batch
+
+
+class Trainer:
+    """A model in training.
+
+    Args:
+        model: starts from its weights as they are; moved to `device`.
+        pairs: what it trains on.
+        order: rows of every step, `[steps, batch_size]`.
+        settings: everything else.
+        device: where it computes.
+        workers: the processes that share each batch.
+    """
+
+    def __init__(
+        self,
+        model: PairModel,
+        pairs: Pairs,
+        order: Rows,
+        settings: TrainingSettings,
+        device: torch.device | str = "cpu",
+        workers: Workers | None = None,
+    ) -> None:
+        self.model = model.to(device)
+        self.pairs = pairs
+        self.order = order
+        self.settings = settings
+        self.device = torch.device(device)
+        self.workers: Workers = workers or Alone()
+        self.rates = learning_rates(settings)
+        self.step = 0
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = make_optimizer(self._parameters, settings)
+        share = order.shape[1] // self.workers.size
+        self._part = slice(self.workers.rank * share, (self.workers.rank + 1) * share)
+
+    def advance(self) -> float:
+        """Take one step; the batch's loss before it. Raises `StageError` when the loss is not finite."""
+        batch = step_pairs(self.pairs, self.order, self.settings, self.step, self._part).to(self.device)
+        with self._training_mode():
+            features = self.model(batch.images, batch.tokens)
+            features, captions = self.workers.gather(features, batch.captions)
+            equal = similar_captions(captions, captions, self.settings.equal_captions == "ignore")
+            loss = batch_loss(features, equal, self.settings.loss)
+        value = float(loss.detach())
+        rate = float(self.rates[self.step])
+        if not math.isfinite(value):
+            raise self._divergence(f"loss is {value}", rate)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._update(rate)
+        self.step += 1
+        return value
+
+    def _update(self, rate: float) -> None:
+        parameters = list(self._parameters.values())
+        for parameter in parameters:
+            # A parameter that the loss does not reach decays and keeps a state like any other.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.workers.add_gradients(parameters)
+        if self.settings.grad_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+            if self.settings.optimizer == "sgd":
+                with torch.no_grad():
+                    for parameter in group["params"]:
+                        parameter.mul_(1 - rate * group["decay"])
+        self._optimizer.step()
+
+    def checkpoint(self) -> Checkpoint:
+        """A copy of the state on the CPU. Raises `StageError` when a parameter is not finite."""
+        params, buffers = split_state(self.model)
+        rate = float(self.rates[self.step - 1]) if self.step else 0.0
+        if not all(bool(value.isfinite().all()) for value in params.values()):
+            raise self._divergence("weights are not finite", rate)
+        copied = {name: _copy(value) for name, value in params.items()}
+        kept = {name: _copy(value) for name, value in buffers.items()}
+        made = Checkpoint(self.step, rate, self.settings.run, copied, kept)
+        if self.step and self.settings.optimizer == "adamw":
+            s = self.settings
+            made.adam = AdamState(self.step, self._state("exp_avg"), self._state("exp_avg_sq"), s.beta1, s.beta2, s.eps)
+        if self.step and self.settings.optimizer == "sgd" and self.settings.momentum:
+            made.momentum = self._state("momentum_buffer")
+        return made
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of this run, as if it had never been interrupted."""
+        self.model.load_state_dict(checkpoint.params | checkpoint.buffers)
+        self._optimizer.state.clear()
+        for name, parameter in self._parameters.items():
+            if (adam := checkpoint.adam) is not None:
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(adam.steps)),
+                    "exp_avg": adam.exp_avg[name].to(self.device, copy=True),
+                    "exp_avg_sq": adam.exp_avg_sq[name].to(self.device, copy=True),
+                }
+            elif checkpoint.momentum is not None:
+                buffer = checkpoint.momentum[name].to(self.device, copy=True)
+                self._optimizer.state[parameter] = {"momentum_buffer": buffer}
+        self.step = checkpoint.step
+
+    def _state(self, kind: str) -> Tree:
+        return {name: _copy(self._optimizer.state[p][kind]) for name, p in self._parameters.items()}
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """`train()` mode with this step's own random numbers, where it differs from `eval()` at all."""
+        if self.model.trains_as_it_evaluates:
+            yield
+            return
+        settings = self.settings
+        seed = int(generator(settings.seed, settings.run, DROPOUT, self.step, self.workers.rank).integers(2**63))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            self.model.train()
+            try:
+                yield
+            finally:
+                self.model.eval()
+
+    def _divergence(self, what: str, rate: float) -> StageError:
+        return StageError(
+            f"the proxy's training diverged: run {self.settings.run}, step {self.step + 1} of {self.settings.steps}, "
+            f"learning rate {rate:.3g}: {what}; lower proxy.lr, raise proxy.warmup or set proxy.grad_clip"
+        )
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW or SGD with open_clip's two groups: without and with weight decay.
+
+    SGD's own `weight_decay` would be added to the gradient and so to the momentum; ours is applied by the trainer.
+    """
+    plain = [p for name, p in parameters.items() if excluded_from_decay(name, p)]
+    decayed = [p for name, p in parameters.items() if not excluded_from_decay(name, p)]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": settings.weight_decay}],
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+        )
+    return torch.optim.SGD(
+        [{"params": plain, "decay": 0.0}, {"params": decayed, "decay": settings.weight_decay}],
+        lr=settings.lr,
+        momentum=settings.momentum,
+    )
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
