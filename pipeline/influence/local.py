@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -29,7 +31,8 @@ class LocalView:
         device = next(model.parameters()).device
         self.checkpoint = checkpoint
         self.settings = settings
-        self.passes = Passes(model, settings)
+        # Directions serve all pairs: they are computed once and in full precision.
+        self.passes = Passes(model, replace(settings, precision="fp32"))
         self.state = to_device({**checkpoint.params, **checkpoint.buffers}, device)
         self.names = chosen_names(checkpoint.params, settings.parameters)
         self.gradient_loss = BatchLoss(self.passes, batches.gradient.to(device), self.names)
@@ -51,18 +54,22 @@ class LocalView:
         return {**self.state, **plus(restricted(self.state, vector), vector, step)}
 
     def step_for(self, vector: Tree, order: int) -> float:
-        """Step `h` along a vector for a central difference of what is rounded to `r`, the working precision.
+        """Step `h` along a vector for a central difference of what is rounded to `r`, the precision of the passes.
 
-        The rounding error grows as `r / h`, the formula's own as `h^2`: they balance at `r^(1/3)` of the scale
-        on which the loss varies, for a difference of losses in two directions (`order` 2) at `r^(1/4)`. That scale
-        is taken to be the length of the parameters.
+        The rounding error grows as `r / h`, the formula's own as `h^2`: they balance at `r^(1/3)` of the scale on which
+        the loss varies; for losses differenced in two directions (`order` 2) at `r^(1/4)`. That scale is
+        `|G_B| / |H_B v|`, the way along `v` after which the gradient has changed by as much as it was long.
         """
         length = norm(vector)
         if length == 0:
             return 1.0
         dtype = next(iter(vector.values())).dtype
+        trial = torch.finfo(dtype).eps ** 0.5 * norm(restricted(self.state, vector)) / length
+        here, there = (self.gradient_loss.gradient(state) for state in (self.state, self.moved(vector, trial)))
+        bend = norm(plus(there, here, -1.0)) / trial
+        scale = norm(here) / bend if bend > 0 else norm(restricted(self.state, vector)) / length
         relative: float = self.settings.roundoff(dtype) ** (1 / (2 + order))
-        return relative * norm(restricted(self.state, vector)) / length
+        return relative * scale
 
 
 def preconditioner(checkpoint: Checkpoint, settings: Settings) -> Tree | None:

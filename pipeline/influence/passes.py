@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.errors import InputError
 from pipeline.influence.forward_mode import push_forward
 from pipeline.influence.settings import Settings
+from pipeline.influence.twice import TwiceDifferentiable
 from pipeline.types import Features, PairBatch, Tree
 
 #: Features and their derivatives, by the names of the vectors they are taken along; `()` is the value.
@@ -110,9 +111,10 @@ class Passes:
         at = {parameter: state[parameter] for parameter in moved}
         run = _on(self, state, batch)
         inner = _filled(vectors[first], at)
-        (value, along_first), (along_second, mixed) = push_forward(
-            lambda point: push_forward(run, (point,), (inner,)), (at,), (_filled(vectors[second], at),)
-        )
+        with TwiceDifferentiable():
+            (value, along_first), (along_second, mixed) = push_forward(
+                lambda point: push_forward(run, (point,), (inner,)), (at,), (_filled(vectors[second], at),)
+            )
         return {(): value, (first,): along_first, (second,): along_second, (first, second): mixed}
 
     def _explained(self, error: Exception, state: Tree, vectors: dict[str, Tree], batch: PairBatch) -> Exception:

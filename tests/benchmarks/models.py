@@ -1,0 +1,78 @@
+"""Briefly trained proxies on scanned digits: what the benchmarks of the influence engine are run on."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import interpolate
+
+from pipeline.influence.losses import batch_loss, similar_captions
+from pipeline.models.clip import PairModel, build_model, split_state
+from pipeline.types import AdamState, Checkpoint, PairBatch, Tree
+
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_FORMS = ("a handwritten {}", "the digit {}", "a scan of the number {}", "{} written by hand", "somebody wrote {}")
+
+
+def digit_pairs(model: PairModel, count: int, seed: int = 0) -> PairBatch:
+    """Scanned digits in the model's size, with varied captions of which a fifth is wrong."""
+    digits = load_digits()
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, len(digits.target), (count,), generator=generator)
+    grey = torch.tensor(digits.images)[rows][:, None] / 16 * 255
+    size = model.image_spec.size
+    images = interpolate(grey.float(), size, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    labels = torch.tensor(digits.target)[rows]
+    wrong = torch.rand(count, generator=generator) < 0.2
+    labels = torch.where(wrong, torch.randint(0, 10, (count,), generator=generator), labels)
+    forms = torch.randint(0, len(_FORMS), (count,), generator=generator)
+    captions = [_FORMS[form].format(_NAMES[label]) for form, label in zip(forms.tolist(), labels.tolist(), strict=True)]
+    ids = torch.randint(0, 2**62, (count,), generator=generator)
+    return PairBatch(images.contiguous(), model.tokenize(captions), ids, forms * 10 + labels)
+
+
+def trained_checkpoint(
+    model: PairModel, pairs: PairBatch, steps: int, batch: int = 128, lr: float = 1e-3, ignore: bool = False
+) -> Checkpoint:
+    """The model after some AdamW steps, with Adam's state."""
+    params, buffers = split_state(model)
+    state: Tree = {name: value.clone().requires_grad_() for name, value in params.items()}
+    optimizer = torch.optim.AdamW(list(state.values()), lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        part = pairs[torch.randperm(len(pairs), generator=generator)[:batch]]
+        optimizer.zero_grad()
+        _loss(model, {**state, **buffers}, part, ignore).backward()
+        optimizer.step()
+    first = {name: optimizer.state[value]["exp_avg"] for name, value in state.items()}
+    second = {name: optimizer.state[value]["exp_avg_sq"] for name, value in state.items()}
+    adam = AdamState(steps, first, second, 0.9, 0.98, 1e-6)
+    return Checkpoint(steps, lr, 0, {name: value.detach() for name, value in state.items()}, buffers, adam)
+
+
+def cast(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint with floating-point tensors of another dtype."""
+
+    def tree(values: Tree) -> Tree:
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
+
+    adam = checkpoint.adam
+    if adam is not None:
+        adam = AdamState(
+            adam.steps, tree(adam.exp_avg), tree(adam.exp_avg_sq), adam.beta1, adam.beta2, adam.eps
+        )
+    return Checkpoint(
+        checkpoint.step, checkpoint.lr, checkpoint.run, tree(checkpoint.params), tree(checkpoint.buffers), adam
+    )
+
+
+def small_model(name: str = "tiny-vit", dtype: torch.dtype = torch.float32) -> PairModel:
+    """One of the shipped configs, in a dtype."""
+    return build_model(name).to(dtype)
+
+
+def _loss(model: PairModel, state: Tree, part: PairBatch, ignore: bool) -> Tensor:
+    features = functional_call(model, state, (part.images, part.tokens))
+    return batch_loss(features, similar_captions(part.captions, part.captions, ignore), "clip")
