@@ -243,9 +243,10 @@ class BalanceConfig(Section):
     by: Literal["none", "caption", "cluster"] = "none"
     """Groups: pairs of equal caption, or clusters of embeddings."""
     quota: Literal["proportional", "equal", "complexity"] = "proportional"
-    """Share of each group: its size, the same for all, or its size times its complexity (Density-Based Pruning)."""
+    """Share of each group: by its size, the same for all, or (clusters) by how spread out it is and how far from
+    others, whatever its size (Density-Based Pruning)."""
     clusters: PositiveInt = 100
-    """Clusters for `by: cluster` and for `dedup.cosine`."""
+    """Clusters of image embeddings; large ones are split further where near-duplicates or neighbours are looked for."""
 
 
 class SelectConfig(Section):
@@ -326,7 +327,7 @@ class EvaluateConfig(Section):
     """Pairs to measure on; zero-shot accuracy where captions form few classes, else retrieval recall. Never used
     before."""
     truth: str | None = None
-    """A CSV with columns `uid`, `clean` and `caption_class`, for judging only: how well low utility finds wrong captions."""
+    """A CSV of `uid`, `clean`, `caption_class`, for judging only: how well low utility finds wrong captions."""
     keeps: list[Fraction] | None = None
     """Sizes for a coreset curve; null evaluates only the selection's own size."""
 

@@ -1,17 +1,13 @@
-"""The groups that quotas are shared out over: frequent captions, or clusters, with the weight of each."""
+"""The groups that quotas are shared out over: frequent captions, or clusters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import SelectConfig
-from pipeline.selection.prepare import Progress
-from pipeline.selection.quotas import Counts
 from pipeline.selection.recipe import OpenShard, Recipe, caption_ids
 from pipeline.selection.scan import ScoreShard
 from pipeline.selection.tasks import MapTasks, chunks
@@ -21,8 +17,6 @@ MIN_PAIRS, MIN_SHARE = 10, 1 / 32768
 #: Counters that captions are hashed into, in each of two tables, to find the frequent ones in bounded memory.
 BUCKET_BITS = 18
 
-#: From the sizes of the groups [g] to their weights [g].
-Weights = Callable[[Counts], npt.NDArray[np.float64]]
 Int64 = npt.NDArray[np.int64]
 
 
@@ -89,23 +83,3 @@ def group_names(recipe: Recipe) -> list[str]:
     if recipe.grouping == "cluster":
         return [f"cluster {number}" for number in range(recipe.clusters)]
     return ["all"]
-
-
-def form_groups(
-    config: SelectConfig, recipe: Recipe, shards: Sequence[ScoreShard], tell: Progress, map_tasks: MapTasks
-) -> tuple[Recipe, Weights]:
-    """Work out the groups that a select section asks for, and how they share the quota."""
-    weights: Weights = _by_size if config.balance.quota == "proportional" else _equal
-    if config.balance.by == "caption":
-        tell("counting captions")
-        captions = frequent_captions(recipe, shards, map_tasks)
-        recipe = replace(recipe, grouping="caption", captions=captions)
-    return recipe, weights
-
-
-def _by_size(sizes: Counts) -> npt.NDArray[np.float64]:
-    return sizes.astype(np.float64)
-
-
-def _equal(sizes: Counts) -> npt.NDArray[np.float64]:
-    return np.ones(len(sizes))

@@ -10,7 +10,8 @@ import numpy as np
 from pipeline.config import Band, SelectConfig, Threshold
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
-from pipeline.selection import grouping, prepare
+from pipeline.selection import grouping, prepare, structure
+from pipeline.selection.clusters import Clusters
 from pipeline.selection.cuts import Boundaries, Census, count_taken, find_boundaries, take_census
 from pipeline.selection.keys import order_keys, value_of
 from pipeline.selection.prepare import Progress
@@ -74,10 +75,10 @@ def plan_selection(
     shards, fingerprint = committed_shards(run)
     recipe = prepare.make_recipe(config, shards[0], seed, scratch)
     recipe = prepare.work_out(run, recipe, shards, tell, map_tasks)
-    recipe, weights = grouping.form_groups(config, recipe, shards, tell, map_tasks)
+    recipe, clusters = structure.find_structure(config, recipe, shards, tell, map_tasks)
     tell("counting")
     census = take_census(recipe, shards, map_tasks)
-    skipped, taken, shortfall = _ranks(config, recipe, census, weights)
+    skipped, taken, shortfall = _ranks(config, recipe, census, clusters)
     tell("finding the cut")
     skip = None
     if isinstance(config.keep, Threshold):
@@ -92,7 +93,7 @@ def plan_selection(
 
 
 def _ranks(
-    config: SelectConfig, recipe: Recipe, census: Census, weights: grouping.Weights
+    config: SelectConfig, recipe: Recipe, census: Census, clusters: Clusters | None
 ) -> tuple[Counts, Counts, int]:
     """Per stratum [s], how many pairs from the top are skipped and how many after them are kept; and the shortfall."""
     sizes = census.sizes.reshape(recipe.groups, recipe.tiers)
@@ -114,7 +115,12 @@ def _ranks(
         total = keep
         if total > available:
             raise StageError(f"select.keep: {total} pairs were asked for, but only {available} can be kept")
-    quotas = share_out(total, weights(group_sizes), group_sizes - skipped)
+    weights = group_sizes.astype(np.float64)
+    if config.balance.quota == "equal":
+        weights = np.ones(len(group_sizes))
+    elif config.balance.quota == "complexity" and clusters is not None:
+        weights = clusters.weights()
+    quotas = share_out(total, weights, group_sizes - skipped)
     below = np.cumsum(sizes, axis=1) - sizes
     taken = np.clip(quotas[:, None] - below, 0, sizes)
     return np.pad(skipped[:, None], ((0, 0), (0, recipe.tiers - 1))).reshape(-1), taken.reshape(-1), shortfall

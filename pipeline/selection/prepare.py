@@ -53,6 +53,7 @@ def make_recipe(config: SelectConfig, first: ScoreShard, seed: int, scratch: str
         fill=config.fill,
         seed=seed,
         join=config.join,
+        embeddings=config.embeddings or "",
         scratch=scratch,
     )
     _check_columns(config, schemas)
@@ -98,6 +99,8 @@ def _check_columns(config: SelectConfig, schemas: dict[str, pa.Schema]) -> None:
     for key, column in needs.items():
         if column and column not in schemas[""].names:
             raise ConfigError(f"expected scores with a column {column!r}, found none", key=key)
+    if config.balance.quota == "complexity" and config.balance.by != "cluster":
+        raise ConfigError("expected balance.by: cluster with complexity", key="select.balance", found=config.balance.by)
     embedded = {
         "select.dedup.cosine": config.dedup.cosine is not None,
         "select.balance.by": config.balance.by == "cluster",

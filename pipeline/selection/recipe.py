@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.run import RunFolder
@@ -22,8 +23,8 @@ from pipeline.selection.standardise import Standardisation
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
-#: Why a pair that scored cannot be kept, by the code in the `dropped` layer.
-DROP_REASONS = {1: "duplicate", 2: "near-duplicate"}
+#: Layers that rule out pairs where they are not 0, named after the reason.
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
 #: Tiers of `significant`, in the order in which a quota is filled.
 HELPFUL, TIE, HARMFUL = 0, 1, 2
 
@@ -33,8 +34,9 @@ class Recipe:
     """Everything that decides about a row, as far as it has been worked out; sent to every task.
 
     `tables` are the ranks the formulas need; `zterms` how the per-checkpoint terms are standardised; `join` folders
-    of other runs by name; `captions` the sorted caption ids that are groups of their own; `scratch` where the layers
-    (values per row that earlier passes worked out) lie, and `layers` which there are.
+    of other runs by name, `embeddings` the one of them whose embeddings are used; `captions` the sorted caption ids
+    that are groups of their own; `scratch` where the layers (values per row that earlier passes worked out) lie, and
+    `layers` which there are.
     """
 
     by: Formula
@@ -44,6 +46,7 @@ class Recipe:
     fill: str
     seed: int
     join: dict[str, str]
+    embeddings: str = ""
     tables: dict[str, RankTable] = field(default_factory=dict)
     zterms: Standardisation | None = None
     grouping: Literal["none", "caption", "cluster"] = "none"
@@ -107,6 +110,7 @@ class OpenShard:
         self.file = ScoreFile(shard.url)
         self._joined: dict[tuple[str, str], npt.NDArray[Any]] = {}
         self._layers: dict[str, npt.NDArray[Any]] = {}
+        self._embeddings: pa.Array | None = None
 
     def __enter__(self) -> OpenShard:
         return self
@@ -142,6 +146,13 @@ class OpenShard:
         if other.rows != self.file.rows:
             raise InputError(f"{url}: expected the {self.file.rows} rows of {self.shard.url}, found {other.rows}")
         return other
+
+    def joined_embeddings(self, span: Span) -> pa.Array:
+        """The `embedding` column, for the rows of `span`, of the joined run that `recipe.embeddings` names."""
+        if self._embeddings is None:
+            with self.open_joined(self.recipe.embeddings) as other:
+                self._embeddings = other.parquet.read(columns=["embedding"])["embedding"].combine_chunks()
+        return self._embeddings.slice(span.start, span.rows)
 
     def columns(self, names: frozenset[str], span: Span) -> dict[str, npt.NDArray[Any]]:
         """Columns by the names that formulas use, as float64 (a lone float32 column stays as it is)."""
@@ -199,13 +210,11 @@ class OpenShard:
             meets = self.evaluate(recipe.where, span)
             mask, before = (meets if mask is None else mask & meets), scored
             pruned["where"] = before - int(mask.sum())
-        if "dropped" in recipe.layers:
-            dropped = self.layer("dropped", span)
-            if dropped.any():
-                for code, reason in DROP_REASONS.items():
-                    here = dropped == code
-                    pruned[reason] += int((here if mask is None else here & mask).sum())
-                mask = dropped == 0 if mask is None else mask & (dropped == 0)
+        for reason in (DUPLICATE, NEAR_DUPLICATE):
+            if reason in recipe.layers:
+                dropped = self.layer(reason, span) != 0
+                pruned[reason] = int((dropped if mask is None else dropped & mask).sum())
+                mask = ~dropped if mask is None else mask & ~dropped
         rows = None if mask is None else np.flatnonzero(mask)
         value = value if rows is None else value[rows]
         tier = self._tiers(span, rows, value)

@@ -1,0 +1,169 @@
+"""Clusters of image embeddings: spherical k-means on a seeded sample, then the cluster of every pair.
+
+Clusters too large to be looked at in memory are split into parts. A cluster's complexity is that of Density-Based
+Pruning (arXiv 2401.04578): how spread out it is, times how far it is from its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import StageError
+from pipeline.selection import layers
+from pipeline.selection.keys import seeded_draw
+from pipeline.selection.recipe import Judged, OpenShard, Recipe
+from pipeline.selection.scan import ScoreShard
+from pipeline.selection.tasks import MapTasks, chunks
+
+#: Pairs that a part should have: its pairs of pairs are looked at in memory.
+PART_PAIRS = 4096
+#: Pairs sampled per part, and at most in all (4 bytes per dimension each).
+SAMPLE_PER_PART, MAX_SAMPLE = 256, 1 << 18
+ITERATIONS = 20
+#: Neighbouring clusters that the distance between clusters is averaged over, and the softmax temperature (the paper's).
+NEIGHBOURS, TEMPERATURE = 20, 0.1
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Centroids [p, d] of the parts (unit length), the cluster of each part [p], and each cluster's complexity [k]."""
+
+    centroids: Float32
+    cluster: npt.NDArray[np.int32]
+    complexity: npt.NDArray[np.float64]
+
+    def weights(self) -> npt.NDArray[np.float64]:
+        """Density-Based Pruning's share of each cluster [k]: the softmax of the complexities."""
+        scaled = np.exp((self.complexity - self.complexity.max()) / TEMPERATURE)
+        return np.asarray(scaled / scaled.sum())
+
+
+def image_embeddings(opened: OpenShard, judged: Judged) -> Float32:
+    """Unit-length image embeddings of the judged rows [k, d], from the run that `recipe.embeddings` names.
+
+    The column holds image, then text; a pair without an embedding has zeros, which are near nothing.
+    """
+    span = judged.span
+    column = span.arrow("embedding") if not opened.recipe.embeddings else opened.joined_embeddings(span)
+    size = column.type.list_size
+    flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
+    whole = np.asarray(flat).reshape(len(column), size)[:, : size // 2]
+    found = (whole if judged.rows is None else whole[judged.rows]).astype(np.float32)
+    valid = np.asarray(column.is_valid().to_numpy(zero_copy_only=False))
+    found[~(valid if judged.rows is None else valid[judged.rows])] = 0
+    found[~np.isfinite(found).all(axis=1)] = 0
+    return unit(found)
+
+
+def unit(vectors: Float32) -> Float32:
+    """Rows [n, d] at length 1; zeros stay."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0))
+
+
+def find_clusters(
+    recipe: Recipe, shards: Sequence[ScoreShard], pairs: int, count: int, map_tasks: MapTasks
+) -> Clusters:
+    """`count` clusters (fewer where there are fewer pairs) of the `pairs` that can be kept, from a sample of them."""
+    parts = max(count, -(-pairs // PART_PAIRS))
+    share = min(1.0, min(parts * SAMPLE_PER_PART, MAX_SAMPLE) / max(pairs, 1))
+    found = [part for task in map_tasks(partial(_sample, recipe, share), chunks(shards)) for part in task]
+    sample = np.concatenate(found) if found else np.empty((0, 1), np.float32)
+    if len(sample) == 0:
+        raise StageError("select: no pair that can be kept has an embedding to cluster by")
+    centroids = _kmeans(sample, count, recipe.seed)
+    nearest, similarity = assign(sample, centroids, 1)
+    complexity = _complexity(centroids, nearest[:, 0], similarity[:, 0])
+    parts_of, cluster_of = [], []
+    for cluster in range(len(centroids)):
+        members = sample[nearest[:, 0] == cluster]
+        size = len(members) / len(sample) * pairs
+        wanted = min(int(np.ceil(size / PART_PAIRS)), len(members)) if size > 1.5 * PART_PAIRS else 1
+        split = _kmeans(members, wanted, recipe.seed) if wanted > 1 else centroids[cluster : cluster + 1]
+        parts_of.append(split)
+        cluster_of += [cluster] * len(split)
+    return Clusters(np.concatenate(parts_of), np.array(cluster_of, dtype=np.int32), complexity)
+
+
+def assign(vectors: Float32, centroids: Float32, nearest: int) -> tuple[npt.NDArray[np.int64], Float32]:
+    """The `nearest` centroids of each vector [n, nearest] and their cosine similarities [n, nearest]."""
+    index = faiss.IndexFlatIP(centroids.shape[1])
+    index.add(np.ascontiguousarray(centroids))
+    similarity, places = index.search(np.ascontiguousarray(vectors), min(nearest, len(centroids)))
+    return places, similarity
+
+
+def write_parts(
+    recipe: Recipe, shards: Sequence[ScoreShard], clusters: Clusters, margin: float, map_tasks: MapTasks
+) -> npt.NDArray[np.int64]:
+    """Write the layers `cluster` [n] and `part` [n, 2] (own part, and a second one or -1); the sizes of the parts [p].
+
+    A pair visits its second nearest part when it is nearer to the border than `margin` times the distance of the two
+    centroids: a near-duplicate of it may lie there.
+    """
+    sizes = np.zeros(len(clusters.centroids), dtype=np.int64)
+    for part in map_tasks(partial(_write_parts, recipe, clusters, margin), chunks(shards)):
+        sizes += part
+    return sizes
+
+
+def _sample(recipe: Recipe, share: float, shards: Sequence[ScoreShard]) -> list[Float32]:
+    found = []
+    for shard in shards:
+        with OpenShard(recipe, shard) as opened:
+            for judged in opened.judged():
+                high, low = judged.span.uids()
+                drawn = seeded_draw(high, low, recipe.seed + 1).astype(np.float64) < share * 2.0**64
+                vectors = image_embeddings(opened, judged)
+                chosen = drawn if judged.rows is None else drawn[judged.rows]
+                vectors = vectors[chosen]
+                found.append(vectors[vectors.any(axis=1)])
+    return found
+
+
+def _write_parts(
+    recipe: Recipe, clusters: Clusters, margin: float, shards: Sequence[ScoreShard]
+) -> npt.NDArray[np.int64]:
+    sizes = np.zeros(len(clusters.centroids), dtype=np.int64)
+    for shard in shards:
+        parts = np.full((shard.rows, 2), -1, dtype=np.int32)
+        with OpenShard(recipe, shard) as opened:
+            for judged in opened.judged():
+                places, similarity = assign(image_embeddings(opened, judged), clusters.centroids, 2)
+                rows = judged.places()
+                parts[rows, 0] = places[:, 0]
+                if margin > 0 and places.shape[1] == 2:
+                    apart = np.linalg.norm(clusters.centroids[places[:, 0]] - clusters.centroids[places[:, 1]], axis=1)
+                    near = similarity[:, 0] - similarity[:, 1] <= margin * apart
+                    parts[rows[near], 1] = places[near, 1]
+        sizes += np.bincount(parts[parts >= 0], minlength=len(sizes))
+        layers.write(recipe.scratch, "part", shard.index, parts)
+        layers.write(recipe.scratch, "cluster", shard.index, clusters.cluster[np.maximum(parts[:, 0], 0)])
+    return sizes
+
+
+def _kmeans(vectors: Float32, count: int, seed: int) -> Float32:
+    count = min(count, len(vectors))
+    means = faiss.Kmeans(
+        vectors.shape[1], count, niter=ITERATIONS, spherical=True, seed=seed % 2**31, min_points_per_centroid=1
+    )
+    means.train(np.ascontiguousarray(vectors))
+    return unit(np.asarray(means.centroids, dtype=np.float32))
+
+
+def _complexity(centroids: Float32, nearest: npt.NDArray[np.int64], similarity: Float32) -> npt.NDArray[np.float64]:
+    """Mean cosine distance of a cluster's pairs to its centroid, times that of its centroid to its neighbours [k]."""
+    count = len(centroids)
+    members = np.maximum(np.bincount(nearest, minlength=count), 1)
+    within = np.bincount(nearest, weights=1.0 - similarity, minlength=count) / members
+    apart = np.sort(1.0 - centroids @ centroids.T, axis=1)[:, 1 : NEIGHBOURS + 1]
+    between = apart.mean(axis=1) if count > 1 else np.ones(count)
+    return np.asarray(within * between, dtype=np.float64)

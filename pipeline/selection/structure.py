@@ -1,0 +1,138 @@
+"""The passes that look at pairs together: duplicates, clusters, frequent captions, and what a pair adds to others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import SelectConfig
+from pipeline.errors import StageError
+from pipeline.selection import duplicates, redundancy
+from pipeline.selection.clusters import Clusters, find_clusters, image_embeddings, write_parts
+from pipeline.selection.cuts import take_census
+from pipeline.selection.grouping import frequent_captions
+from pipeline.selection.prepare import Progress
+from pipeline.selection.recipe import HARMFUL, NEAR_DUPLICATE, Judged, OpenShard, Recipe
+from pipeline.selection.regroup import Int64, Rows, bring_back, evaluate_buckets, place_rows, regroup
+from pipeline.selection.scan import ScoreShard
+from pipeline.selection.standardise import Moments
+from pipeline.selection.tasks import MapTasks, chunks
+
+#: Pairs of the parts that are loaded together (about 1 kB each with 512 dimensions).
+BATCH_PAIRS = 1 << 17
+
+
+def find_structure(
+    config: SelectConfig, recipe: Recipe, shards: Sequence[ScoreShard], tell: Progress, map_tasks: MapTasks
+) -> tuple[Recipe, Clusters | None]:
+    """Work out the layers that a select section needs, in the order in which they build on each other."""
+    if config.dedup.exact:
+        tell("finding exact duplicates")
+        recipe = duplicates.find_exact(recipe, shards, _pairs(recipe, shards, map_tasks), map_tasks)
+    cosine, fill = config.dedup.cosine, config.fill if config.policy == "significant" else ""
+    preferring = config.policy == "infomax" or fill in ("representative", "diverse")
+    clusters = None
+    if cosine is not None or preferring or config.balance.by == "cluster":
+        tell("clustering")
+        pairs = _pairs(recipe, shards, map_tasks)
+        if pairs == 0:
+            raise StageError("select: expected pairs that can be kept to cluster, found none")
+        clusters = find_clusters(recipe, shards, pairs, config.balance.clusters, map_tasks)
+        tell("assigning clusters")
+        margin = duplicates.border_margin(cosine) if cosine is not None else 0.0
+        batches = _Batches.of(write_parts(recipe, shards, clusters, margin, map_tasks))
+        recipe = recipe.with_layer("part").with_layer("cluster")
+        if cosine is not None:
+            tell("finding near-duplicates")
+            rows = partial(_part_rows, batches, True, None)
+            regrouped = regroup(recipe, shards, "near", batches.count, rows, map_tasks)
+            evaluate_buckets(regrouped, partial(duplicates.near_duplicates, cosine=cosine), map_tasks)
+            bring_back(regrouped, NEAR_DUPLICATE, 0, "u1", map_tasks)
+            recipe = recipe.with_layer(NEAR_DUPLICATE)
+        if preferring:
+            tell("weighing redundancy")
+            scale = _value_moments(recipe, shards, map_tasks)
+            rows = partial(_part_rows, batches, False, scale)
+            regrouped = regroup(recipe, shards, "neighbours", batches.count, rows, map_tasks)
+            work = {
+                "representative": redundancy.representative,
+                "diverse": redundancy.diverse,
+            }.get(fill, partial(redundancy.infomax, redundancy=config.redundancy))
+            evaluate_buckets(regrouped, work, map_tasks)
+            bring_back(regrouped, "preference", -np.inf, "f4", map_tasks)
+            recipe = recipe.with_layer("preference")
+    if config.balance.by == "cluster" and clusters is not None:
+        recipe = replace(recipe, grouping="cluster", clusters=len(clusters.complexity))
+    elif config.balance.by == "caption":
+        tell("counting captions")
+        recipe = replace(recipe, grouping="caption", captions=frequent_captions(recipe, shards, map_tasks))
+    return recipe, clusters
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Parts that are loaded together: the batch of each part [p]."""
+
+    of_part: Int64
+    count: int
+
+    @staticmethod
+    def of(sizes: Int64) -> _Batches:
+        """Consecutive parts of together about `BATCH_PAIRS` pairs; a larger part is a batch of its own."""
+        before = np.cumsum(sizes) - sizes
+        _, of_part = np.unique(before // BATCH_PAIRS, return_inverse=True)
+        return _Batches(of_part.astype(np.int64), int(of_part.max()) + 1)
+
+
+def _pairs(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks) -> int:
+    return int(take_census(recipe, shards, map_tasks).sizes.sum())
+
+
+def _part_rows(
+    batches: _Batches, visitors: bool, scale: tuple[float, float] | None, opened: OpenShard, judged: Judged
+) -> tuple[Rows, Int64]:
+    """Rows with their part and embedding; with `visitors` also where they visit; with `scale` (mean, deviation) the
+    standardised value and the tier, without what is harmful."""
+    vectors = image_embeddings(opened, judged)
+    chosen = np.arange(len(judged.value))
+    tiers = opened.recipe.tiers
+    tier = np.zeros(len(chosen), np.int32) if judged.stratum is None or tiers == 1 else judged.stratum % tiers
+    if scale is not None and tiers > 1:
+        chosen = np.flatnonzero(tier != HARMFUL)
+    own, visited = opened.layer("part", judged.span)[judged.places() - judged.span.start].T
+    visiting = np.flatnonzero(visited >= 0) if visitors else np.empty(0, np.int64)
+    part = np.concatenate([own[chosen], visited[visiting]])
+    chosen = np.concatenate([chosen, visiting])
+    extra: list[tuple[Any, ...]] = [("part", "i4"), ("embedding", "f2", (vectors.shape[1],))]
+    if scale is not None:
+        extra += [("value", "f4"), ("tier", "i4")]
+    rows = place_rows(judged, opened.shard.index, chosen, extra)
+    rows["part"], rows["embedding"] = part, vectors[chosen]
+    if scale is not None:
+        rows["value"] = (judged.value[chosen] - scale[0]) / scale[1]
+        rows["tier"] = tier[chosen]
+    return rows, batches.of_part[part]
+
+
+def _value_moments(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks) -> tuple[float, float]:
+    """Mean and standard deviation of the value of all pairs that can be kept."""
+    total = Moments(0, np.zeros(1), np.zeros(1), 0)
+    for task in map_tasks(partial(_moments_of_shards, recipe), chunks(shards)):
+        for part in task:
+            total = total + part
+    deviation = float(np.sqrt(total.squares[0] / max(total.count, 1)))
+    return float(total.mean[0]), deviation or 1.0
+
+
+def _moments_of_shards(recipe: Recipe, shards: Sequence[ScoreShard]) -> list[Moments]:
+    found = []
+    for shard in shards:
+        with OpenShard(recipe, shard) as opened:
+            values: list[npt.NDArray[np.float64]] = [j.value.astype(np.float64)[:, None] for j in opened.judged()]
+        found.append(Moments.of(np.concatenate(values) if values else np.empty((0, 1)), 0))
+    return found

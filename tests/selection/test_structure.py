@@ -1,0 +1,197 @@
+"""Duplicates, clusters, complexity quotas and redundancy-aware choices, against plain computations in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.config import BalanceConfig, DedupConfig, SelectConfig
+from pipeline.errors import ConfigError
+from pipeline.selection import clusters, duplicates, redundancy
+from pipeline.selection.tasks import thread_map
+from tests.selection.scores import kept, ranking, row, select, uid, write_run
+
+DIM = 16
+
+
+def embedded(vectors, utilities, **columns):
+    """Rows with image embeddings; the text half is noise that must not matter."""
+    rng = np.random.default_rng(9)
+    rows = []
+    for number, (vector, utility) in enumerate(zip(vectors, utilities, strict=True)):
+        text = rng.normal(size=len(vector))
+        both = np.concatenate([vector, text / np.linalg.norm(text)]).astype(np.float16)
+        rows.append(row(number, float(utility), embedding=both.tolist(), **columns))
+    return rows
+
+
+def blobs(rng, centres, size, spread):
+    points = np.repeat(centres, size, axis=0) + rng.normal(size=(len(centres) * size, centres.shape[1])) * spread
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+def in_shards(rows, order, count):
+    """Rows in `order` over `count` shards, and the number of the row at each place."""
+    parts = np.array_split(order, count)
+    places = {(shard, index): int(n) for shard, part in enumerate(parts) for index, n in enumerate(part)}
+    return [[rows[n] for n in part] for part in parts], places
+
+
+@pytest.mark.parametrize("bucket", [1 << 22, 16])
+def test_exact_duplicates_keep_the_best(tmp_path, monkeypatch, bucket):
+    monkeypatch.setattr(duplicates, "BUCKET_PAIRS", bucket)
+    rng = np.random.default_rng(0)
+    rows = [row(n, float(rng.integers(0, 5)), content=uid(n % 37)) for n in range(100)]
+    rows[50] = row(50, None, status="corrupt-image", content=None)
+    shards, places = in_shards(rows, rng.permutation(100), 3)
+    run = write_run(tmp_path, [*shards, []])
+    summary = select(run, SelectConfig(keep=1.0, dedup=DedupConfig(exact=True)), seed=0)
+    best: dict[str, int] = {}
+    for place in ranking(shards):
+        best.setdefault(rows[places[place]]["content"], places[place])
+    assert sorted(places[place] for place in kept(run)) == sorted(best.values())
+    assert summary.pruned == {"duplicate": 99 - len(best)}
+    assert summary.shortfall == 99 - len(best)
+    assert not (tmp_path / "scratch" / "select-default").exists()
+
+
+def test_planted_near_duplicates_are_found_and_the_best_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(clusters, "PART_PAIRS", 64)  # large clusters are split, and borders matter
+    rng = np.random.default_rng(1)
+    base = blobs(rng, rng.normal(size=(6, DIM)), 60, 0.5)
+    copies = base[:100] + rng.normal(size=(100, DIM)) * 0.01
+    vectors = np.concatenate([base, copies / np.linalg.norm(copies, axis=1, keepdims=True)])
+    utilities = rng.normal(size=len(vectors))
+    rows = embedded(vectors, utilities)
+    shards, places = in_shards(rows, rng.permutation(len(rows)), 4)
+    run = write_run(tmp_path, shards, embedding_size=2 * DIM)
+    config = SelectConfig(keep=1.0, dedup=DedupConfig(cosine=0.99), balance=BalanceConfig(clusters=5))
+    summary = select(run, config, seed=0)
+    stay = {places[place] for place in kept(run)}
+    pairs = [(n, 360 + n) for n in range(100)]
+    found = [pair for pair in pairs if len(stay & set(pair)) < 2]
+    assert len(found) >= 99
+    assert summary.pruned["near-duplicate"] == len(rows) - len(stay)
+    close = vectors @ vectors.T > 0.985
+    for gone in set(range(len(rows))) - stay:  # never without a better one nearby
+        assert (close[gone] & (utilities > utilities[gone])).any()
+    # the same pairs, whatever runs the tasks
+    select(run, config.model_copy(update={"name": "again"}), seed=0, map_tasks=thread_map)
+    assert kept(run, "again") == kept(run)
+
+
+def test_greedy_removal_matches_the_definition():
+    rng = np.random.default_rng(2)
+    vectors = clusters.unit(blobs(rng, rng.normal(size=(40, 8)), 60, 0.2).astype(np.float32))[rng.permutation(2400)]
+    similarity = vectors @ vectors.T
+    stays: list[int] = []
+    for n in range(len(vectors)):
+        if not (similarity[n, stays] > 0.95).any():
+            stays.append(n)
+    assert np.flatnonzero(~duplicates._greedy(vectors, 0.95)).tolist() == stays
+    assert len(stays) < 2000
+
+
+def test_embeddings_of_a_joined_run(tmp_path):
+    rng = np.random.default_rng(3)
+    vectors = clusters.unit(rng.normal(size=(30, DIM)).astype(np.float32))
+    vectors[20:] = vectors[:10]
+    run = write_run(tmp_path / "a", [[row(n, float(n)) for n in range(30)]])
+    other = write_run(tmp_path / "b", [embedded(vectors, rng.normal(size=30))], embedding_size=2 * DIM)
+    dedup = DedupConfig(cosine=0.999)
+    with pytest.raises(ConfigError, match=r"select.dedup.cosine: .*score.embeddings"):
+        select(run, SelectConfig(dedup=dedup), seed=0)
+    config = SelectConfig(keep=1.0, dedup=dedup, join={"b": other.root}, embeddings="b")
+    select(run, config, seed=0)
+    assert kept(run) == [(0, n) for n in range(10, 30)]
+
+
+@pytest.mark.parametrize("quota", ["proportional", "equal", "complexity"])
+def test_cluster_quotas_are_exact_and_filled_by_utility(tmp_path, quota):
+    rng = np.random.default_rng(4)
+    centres = np.eye(DIM)[:3]
+    vectors = np.concatenate([blobs(rng, centres[n : n + 1], size, spread)
+                              for n, (size, spread) in enumerate([(60, 0.02), (30, 0.02), (30, 0.12)])])  # fmt: skip
+    rows = embedded(vectors, rng.normal(size=120))
+    shards, places = in_shards(rows, rng.permutation(120), 3)
+    run = write_run(tmp_path, shards, embedding_size=2 * DIM)
+    config = SelectConfig(keep=0.3, balance=BalanceConfig(by="cluster", quota=quota, clusters=3))
+    summary = select(run, config, seed=0)
+    assert summary.kept == sum(group.kept for group in summary.groups) == 36
+    chosen = [places[place] for place in kept(run)]
+    of_blob = [sum(low <= n < high for n in chosen) for low, high in ((0, 60), (60, 90), (90, 120))]
+    if quota == "proportional":
+        assert of_blob == [18, 9, 9]
+    elif quota == "equal":
+        assert of_blob == [12, 12, 12]
+    else:  # the spread-out blob is the complex one; the two tight ones differ little
+        assert of_blob[2] > max(of_blob[:2])
+        assert abs(of_blob[0] - of_blob[1]) <= 1
+    for low, high in ((0, 60), (60, 90), (90, 120)):
+        best = sorted(range(low, high), key=lambda n: -rows[n]["utility"])
+        count = sum(low <= n < high for n in chosen)
+        assert {n for n in chosen if low <= n < high} == set(best[:count])
+
+
+def test_infomax_is_the_greedy_choice_over_all_parts(tmp_path):
+    rng = np.random.default_rng(5)
+    vectors = clusters.unit(blobs(rng, rng.normal(size=(4, DIM)), 25, 0.15).astype(np.float32))
+    vectors = vectors.astype(np.float16).astype(np.float32)
+    utilities = rng.normal(size=100)
+    rows = embedded(vectors, utilities)
+    run = write_run(tmp_path, [rows[:30], rows[30:]], embedding_size=2 * DIM)
+    config = SelectConfig(keep=40, policy="infomax", redundancy=0.5, balance=BalanceConfig(clusters=1))
+    select(run, config, seed=0)
+
+    similarity = clusters.unit(vectors) @ clusters.unit(vectors).T
+    np.fill_diagonal(similarity, -2)
+    near = np.argsort(-similarity, axis=1)[:, : redundancy.NEIGHBOURS]
+    graph = np.zeros_like(similarity)
+    np.put_along_axis(graph, near, np.take_along_axis(similarity, near, 1), 1)
+    graph = np.maximum(np.maximum(graph, graph.T), 0)
+    values = (utilities - utilities.mean()) / utilities.std()
+    chosen: list[int] = []
+    for _ in range(40):
+        gains = values - 0.5 * graph[:, chosen].sum(1)
+        gains[chosen] = -np.inf
+        chosen.append(int(gains.argmax()))
+    assert kept(run) == sorted((0, n) if n < 30 else (1, n - 30) for n in chosen)
+    assert set(chosen) != set(np.argsort(-utilities)[:40].tolist())
+
+
+def fill_run(tmp_path, tight=40):
+    """Ties in one tight blob and scattered around it, one harmful pair; all utilities within their spread of 0."""
+    rng = np.random.default_rng(6)
+    centre = np.eye(DIM)[:1]
+    vectors = np.concatenate([blobs(rng, centre, tight, 0.01), blobs(rng, centre, 20, 0.5)])
+    rows = embedded(vectors, rng.uniform(-0.1, 0.1, size=tight + 20), utility_std=1.0)
+    rows.append(embedded(centre, [-9.0], utility_std=1.0)[0] | {"uid": uid(999)})
+    return write_run(tmp_path, [rows], embedding_size=2 * DIM), vectors
+
+
+def test_fill_representative_takes_the_typical_and_diverse_the_scattered(tmp_path):
+    run, _ = fill_run(tmp_path)
+    base = SelectConfig(keep=20, policy="significant", balance=BalanceConfig(clusters=1))
+    for fill in ("representative", "diverse"):
+        select(run, base.model_copy(update={"name": fill, "fill": fill}), seed=0)
+    typical = [index for _, index in kept(run, "representative")]
+    scattered = [index for _, index in kept(run, "diverse")]
+    assert len(typical) == len(scattered) == 20
+    assert sum(index < 40 for index in typical) >= 19
+    assert sum(40 <= index < 60 for index in scattered) >= 18
+
+
+def test_farthest_first_is_monotone_and_starts_from_what_is_chosen():
+    rng = np.random.default_rng(7)
+    vectors = clusters.unit(rng.normal(size=(50, 4)).astype(np.float32))
+    chosen = np.zeros(50, dtype=bool)
+    chosen[:5] = True
+    gains = redundancy._farthest_first(vectors, chosen)
+    left = np.flatnonzero(~chosen)
+    order = left[np.argsort(-gains[left])]
+    taken = list(range(5))
+    for pick in order:
+        nearest = (vectors @ vectors[taken].T).max(1)
+        assert gains[pick] == pytest.approx(1 - nearest[pick], abs=1e-5)
+        assert nearest[pick] <= np.delete(nearest, taken).min() + 1e-5
+        taken.append(int(pick))
