@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pipeline.config import DataConfig
 from pipeline.report.collect import Findings
 from pipeline.report.rows import Pair
-from pipeline.report.text import count, number, plain, plus_minus
 from pipeline.report.thumbnails import SIDE, Content, data_uri, open_image
+from pipeline.text import count, number, plain, plus_minus
 
 #: Images no longer than this are shown with visible pixels.
 TINY = 72

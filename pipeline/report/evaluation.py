@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.plots import Figure
 from pipeline.report.tables import Table
-from pipeline.report.text import count, number, plain, plus_minus
 from pipeline.run import RunFolder
 from pipeline.store import storage
+from pipeline.text import count, number, plain, plus_minus
 
 
 @dataclass(frozen=True)

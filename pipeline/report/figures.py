@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from pipeline.report.collect import Cut, Density, Findings, Histogram
 from pipeline.report.plots import Canvas, Figure, Scale, draw
 from pipeline.report.rows import Floats
-from pipeline.report.text import count, number, percent, plural
+from pipeline.text import count, number, percent, plural
 
 #: Steps of darkness of the density plots; the style sheet has one class for each.
 SHADES = 7

@@ -11,7 +11,6 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup, escape
 
 from pipeline.config import Config
@@ -21,11 +20,12 @@ from pipeline.report import evaluation, sections, tables
 from pipeline.report.cards import GALLERIES, make_cards
 from pipeline.report.collect import Comparison, Findings, collect
 from pipeline.report.figures import agreement_figures, density_figure, utility_figure
+from pipeline.report.recorded import checkpoint_names, optional_json, provenance
 from pipeline.report.rows import selections
-from pipeline.report.text import count, number, percent, plain, plural
 from pipeline.report.thumbnails import fetch
 from pipeline.run import RunFolder
 from pipeline.store import storage
+from pipeline.text import count, number, percent, plain, plural
 
 #: Units of the values that utility is plotted against.
 UNITS = {"similarity": "cosine", "loss": "nats"}
@@ -52,8 +52,8 @@ def write_report(run: RunFolder, config: Config, *, selection: str = "default") 
 
 def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Findings) -> str:
     """The page's HTML. All text from data goes through Jinja2's escaping."""
-    summary = _optional_json(run.summary)
-    manifest = _optional_json(run.checkpoint_manifest)
+    summary = optional_json(run.summary)
+    manifest = optional_json(run.checkpoint_manifest)
     number_of_terms = found.sample.terms.shape[1] if found.scored else 0
     names = checkpoint_names(manifest, number_of_terms)
     shown = {(pair.shard, pair.index) for pairs in found.galleries.values() for pair in pairs}
@@ -118,16 +118,6 @@ def lead(found: Findings, config: Config) -> str:
     if rejected:
         text += f"{count(rejected)} could not be scored and are left out."
     return text.strip()
-
-
-def checkpoint_names(manifest: Mapping[str, Any], terms: int) -> list[str]:
-    """What to call the checkpoint of each term: its step, and its run where there are several."""
-    entries = manifest.get("checkpoints") or []
-    if len(entries) != terms:
-        return [f"term {i + 1}" for i in range(terms)]
-    several = len({entry.get("run", 0) for entry in entries}) > 1
-    prefix = [f"run {int(entry.get('run', 0)) + 1}, " if several else "" for entry in entries]
-    return [f"{run}step {count(entry.get('step', 0))}" for run, entry in zip(prefix, entries, strict=True)]
 
 
 def stacked_bar(parts: list[tuple[int, str]]) -> Markup:
@@ -220,16 +210,10 @@ def _comparison(comparison: Comparison, selection: str) -> dict[str, Any]:
 
 
 def _provenance(run: RunFolder, summary: Mapping[str, Any]) -> list[tables.Table | None]:
-    try:
-        recorded = yaml.safe_load(storage.read_bytes(run.config))
-    except (FileNotFoundError, yaml.YAMLError):
-        recorded = None
-    recorded = recorded if isinstance(recorded, dict) else {}
-    about = {name: value for name, value in recorded.items() if name not in Config.model_fields}
     return [
         tables.timing_table(summary.get("timings") or {}),
         tables.flat_table("Throughput", summary.get("throughput") or {}),
-        tables.flat_table("Where it comes from", {"folder": run.root, **about}),
+        tables.flat_table("Where it comes from", {"folder": run.root, **provenance(run)}),
     ]
 
 
@@ -246,11 +230,3 @@ def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("settings", "Settings", True),
     ]
     return [(anchor, title) for anchor, title, there in entries if there]
-
-
-def _optional_json(url: str) -> dict[str, Any]:
-    try:
-        value = storage.read_json(url)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

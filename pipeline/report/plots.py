@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from pipeline.report.text import MINUS, power_of_ten
+from pipeline.text import MINUS, power_of_ten
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.groups import Group, GroupCounter
 from pipeline.report.plots import Figure
-from pipeline.report.text import count, percent, plain, plural
 from pipeline.report.thumbnails import Content
+from pipeline.text import count, percent, plain, plural
 
 #: Rows of an interval plot of groups.
 SHOWN = 20

@@ -16,7 +16,7 @@ from pipeline.reference import meaning, section_of
 from pipeline.report.collect import Comparison, Findings
 from pipeline.report.groups import wilson
 from pipeline.report.rows import Bools, Floats
-from pipeline.report.text import count, duration, number, percent, plain, plus_minus, power_of_ten
+from pipeline.text import count, duration, number, percent, plain, plus_minus, power_of_ten
 
 
 @dataclass(frozen=True)

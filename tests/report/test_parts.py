@@ -15,9 +15,9 @@ from pipeline.data.inventory import inspect_shard
 from pipeline.report.evaluation import Result, evaluation_section, read_results
 from pipeline.report.plots import Canvas, Scale, tick_labels
 from pipeline.report.tables import quality_table, settings
-from pipeline.report.text import duration, number, percent, plain, plus_minus, size
 from pipeline.report.thumbnails import data_uri, fetch, open_image
 from pipeline.run import RunFolder
+from pipeline.text import duration, number, percent, plain, plus_minus, size
 from tests.helpers import image_bytes, write_shards
 
 

@@ -1,4 +1,4 @@
-"""How numbers and foreign text are written on the page."""
+"""How numbers and foreign text are written for people, on the page and in a terminal."""
 
 from __future__ import annotations
 
