@@ -103,7 +103,7 @@ class Decoder:
     Args:
         spec: the images the model takes.
         tokenize: captions to int64 `[n, context_length]`.
-        max_pixels: images with more are rejected from their header alone.
+        max_pixels: images with more are rejected from their header alone (Pillow itself refuses 179 million).
         source: the json key that `Row.source` is taken from.
     """
 

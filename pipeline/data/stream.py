@@ -20,7 +20,7 @@ from pipeline.store import storage
 #: Endings of shard names.
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 #: Bytes fetched from remote storage at once.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 8 << 20
 #: Times a block is asked for before the shard is given up (the filesystem's own retries come on top).
 ATTEMPTS = 4
 
@@ -106,7 +106,7 @@ def _open(url: str) -> io.BufferedReader:
     # Web servers that ignore ranges would answer each block with the whole file.
     ranges = size is not None and (not url.startswith(("http://", "https://")) or bool(info.get("partial")))
     raw = _Ranges(url, fs, path, int(size)) if ranges else _Sequence(url, fs, path, size)
-    return io.BufferedReader(raw, BLOCK_BYTES)
+    return io.BufferedReader(raw)
 
 
 def patiently(url: str, ask: Any) -> Any:
@@ -132,19 +132,22 @@ class _Ranges(io.RawIOBase):
     """A remote file read block by block, each block retried and checked for its length."""
 
     def __init__(self, url: str, fs: Any, path: str, size: int) -> None:
-        self._url, self._fs, self._path, self._size, self._position = url, fs, path, size, 0
+        self._url, self._fs, self._path, self._size = url, fs, path, size
+        self._fetched = 0
+        self._block = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        start, end = self._position, min(self._position + len(buffer), self._size)
-        if start == end:
-            return 0
-        block = patiently(self._url, lambda: self._fetch(start, end))
-        buffer[: len(block)] = block
-        self._position = end
-        return len(block)
+        if not self._block and self._fetched < self._size:
+            start, end = self._fetched, min(self._fetched + BLOCK_BYTES, self._size)
+            self._block = memoryview(patiently(self._url, lambda: self._fetch(start, end)))
+            self._fetched = end
+        count = min(len(buffer), len(self._block))
+        buffer[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
 
     def _fetch(self, start: int, end: int) -> bytes:
         block: bytes = self._fs.cat_file(self._path, start=start, end=end)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,20 @@ def test_what_is_no_tar_has_no_samples_and_says_why(tmp_path: Path, content: byt
 
 def test_empty_tar_is_complete(tmp_path: Path) -> None:
     assert read_members(tmp_path, []) == []
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.zst"])
+def test_memory_is_that_of_a_few_samples(tmp_path: Path, suffix: str) -> None:
+    noise = os.urandom(1 << 20)
+    path = write_tar(tmp_path / f"a{suffix}", [m for i in range(40) for m in sample_members(str(i), noise, "x")])
+    tracemalloc.start()
+    with read_shard(path) as reader:
+        assert sum(1 for _ in reader) == 40
+    with read_shard(path) as reader:
+        assert reader.count() == 40
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_missing_shard_is_an_input_error(tmp_path: Path) -> None:

@@ -56,7 +56,12 @@ def test_text_file_of_urls(folder: Path) -> None:
 def test_file_url_and_name_with_glob_characters(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "odd[1].tar", sample_members("x", b"", "y"))
     assert expand(path) == [path]
-    assert expand(f"file://{path}") == [f"file://{path}"]
+    assert expand(f"file://{path}") == [path]
+
+
+def test_relative_paths_become_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert expand("0000*.tar") == expand("{00000..00002}.tar") == [f"{folder}/{number:05d}.tar" for number in range(3)]
 
 
 def test_web_addresses_are_not_asked_for() -> None:

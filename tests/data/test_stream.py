@@ -84,7 +84,7 @@ def test_lasting_faults_raise_and_never_shorten_the_shard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream, "ATTEMPTS", 2)
-    proxy = through(lambda method, path, number: kind if number > 1 else "ok")
+    proxy = through(lambda method, path, number: kind if number > 4 else "ok")
     seen: list[Sample] = []
     with read_shard(shard) as reader, pytest.raises(InputError, match=r"00000\.tar: cannot be read"):
         seen.extend(reader)
@@ -92,6 +92,15 @@ def test_lasting_faults_raise_and_never_shorten_the_shard(
     assert proxy.faults > 0
     with pytest.raises(InputError, match=r"00000\.tar: cannot be read"):
         inspect_shard(0, shard)
+
+
+def test_few_requests_are_made(
+    shard: str, through: Callable[[Callable[[str, str, int], str]], FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 1 << 20)
+    proxy = through(lambda method, path, number: "ok")
+    assert count(shard) == 24
+    assert proxy.requests == 2
 
 
 def test_missing_object_is_told_at_once(
