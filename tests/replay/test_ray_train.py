@@ -1,0 +1,95 @@
+"""Proxy runs on Ray: the files of a run that never met Ray, side by side or shared, and its errors as they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import StageError
+from pipeline.models.clip import PairModel
+from pipeline.models.manifest import Manifest
+from pipeline.replay.proxy import train_proxy
+from pipeline.replay.ray_train import ProxyJob, train_runs
+from pipeline.run import RunFolder
+from tests.replay.pairs import Factory, MemoryPairs, config_of
+
+pytestmark = pytest.mark.ray
+
+
+class DyingOnce:
+    """Pairs that end their process once, in the middle of a run."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+        self.pairs = MemoryPairs()
+        self.batches = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, rows: Any) -> Any:
+        self.batches += 1
+        if self.batches == 8 and not self.trace.exists():
+            self.trace.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.pairs.batch(rows)
+
+
+def job(folder: Path, config: Config, factory: Factory, open_pairs: Any = MemoryPairs) -> ProxyJob:
+    return ProxyJob(config, factory, open_pairs, RunFolder(str(folder)))
+
+
+def checkpoints(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("checkpoints/**/*.safetensors"))}
+
+
+def test_runs_side_by_side_leave_the_files_of_direct_runs(tmp_path: Path, ray_local: None) -> None:
+    factory, config = Factory(tmp_path), config_of(runs=2, gpus_per_worker=0)
+    seen: list[tuple[int, int]] = []
+    trace = tmp_path / "died"
+    records = train_runs(
+        job(tmp_path / "ray", config, factory, lambda: DyingOnce(trace)),
+        progress=lambda run, state: seen.append((run, state["step"])),
+    )
+    assert trace.exists()
+    assert {(0, 12), (1, 12)} <= set(seen)
+    for run in range(2):
+        train_proxy(config, factory, MemoryPairs(), RunFolder(str(tmp_path / "direct")), run)
+    assert checkpoints(tmp_path / "ray") == checkpoints(tmp_path / "direct")
+    assert [record.settings.run for record in records] == [0, 1]
+    assert Manifest.read(str(tmp_path / "ray" / "checkpoints" / "manifest.json")).runs == [0, 1]
+
+
+def test_divergence_in_a_task_is_the_stages_own_error(tmp_path: Path, ray_local: None) -> None:
+    config = config_of(lr=1e30, optimizer="sgd", warmup=0, gpus_per_worker=0)
+    with pytest.raises(StageError, match="diverged") as caught:
+        train_runs(job(tmp_path, config, Factory(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_workers_that_share_a_run_equal_one_and_survive_a_death(tmp_path: Path, ray_local: None) -> None:
+    factory, config = Factory(tmp_path), config_of(workers=2, gpus_per_worker=0, steps=9)
+    trace = tmp_path / "died"
+    (record,) = train_runs(job(tmp_path / "ray", config, factory, lambda: DyingOnce(trace)))
+    assert trace.exists()
+    single = train_proxy(config, factory, MemoryPairs(), RunFolder(str(tmp_path / "direct")))
+    assert record.losses == pytest.approx(single.losses, rel=1e-4)
+    model: PairModel = factory(0)
+    for ours, theirs in zip(record.checkpoints, single.checkpoints, strict=True):
+        left, right = ours.load(model), theirs.load(model)
+        assert (left.step, left.lr) == (right.step, right.lr)
+        torch.testing.assert_close(left.params["visual.proj"], right.params["visual.proj"], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_divergence_of_shared_workers_is_not_tried_again(tmp_path: Path, ray_local: None) -> None:
+    config = config_of(workers=2, lr=1e30, optimizer="sgd", warmup=0, gpus_per_worker=0)
+    with pytest.raises(StageError, match="diverged"):
+        train_runs(job(tmp_path, config, Factory(tmp_path)))
