@@ -6,11 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-import pyarrow.parquet as pq
-
 from pipeline.data.inventory import ShardInfo
-from pipeline.errors import StageError
-from pipeline.run import RunFolder
+from pipeline.selection.summary import SelectionSummary
 from pipeline.store import storage
 
 
@@ -78,22 +75,21 @@ class ManifestLine:
     keep: str | None
 
 
-def build_manifest(run: RunFolder, folder: SelectionFolder, inventory: Sequence[ShardInfo]) -> list[ManifestLine]:
-    """Count the keep lists of all input shards, in order of the inventory.
-
-    Raises `StageError` where a shard has neither a keep list nor a note that it was set aside.
-    """
-    lines = []
-    for info in inventory:
-        kept = _rows(folder.keep(info.index))
-        if kept is None and not storage.exists(run.failure_file(info.index)):
-            raise StageError(
-                f"{folder.keep(info.index)}: expected the keep list of {info.url}, found nothing there; run "
-                "`diffprune select` first"
-            )
-        keep = None if kept is None else folder.keep_name(info.index)
-        lines.append(ManifestLine(info.name, info.url, info.samples, kept or 0, keep))
-    return lines
+def build_manifest(
+    folder: SelectionFolder, inventory: Sequence[ShardInfo], selection: SelectionSummary
+) -> list[ManifestLine]:
+    """What a finished selection keeps of each input shard, in order of the inventory."""
+    kept = {shard.shard: shard.kept for shard in selection.shards}
+    return [
+        ManifestLine(
+            shard=info.name,
+            url=info.url,
+            num_samples=info.samples,
+            num_kept=kept.get(info.index, 0),
+            keep=folder.keep_name(info.index) if info.index in kept else None,
+        )
+        for info in inventory
+    ]
 
 
 def write_manifest(url: str, lines: Iterable[ManifestLine]) -> None:
@@ -106,11 +102,3 @@ def write_manifest(url: str, lines: Iterable[ManifestLine]) -> None:
 def read_manifest(url: str) -> list[ManifestLine]:
     """Read what `write_manifest` wrote. Raises `ValueError` or `TypeError` for anything else."""
     return [ManifestLine(**json.loads(line)) for line in storage.read_bytes(url).splitlines()]
-
-
-def _rows(url: str) -> int | None:
-    try:
-        with storage.open_read(url) as handle:
-            return int(pq.ParquetFile(handle).metadata.num_rows)
-    except FileNotFoundError:
-        return None

@@ -149,6 +149,16 @@ def read_samples(url: str, indices: Sequence[int]) -> Iterator[Sample]:
         raise _too_few(url, indices[done])
 
 
+def read_keys(url: str) -> list[str]:
+    """The keys of all samples of a shard, in order, up to where it ends or breaks off."""
+    if is_mappable(url):
+        try:
+            return [key for key, _ in group(scan(map_file(url)))]
+        except UnusualTarError:
+            pass
+    return [key for key, _ in group(_stream(url))]
+
+
 def locate_samples(url: str, indices: Sequence[int]) -> list[tuple[int, int]] | None:
     """Where the samples with these indices (ascending) start and end in a plain local tar; None for other shards.
 

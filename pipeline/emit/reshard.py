@@ -22,6 +22,9 @@ from pipeline.emit.plan import KeptRow, Plan, kept_samples, printable, read_keep
 from pipeline.emit.tar import TarWriter
 from pipeline.store import storage
 
+#: Raised whenever the same inputs would give other bytes.
+FORMAT = 1
+
 #: Anything like `map`: applies a picklable function to items and gives the results in order.
 MapTasks = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
@@ -108,6 +111,12 @@ def write_shard(plan: Plan, shard: int) -> ShardStats:
     stats = ShardStats(end - begin, size, json_added, json_without_uid, plan.fingerprint)
     storage.write_json(plan.stats(shard), asdict(stats))
     return stats
+
+
+def remove_tars(folder: str) -> None:
+    """Remove the tars of an earlier plan, where this one asks for none."""
+    for url in storage.list_files(folder):
+        storage.remove(url)
 
 
 def _in_order(plan: Plan, begin: int, end: int) -> Iterator[tuple[KeptRow, Sample]]:

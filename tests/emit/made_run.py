@@ -1,4 +1,4 @@
-"""A finished run made by hand for tests of the hand-over: shards, scores with their marks, keep lists."""
+"""A finished run for tests of the hand-over: real shards, made-up scores with their marks, a real selection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Config, parse_config
@@ -15,13 +14,13 @@ from pipeline.data.inventory import ShardInfo, inspect_shard, write_inventory
 from pipeline.data.reader import read_shard
 from pipeline.emit.manifest import SelectionFolder
 from pipeline.run import RunFolder
+from pipeline.selection.select import select
 from pipeline.store import storage
 from pipeline.store.commits import commit_scores
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.scores import score_schema, score_table
 
 FINGERPRINT = Fingerprint({"estimator": "tracin", "checkpoints": ["abc"], "settings": {"loss": "marginal"}})
-KEEP_SCHEMA = pa.schema([("uid", pa.string()), ("key", pa.string()), ("index", pa.int32()), ("utility", pa.float32())])
 
 
 @dataclass
@@ -51,16 +50,14 @@ class MadeRun:
 def make_run(folder: Path | str, shards: list[str], keep: float = 0.5, seed: int = 0, **sections: Any) -> MadeRun:
     """Score every readable sample of `shards` at random and keep the best `keep` of them, without any stage."""
     run = RunFolder(str(folder))
-    config = parse_config({"out": run.root, "data": {"shards": shards}, **sections})
+    config = parse_config({"out": run.root, "data": {"shards": shards}, "select": {"keep": keep}, **sections})
     inventory = [inspect_shard(index, url) for index, url in enumerate(shards)]
     write_inventory(run.inventory, inventory)
     rng = np.random.default_rng(seed)
-    scored: list[tuple[ShardInfo, list[Any], np.ndarray]] = []
     for info in inventory:
         samples = list(read_shard(info.url))
         utility = rng.normal(size=len(samples)).astype(np.float32)
         utility[[sample.status != "ok" for sample in samples]] = np.nan
-        scored.append((info, samples, utility))
         columns: dict[str, list[Any]] = {name: [None] * len(samples) for name in score_schema().names}
         columns |= {
             "uid": [sample.uid for sample in samples],
@@ -74,14 +71,5 @@ def make_run(folder: Path | str, shards: list[str], keep: float = 0.5, seed: int
         commit_scores(
             run, info, score_table(columns), FINGERPRINT, estimator="tracin", seconds={"decode": 0.1}, finished=1.0
         )
-    values = np.sort(np.concatenate([utility[np.isfinite(utility)] for _, _, utility in scored]))
-    threshold = values[len(values) - max(1, round(keep * len(values)))]
-    selection = SelectionFolder(run.selection(config.select.name))
-    for info, samples, utility in scored:
-        mine = [(sample, value) for sample, value in zip(samples, utility, strict=True) if value >= threshold]
-        rows = [
-            {"uid": sample.uid, "key": sample.key, "index": sample.index, "utility": value} for sample, value in mine
-        ]
-        with storage.atomic_writer(selection.keep(info.index)) as handle:
-            pq.write_table(pa.Table.from_pylist(rows, schema=KEEP_SCHEMA), handle)
+    select(run, config.select, seed=config.seed)
     return MadeRun(run, config, inventory)

@@ -1,0 +1,230 @@
+"""Hands a finished selection over: writes every file that a training run, or a person, needs to use it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.data.inventory import ShardInfo
+from pipeline.emit.card import render_card
+from pipeline.emit.keys import keys_repeat
+from pipeline.emit.manifest import ManifestLine, SelectionFolder, build_manifest, write_manifest
+from pipeline.emit.plan import Input, Plan
+from pipeline.emit.reshard import FORMAT, MapTasks, remove_tars, reshard
+from pipeline.emit.summary import account
+from pipeline.emit.train_script import (
+    TrainCommand,
+    consumer_model,
+    consumer_url,
+    is_our_model,
+    join_urls,
+    shard_pattern,
+)
+from pipeline.emit.uids import read_uids, write_uids
+from pipeline.errors import StageError
+from pipeline.run import RunFolder
+from pipeline.selection.summary import SelectionSummary, read_summary
+from pipeline.store import marks, storage
+from pipeline.store.commits import read_marks
+from pipeline.store.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class EmitSummary:
+    """What was handed over.
+
+    Attributes:
+        selection: its name.
+        counts: pairs in, kept, pruned and rejected by reason (`summary.account`).
+        uids: distinct uids among the kept pairs.
+        tars: pruned tars, 0 where none were asked for.
+        bytes: of all pruned tars.
+        suffixed: whether keys got the number of their input shard, because they repeat.
+        json_added: pairs that got a `json` member with their uid, having none.
+        json_without_uid: pairs whose own `json` holds no uid.
+        warnings: what to know before training.
+    """
+
+    selection: str
+    counts: dict[str, Any]
+    uids: int
+    tars: int
+    bytes: int
+    suffixed: bool
+    json_added: int
+    json_without_uid: int
+    warnings: list[str]
+
+
+def emit(
+    run: RunFolder,
+    config: Config,
+    inventory: Sequence[ShardInfo],
+    *,
+    map_tasks: MapTasks = map,
+    command: str = "",
+) -> EmitSummary:
+    """Write manifest, uids, training command, card and, if asked for, pruned tars of `config.select.name`.
+
+    Called again it does only what is missing or was made of another selection; `emit.json` is written last.
+
+    Args:
+        map_tasks: like `map`: applies a function to items, anywhere, and gives the results in order.
+        command: the command line, for the card.
+
+    Raises `StageError` when the selection is not finished or keeps nothing, `InputError` when a shard is no longer
+    what was scored.
+    """
+    selection = read_summary(run, config.select.name)
+    if not selection.kept:
+        raise StageError(f"selection {selection.name!r} keeps no pair: expected at least one to hand over")
+    folder = SelectionFolder(run.selection(selection.name))
+    fingerprint = emit_fingerprint(config, inventory, selection)
+    earlier = marks.read_mark(folder.mark)
+    if earlier is not None and earlier["fingerprint"] == fingerprint.digest and _complete(folder, earlier):
+        return parse_mark(earlier)
+    storage.remove(folder.mark)
+
+    lines = build_manifest(folder, inventory, selection)
+    write_manifest(folder.manifest, lines)
+    keep_files = [storage.join(folder.root, line.keep) for line in lines if line.keep is not None]
+    summary = EmitSummary(
+        selection=selection.name,
+        counts=account(selection),
+        uids=write_uids(folder.uids, read_uids(keep_files)),
+        tars=0,
+        bytes=0,
+        suffixed=False,
+        json_added=0,
+        json_without_uid=0,
+        warnings=[],
+    )
+    if config.emit.materialize:
+        plan = make_plan(folder, config, inventory, lines, fingerprint.digest)
+        stats = reshard(plan, map_tasks)
+        summary = replace(
+            summary,
+            tars=plan.shards,
+            bytes=sum(entry.bytes for entry in stats),
+            suffixed=plan.suffix_keys,
+            json_added=sum(entry.json_added for entry in stats),
+            json_without_uid=sum(entry.json_without_uid for entry in stats),
+        )
+    else:
+        remove_tars(folder.shards)
+    train = train_command(config, folder, lines, summary.tars)
+    summary = replace(summary, warnings=train.warnings())
+    storage.write_bytes(folder.train_script, train.render().encode())
+    storage.write_bytes(folder.card, _card(run, config, inventory, selection, summary, command).encode())
+    marks.write_mark(folder.mark, fingerprint, asdict(summary))
+    return summary
+
+
+def emit_fingerprint(config: Config, inventory: Sequence[ShardInfo], selection: SelectionSummary) -> Fingerprint:
+    """What decides the files that are handed over: the selection, the input shards, the settings."""
+    return Fingerprint(
+        {
+            **selection_digests(inventory, selection),
+            "format": FORMAT,
+            "emit": config.emit.model_dump(mode="json"),
+            "model": config.proxy.model,
+            "seed": config.seed,
+        }
+    )
+
+
+def selection_digests(inventory: Sequence[ShardInfo], selection: SelectionSummary) -> dict[str, str]:
+    """The parts of the fingerprint that can be checked without the config: which pairs, of which shards."""
+    chosen = {name: value for name, value in asdict(selection).items() if name not in ("seconds", "folder")}
+    shards = [[info.url, info.bytes, info.etag] for info in inventory]
+    return {
+        "selection": storage.checksum(json.dumps(chosen, sort_keys=True).encode()),
+        "inventory": storage.checksum(json.dumps(shards).encode()),
+    }
+
+
+def parse_mark(mark: dict[str, Any]) -> EmitSummary:
+    """The summary in `emit.json`. Raises `KeyError` when something is missing."""
+    return EmitSummary(**{name: mark[name] for name in EmitSummary.__dataclass_fields__})
+
+
+def make_plan(
+    folder: SelectionFolder,
+    config: Config,
+    inventory: Sequence[ShardInfo],
+    lines: Sequence[ManifestLine],
+    fingerprint: str,
+) -> Plan:
+    """Which kept pair goes to which pruned tar."""
+    inputs = tuple(
+        Input(info.index, info.name, info.url, storage.join(folder.root, line.keep), line.num_kept)
+        for info, line in zip(inventory, lines, strict=True)
+        if line.keep is not None and line.num_kept
+    )
+    return Plan(
+        folder=folder.shards,
+        inputs=inputs,
+        pairs_per_shard=config.emit.pairs_per_shard,
+        seed=config.seed if config.emit.shuffle else None,
+        suffix_keys=keys_repeat(item.keep for item in inputs),
+        fingerprint=fingerprint,
+    )
+
+
+def train_command(config: Config, folder: SelectionFolder, lines: Sequence[ManifestLine], tars: int) -> TrainCommand:
+    """The open_clip command for the pruned tars, or without them for the input shards read through the keep lists."""
+    local = storage.is_local(folder.root)
+    used = [consumer_url(line.url) for line in lines if line.num_kept]
+    if tars and local:
+        data = f'"{shard_pattern("$here/shards", tars)}"'
+    elif tars:
+        data = shlex.quote(join_urls([consumer_url(f"{folder.shards}/{tar:05d}.tar") for tar in range(tars)]))
+    else:
+        data = shlex.quote(join_urls(used))
+    keep = '--keep "$here"' if local else f"--keep {shlex.quote(folder.root)}"
+    return TrainCommand(
+        module="open_clip_train.main" if tars and not is_our_model(config.proxy.model) else "pipeline.loader",
+        options="" if tars else keep,
+        train_data=data,
+        num_samples=sum(line.num_kept for line in lines),
+        shards=tars or len(used),
+        model=consumer_model(config.proxy.model),
+        batch_size=config.emit.train_batch_size,
+        epochs=config.emit.train_epochs,
+        seed=config.seed,
+    )
+
+
+def _complete(folder: SelectionFolder, mark: dict[str, Any]) -> bool:
+    """Whether the files that a mark speaks of are still there."""
+    files = [folder.manifest, folder.uids, folder.train_script, folder.card]
+    tars = range(mark.get("tars", 0))
+    files += [storage.join(folder.shards, "sizes.json")] if tars else []
+    files += [storage.join(folder.shards, f"{number:05d}.tar") for number in tars]
+    return all(storage.exists(url) for url in files)
+
+
+def _card(
+    run: RunFolder,
+    config: Config,
+    inventory: Sequence[ShardInfo],
+    selection: SelectionSummary,
+    summary: EmitSummary,
+    command: str,
+) -> str:
+    mark = next(read_marks(run), None)
+    scored_by = {} if mark is None else {name: value for name, value in mark.parts.items() if name != "shard"}
+    names = ("uids", "tars", "suffixed", "json_added", "json_without_uid")
+    return render_card(
+        config,
+        inventory,
+        counts=summary.counts,
+        scores=selection.scores,
+        scored_by=scored_by,
+        command=command,
+        files={name: getattr(summary, name) for name in names},
+    )

@@ -1,0 +1,99 @@
+"""Checks what a run wrote against itself: counts, uids, fingerprints, checksums, and what interrupted writes left."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.data.inventory import ShardInfo, read_inventory
+from pipeline.emit.manifest import SelectionFolder
+from pipeline.emit.summary import account
+from pipeline.emit.verify_scores import check_scores
+from pipeline.emit.verify_selection import check_selection
+from pipeline.emit.verify_tars import check_tars
+from pipeline.errors import DiffpruneError
+from pipeline.run import RunFolder
+from pipeline.selection.summary import read_summary
+from pipeline.store import marks, storage
+
+
+def verify(run: RunFolder | str) -> list[str]:
+    """Everything that is off in a run's folder, one line each; an empty list for a sound run.
+
+    Reads all score files, keep lists and, of pruned tars, the headers (remote ones whole); never the input's content.
+    A run that has not come to selecting or handing over yet is checked as far as it is.
+    """
+    folder = RunFolder(run) if isinstance(run, str) else run
+    try:
+        inventory = read_inventory(folder.inventory)
+    except FileNotFoundError:
+        return [f"{folder.inventory}: missing; there is no run to check without it"]
+    except (OSError, ValueError) as error:
+        return [f"{folder.inventory}: cannot be read: {error}"]
+    return [" ".join(problem.split()) for problem in _problems(folder, inventory)]
+
+
+def _problems(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
+    yield from _leftovers(run)
+    yield from check_scores(run, inventory)
+    for name in _selections(run):
+        try:
+            selection = read_summary(run, name)
+            account(selection)
+        except (DiffpruneError, ValueError, TypeError, KeyError) as error:
+            yield f"selection {name!r}: {error}"
+            continue
+        yield from check_selection(run, inventory, selection)
+        folder = SelectionFolder(run.selection(name))
+        mark = marks.read_mark(folder.mark)
+        if mark is not None:
+            yield from check_tars(folder, inventory, selection, mark)
+    yield from _check_summary(run)
+
+
+def _leftovers(run: RunFolder) -> Iterator[str]:
+    """Files and folders that were being written when something stopped."""
+    fs, root = storage.filesystem(run.root)
+    for path in sorted(fs.find(root, withdirs=True)):
+        below = path[len(root) :].strip("/")
+        *parents, name = below.split("/")
+        hidden = [part.startswith(storage.TEMPORARY_PREFIX) for part in parents]
+        if name.startswith(storage.TEMPORARY_PREFIX) and not any(hidden):
+            yield f"{storage.join(run.root, below)}: left over from an interrupted write; remove it"
+
+
+def _selections(run: RunFolder) -> list[str]:
+    """Names of the selections that were begun: those with a folder."""
+    names = ["default"] if storage.exists(run.selection()) else []
+    fs, path = storage.filesystem(posixpath.dirname(run.selection("any")))
+    if fs.exists(path):
+        names += sorted(
+            posixpath.basename(entry["name"].rstrip("/"))
+            for entry in fs.ls(path, detail=True)
+            if entry["type"] == "directory"
+        )
+    return names
+
+
+def _check_summary(run: RunFolder) -> Iterator[str]:
+    """Whether the counts of `summary.json` are those of the selection it speaks of."""
+    try:
+        summary: Any = storage.read_json(run.summary)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        yield f"{run.summary}: expected JSON: {error}"
+        return
+    counts = summary.get("counts") if isinstance(summary, dict) else None
+    if not isinstance(counts, dict):
+        yield f"{run.summary}: expected an object with counts"
+        return
+    try:
+        expected = account(read_summary(run, counts.get("selection", "default")))
+    except (DiffpruneError, ValueError, TypeError, KeyError):
+        # Said of the selection already.
+        return
+    for name, value in expected.items():
+        if counts.get(name) != value:
+            yield f"{run.summary}: counts.{name}: expected {value!r} as in the selection, found {counts.get(name)!r}"
