@@ -98,6 +98,7 @@ def ray_local(s3_endpoint: str) -> Iterator[None]:
     paths = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
+        address="local",  # never another Ray that happens to run on this machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
