@@ -1,9 +1,11 @@
 """The influence engine: from checkpoints and batches to a score per pair. Pure torch, no files, no Ray."""
 
+from pipeline.influence.optimizer import StepRule
 from pipeline.influence.plan import Probe, ProbePlan
-from pipeline.influence.prepare import prepare
+from pipeline.influence.prepare import prepare, prepare_run
 from pipeline.influence.scorer import Scorer
 from pipeline.influence.settings import UTILITY_SIGN, WHOLE_RUN, Batches, Estimator, ScoreBatch, Settings
+from pipeline.influence.unrolled import Replay
 
 __all__ = [
     "UTILITY_SIGN",
@@ -12,8 +14,11 @@ __all__ = [
     "Estimator",
     "Probe",
     "ProbePlan",
+    "Replay",
     "ScoreBatch",
     "Scorer",
     "Settings",
+    "StepRule",
     "prepare",
+    "prepare_run",
 ]

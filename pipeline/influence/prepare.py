@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.influence.local import LocalView
 from pipeline.influence.plan import Probe, ProbePlan
+from pipeline.influence.self_influence import diff_in_self, gradient_norm, tracin_self
 from pipeline.influence.settings import WHOLE_RUN, Batches, Settings
-from pipeline.influence.trees import without_zeros
+from pipeline.influence.trees import norm, plus, without_zeros
+from pipeline.influence.unrolled import Replay, unrolled_exactly, unrolled_from_checkpoints
 from pipeline.types import Checkpoint, Tree
 
 
@@ -43,12 +45,84 @@ def prepare(
     if settings.estimator in _PLAIN:
         return _PLAIN[settings.estimator](share)
     here = LocalView(model, checkpoint, batches, settings)
-    if settings.estimator == "diff-in":
-        # a_t of Eq. 9
+    if settings.estimator in ("diff-in", "diff-in-self"):
+        # a_t of Eq. 9 and 12
         factor = -checkpoint.step * checkpoint.lr**2 / dataset_size * share
-        return diff_in(here, factor)
+        return diff_in(here, factor) if settings.estimator == "diff-in" else diff_in_self(here, factor)
+    if settings.estimator == "tracin-self":
+        return tracin_self(here, checkpoint.lr / num_runs)
+    if settings.estimator == "grand":
+        return gradient_norm(here, share)
     loss = here.gradient_loss if settings.estimator == "moso" else here.target_loss
     return along_gradient(here, here.preconditioned(loss.gradient(here.state)), checkpoint.lr / num_runs)
+
+
+def prepare_run(
+    model: nn.Module,
+    checkpoints: Sequence[Checkpoint],
+    batches: Batches,
+    settings: Settings,
+    *,
+    dataset_size: int,
+    num_runs: int = 1,
+    replay: Replay | None = None,
+) -> list[ProbePlan]:
+    """Plans of all checkpoints of one run, in order of their steps; for every estimator, whole-run ones included.
+
+    Args:
+        model: as for `prepare`.
+        checkpoints: the run's, by ascending step.
+        batches: R, B and V.
+        settings: the estimator and how it is computed.
+        dataset_size: `N` of Eq. 9.
+        num_runs: runs whose terms are averaged.
+        replay: the run's record, for `unrolled` with `replay: exact`.
+
+    Raises `InputError` where a record or a second checkpoint is needed and missing.
+    """
+    if settings.estimator == "z0":
+        return zeroth_order(model, checkpoints, batches, settings, 1 / num_runs)
+    if settings.estimator == "unrolled":
+        if settings.replay == "checkpoints":
+            return unrolled_from_checkpoints(model, checkpoints, batches, settings, num_runs)
+        if replay is None:
+            raise InputError(
+                "score.replay: exact needs the record of a run trained here, found none; use score.replay: checkpoints"
+            )
+        return unrolled_exactly(model, checkpoints, batches, settings, replay, num_runs)
+    return [
+        prepare(
+            model,
+            checkpoint,
+            batches,
+            settings,
+            dataset_size=dataset_size,
+            num_checkpoints=len(checkpoints),
+            num_runs=num_runs,
+        )
+        for checkpoint in checkpoints
+    ]
+
+
+def zeroth_order(
+    model: nn.Module, checkpoints: Sequence[Checkpoint], batches: Batches, settings: Settings, weight: float
+) -> list[ProbePlan]:
+    """Z0-Inf: between consecutive checkpoints `<g_V, G_z>` is taken as `dL_V dl_z / |dtheta|^2`.
+
+    Each gradient is known only along the way between the two, where it is the difference of losses over its length.
+    Summed over the intervals and ordered by checkpoint, each needs the pair's loss once.
+    """
+    if len(checkpoints) < 2:
+        raise InputError("z0 takes differences between checkpoints: expected at least two per run, found one")
+    views = [LocalView(model, checkpoint, batches, settings) for checkpoint in checkpoints]
+    losses = [float(view.target_loss.value(view.state)) for view in views]
+    slopes = [0.0]
+    for (before, loss_before), (after, loss_after) in zip(
+        zip(views, losses, strict=True), list(zip(views, losses, strict=True))[1:], strict=False
+    ):
+        way = norm(plus(after.params, before.params, -1.0))
+        slopes.append((loss_after - loss_before) / way**2 if way else 0.0)
+    return [ProbePlan([Probe(weight * (here - ahead))]) for here, ahead in zip(slopes, [*slopes[1:], 0.0], strict=True)]
 
 
 def along_gradient(here: LocalView, vector: Tree, weight: float) -> ProbePlan:

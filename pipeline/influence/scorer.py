@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
 from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined_jets
+from pipeline.influence.per_pair import self_values
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.settings import ScoreBatch, Settings
 from pipeline.influence.trees import plus, restricted, to_device
 from pipeline.types import Checkpoint, Features, PairBatch, Tree
 
 Point = tuple[tuple[str, float], ...]
+
+#: Quantities that are not computed from the features of a pass.
+_WITHOUT_JETS = ("random", "gradient-square", "self-bracket")
 
 
 class Scorer:
@@ -100,8 +104,10 @@ class _CheckpointScorer:
         self.state = to_device({**checkpoint.params, **checkpoint.buffers}, device)
         self.vectors = {name: to_device(tree, device) for name, tree in plan.vectors.items()}
         self.wanted: dict[Point, list[tuple[str, ...]]] = {}
-        for probe in plan.probes:
-            if probe.of != "random":
+        # A derivative along zero is zero: no pass for it.
+        self.probes = [probe for probe in plan.probes if all(self.vectors[name] for name in probe.along)]
+        for probe in self.probes:
+            if probe.of not in _WITHOUT_JETS:
                 self.wanted.setdefault(probe.at, []).append(probe.along)
         if observed:
             self.wanted.setdefault((), []).append(())
@@ -123,9 +129,9 @@ class _CheckpointScorer:
 
     def score(self, batch: PairBatch, near: Neighbours) -> tuple[Tensor, tuple[Tensor, Features] | None]:
         """The term of each pair `[b]`, and where observed its loss and features at the checkpoint itself."""
-        total = torch.zeros(len(batch), dtype=self.reference_dtype, device=batch.images.device)
+        total = torch.zeros(len(batch), dtype=self.dtype, device=batch.images.device)
         jets = {point: self._jet(point, batch) for point in self.wanted}
-        for probe in self.plan.probes:
+        for probe in self.probes:
             total = total + probe.weight * self._value(probe, batch, jets, near) ** probe.power
         if self.plan.root_weight is not None:
             total = self.plan.root_weight * total.sqrt()
@@ -136,11 +142,12 @@ class _CheckpointScorer:
         return total, (loss, features)
 
     @property
-    def reference_dtype(self) -> torch.dtype:
-        """The dtype of losses: that of R's features."""
-        return next(value.dtype for value in self.state.values() if value.is_floating_point())
+    def dtype(self) -> torch.dtype:
+        """The dtype of losses: that of the weights, float32 at least."""
+        dtype = next(value.dtype for value in self.state.values() if value.is_floating_point())
+        return dtype if dtype.itemsize >= 4 else torch.float32
 
-    def _pair_losses(self, near: Neighbours):  # type: ignore[no-untyped-def]
+    def _pair_losses(self, near: Neighbours) -> Callable[[Features, Features], Tensor]:
         settings = self.scorer.settings
         return lambda pairs, reference: pair_losses(pairs, reference, near, settings.family, settings.loss)
 
@@ -149,6 +156,17 @@ class _CheckpointScorer:
         if probe.of == "random":
             return uniform(batch.ids, settings.seed)
         pairs, reference = jets[probe.at], self.reference_jets[probe.at]
+        if probe.of in ("gradient-square", "self-bracket"):
+            return self_values(
+                self.scorer.passes,
+                self.state,
+                self.vectors,
+                batch,
+                self.scorer.reference,
+                lambda pairs, others, beside: self._pair_losses(beside)(pairs, others),
+                self.scorer.neighbours,
+                bracket=probe.of == "self-bracket",
+            )
         if probe.of == "loss":
             return derivative(self._pair_losses(near), [pairs, reference], probe.along)
         here, others = pairs[()], reference[()]

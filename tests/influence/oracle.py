@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.functional import hessian
-from torch.func import functional_call
+from torch.func import functional_call, jacfwd, jacrev
 
 from pipeline.influence.settings import Batches, Settings
 from pipeline.types import Checkpoint, PairBatch, Tree
@@ -62,19 +61,22 @@ class Explicit:
         """Gradient (order 1) or Hessian (2) of the mean loss of a batch."""
         return self._differentiate(lambda v: mean_loss(self.model, self.tree(v), batch, self.settings), order)
 
-    def pair(self, pair: PairBatch, reference: PairBatch, order: int) -> Tensor:
-        """Value (0), gradient (1) or Hessian (2) of the loss of one pair."""
-        return self._differentiate(
-            lambda v: literal_pair_loss(self.model, self.tree(v), pair, reference, self.settings), order
-        )
+    def pairs(self, pairs: PairBatch, reference: PairBatch, order: int) -> Tensor:
+        """Values (0), gradients (1) or Hessians (2) of the losses of pairs, one by one against R; `[b, ...]`."""
 
+        def losses(v: Tensor) -> Tensor:
+            each = [pairs[index : index + 1] for index in range(len(pairs))]
+            return torch.stack(
+                [literal_pair_loss(self.model, self.tree(v), pair, reference, self.settings) for pair in each]
+            )
+
+        return self._differentiate(losses, order)
+
+    @torch.no_grad()
     def _differentiate(self, function, order: int) -> Tensor:
-        if order == 0:
-            return function(self.theta)
-        if order == 2:
-            return hessian(function, self.theta, vectorize=True)
-        theta = self.theta.requires_grad_()
-        return torch.autograd.grad(function(theta), theta)[0]
+        for derivative in (jacrev, jacfwd)[:order]:
+            function = derivative(function)
+        return function(self.theta)
 
     def preconditioner(self) -> Tensor:
         """Diagonal of `P`: ones where SGD's form is asked for."""
@@ -91,9 +93,7 @@ class Explicit:
         P = self.preconditioner()
         g_V = self.batch(batches.target, 1)
         G_B, H_B = self.batch(batches.gradient, 1), self.batch(batches.gradient, 2)
-        terms = []
-        for index in range(len(pairs)):
-            z = pairs[index : index + 1]
-            G_z, H_z = self.pair(z, batches.reference, 1), self.pair(z, batches.reference, 2)
-            terms.append(factor * (g_V @ (P * (H_B @ (P * G_z))) + g_V @ (P * (H_z @ (P * G_B)))))
-        return torch.stack(terms)
+        G, H = self.pairs(pairs, batches.reference, 1), self.pairs(pairs, batches.reference, 2)
+        return factor * torch.stack(
+            [g_V @ (P * (H_B @ (P * G_z))) + g_V @ (P * (H_z @ (P * G_B))) for G_z, H_z in zip(G, H, strict=True)]
+        )

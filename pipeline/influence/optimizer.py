@@ -1,0 +1,157 @@
+"""One optimizer step forwards, and the derivative of what follows it carried back through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.influence.trees import dot, norm, scaled, tree_map
+from pipeline.types import Checkpoint, Tree
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """The optimizer of a run, as `torch.optim` computes it.
+
+    Attributes:
+        optimizer: AdamW or SGD.
+        weight_decay: decoupled decay of each parameter, with either optimizer: `theta *= 1 - rate * decay`.
+        beta1: AdamW's.
+        beta2: AdamW's.
+        eps: AdamW's.
+        momentum: SGD's.
+        grad_clip: norm to which the gradient is clipped, or None.
+    """
+
+    optimizer: Literal["adamw", "sgd"]
+    weight_decay: dict[str, float]
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    momentum: float = 0.0
+    grad_clip: float | None = None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Parameters and optimizer state after `step` steps: `first` is Adam's first moment or SGD's momentum."""
+
+    step: int
+    params: Tree
+    first: Tree
+    second: Tree
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, device: torch.device) -> RunState:
+        """The state that a checkpoint records; moments that it lacks are zero, as before the first step."""
+        params = {name: value.to(device) for name, value in checkpoint.params.items()}
+        zeros = tree_map(torch.zeros_like, params)
+        first, second = zeros, zeros
+        if checkpoint.adam is not None:
+            first = {name: checkpoint.adam.exp_avg[name].to(device) for name in params}
+            second = {name: checkpoint.adam.exp_avg_sq[name].to(device) for name in params}
+        elif checkpoint.momentum is not None:
+            first = {name: checkpoint.momentum[name].to(device) for name in params}
+        return RunState(checkpoint.step, params, first, second)
+
+
+def clip_factor(gradient: Tree, rule: StepRule) -> float:
+    """What `clip_grad_norm_` multiplies the gradient with."""
+    if rule.grad_clip is None:
+        return 1.0
+    return min(1.0, rule.grad_clip / (norm(gradient) + 1e-6))
+
+
+def advanced(state: RunState, gradient: Tree, rate: float, rule: StepRule) -> RunState:
+    """The state after a step with this raw gradient."""
+    factor = clip_factor(gradient, rule)
+    params: Tree = {}
+    first: Tree = {}
+    second: Tree = {}
+    for name, value in state.params.items():
+        g = gradient[name] * factor
+        kept = value * (1 - rate * rule.weight_decay.get(name, 0.0))
+        if rule.optimizer == "sgd":
+            first[name] = rule.momentum * state.first[name] + g
+            second[name] = state.second[name]
+            params[name] = kept - rate * first[name]
+            continue
+        first[name] = rule.beta1 * state.first[name] + (1 - rule.beta1) * g
+        second[name] = rule.beta2 * state.second[name] + (1 - rule.beta2) * g * g
+        corrections = 1 - rule.beta1 ** (state.step + 1), 1 - rule.beta2 ** (state.step + 1)
+        spread = torch.sqrt(second[name] / corrections[1]) + rule.eps
+        params[name] = kept - rate / corrections[0] * first[name] / spread
+    return RunState(state.step + 1, params, first, second)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Derivative of the final loss with respect to a run's state at one step."""
+
+    params: Tree
+    first: Tree
+    second: Tree
+
+
+def carried_back(after: Adjoint, before: RunState, gradient: Tree, rate: float, rule: StepRule) -> tuple[Adjoint, Tree]:
+    """Carry an adjoint from after a step to before it.
+
+    Returns:
+        the adjoint before the step *without* what flows through the gradient's own dependence on the parameters, and
+        the derivative with respect to the raw gradient `d`; the caller adds `H d` to the adjoint of the parameters.
+    """
+    factor = clip_factor(gradient, rule)
+    of_params: Tree = {}
+    of_first: Tree = {}
+    of_second: Tree = {}
+    of_clipped: Tree = {}
+    for name, u in after.params.items():
+        g = gradient[name] * factor
+        of_params[name] = u * (1 - rate * rule.weight_decay.get(name, 0.0))
+        if rule.optimizer == "sgd":
+            of_clipped[name] = after.first[name] - rate * u
+            of_first[name] = rule.momentum * of_clipped[name]
+            of_second[name] = after.second[name]
+            continue
+        of_clipped[name], of_first[name], of_second[name] = _through_adam(
+            u,
+            after.first[name],
+            after.second[name],
+            before.first[name],
+            before.second[name],
+            g,
+            before.step,
+            rate,
+            rule,
+        )
+    return Adjoint(of_params, of_first, of_second), _through_clipping(of_clipped, gradient, factor, rule)
+
+
+def _through_adam(
+    u: Tensor, a1: Tensor, a2: Tensor, m: Tensor, v: Tensor, g: Tensor, step: int, rate: float, rule: StepRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives with respect to the gradient and the two moments before the step."""
+    m = rule.beta1 * m + (1 - rule.beta1) * g
+    v = rule.beta2 * v + (1 - rule.beta2) * g * g
+    rate = rate / (1 - rule.beta1 ** (step + 1))
+    root = torch.sqrt(v / (1 - rule.beta2 ** (step + 1)))
+    spread = root + rule.eps
+    of_m = a1 - u * rate / spread
+    # d root / d v = 1 / (2 root correction); a parameter that never had a gradient has root 0 and moves by m alone.
+    slope = torch.where(root > 0, 0.5 / (root * (1 - rule.beta2 ** (step + 1))), torch.zeros_like(root))
+    slope = torch.where(slope.isfinite(), slope, torch.zeros_like(slope))
+    of_v = a2 + u * rate * m / spread.square() * slope
+    of_g = (1 - rule.beta1) * of_m + 2 * (1 - rule.beta2) * g * of_v
+    return of_g, rule.beta1 * of_m, rule.beta2 * of_v
+
+
+def _through_clipping(of_clipped: Tree, gradient: Tree, factor: float, rule: StepRule) -> Tree:
+    if factor == 1.0 or rule.grad_clip is None:
+        return of_clipped
+    length = norm(gradient)
+    along = float(dot(gradient, of_clipped)) * -rule.grad_clip / ((length + 1e-6) ** 2 * length)
+    kept = scaled(of_clipped, factor)
+    return {name: kept[name] + along * gradient[name] for name in kept}
