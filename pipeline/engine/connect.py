@@ -33,7 +33,8 @@ def connect(config: EngineConfig) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
             _start_local(config)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises many types here, a bare Exception among them
+        ray.shutdown()
         where = f"the Ray cluster at {address}" if address and address != "local" else "a local Ray"
         raise StageError(f"engine: {where} cannot be reached: {' '.join(str(error).split())}") from error
     try:

@@ -1,14 +1,17 @@
 """A cheap scorer that follows the engine's protocol: scores are hashes, behaviour is scripted by files in a folder.
 
 In the folder `script` of a `FakeSpec`, a file named `<event>-<shard>` makes something happen:
-`raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once.
+`raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once;
+`full-N` makes the disk full while its file is written. `log` lists the shards scored: number, process, worker.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,12 @@ class FakeWork:
         return loaded
 
     def commit(self, shard: ShardInfo, scored: Any, seconds: dict[str, float]) -> dict[str, int]:
+        if self._event("full", shard):
+            with unittest.mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+                return self._write(shard, scored, seconds)
+        return self._write(shard, scored, seconds)
+
+    def _write(self, shard: ShardInfo, scored: Any, seconds: dict[str, float]) -> dict[str, int]:
         mark = commit_scores(
             self._spec.run,
             shard,

@@ -92,6 +92,7 @@ def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path: Path, config: 
 
 def test_stale_results_are_refused_by_name_or_redone(tmp_path: Path, config: EngineConfig) -> None:
     run, shards = RunFolder(str(tmp_path / "run")), shard_infos(3)
+    config = config.model_copy(update={"workers": 1})
     score_shards(FakeSpec(run), shards, run, FINGERPRINT, config)
     other = Fingerprint({**FINGERPRINT.parts, "score": {"estimator": "other"}})
     spec = FakeSpec(run, fingerprint=other)

@@ -1,0 +1,110 @@
+"""Killing the driver, Ctrl-C, and chaos: a restart goes on, repeats little, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline.config import EngineConfig
+from pipeline.run import RunFolder
+from tests.engine.fakes import FakeSpec, FakeWork, shard_infos
+from tests.faults import chaos
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHARDS = 40
+
+
+@pytest.fixture
+def start(tmp_path: Path, ray_local: None) -> Iterator[object]:
+    """Starts the cheap job as a process of its own on the session's Ray."""
+    started: list[subprocess.Popen[str]] = []
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tests.faults.cheap_job", "--out", str(tmp_path / "run")]
+        command += ["--script", str(tmp_path), "--shards", str(SHARDS), "--seconds", "0.15"]
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=None, text=True)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+def scored(folder: Path) -> Counter[int]:
+    log = folder / "log"
+    return Counter(int(line.split()[0]) for line in log.read_text().splitlines()) if log.exists() else Counter()
+
+
+def wait_for_marks(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while len(list((folder / "run" / "scores").glob("*.json"))) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.mark.ray
+def test_ctrl_c_and_a_killed_driver_cost_at_most_what_was_in_flight(tmp_path: Path, start) -> None:  # type: ignore[no-untyped-def]
+    first = start()
+    wait_for_marks(tmp_path, 4, first)
+    first.send_signal(signal.SIGINT)
+    message = first.communicate()[1]
+    assert first.returncode == 1
+    assert "finishing what is in hand" in message
+    assert "the same command goes on from here" in message.splitlines()[-1]
+    committed = {int(path.stem) for path in (tmp_path / "run" / "scores").glob("*.json")}
+    assert set(scored(tmp_path)) == committed, "a clean stop leaves nothing half done"
+
+    second = start()
+    wait_for_marks(tmp_path, len(committed) + 6, second)
+    second.kill()
+    second.wait()
+
+    third = start()
+    assert third.communicate()[1].splitlines()[-1].startswith(f"score: {SHARDS} of {SHARDS} shards")
+    assert third.returncode == 0
+    counts = scored(tmp_path)
+    in_flight = 2 * (EngineConfig().prefetch + 2)
+    assert sorted(counts) == list(range(SHARDS))
+    assert sum(counts.values()) <= SHARDS + in_flight
+
+    undisturbed = RunFolder(str(tmp_path / "alone"))
+    work = FakeWork(FakeSpec(undisturbed), "0")
+    for shard in shard_infos(SHARDS):
+        work.commit(shard, work.load(shard), {})
+    one, other = (chaos.contents(tmp_path / name / "scores", [], chaos.TIME_KEYS) for name in ("run", "alone"))
+    assert chaos.differences(one, other) == []
+    assert len(one) == 2 * SHARDS
+
+
+def test_chaos_sees_what_differs(tmp_path: Path) -> None:
+    for name, rows in (("a", 1), ("b", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "mark.json").write_text(f'{{"rows": {rows}, "seconds": {{"score": {rows}}}}}')
+        (folder / "same.json").write_text(f'{{"rows": 1, "out": "{folder}", "finished": {rows}}}')
+        (folder / f"only-{name}").write_bytes(b"x")
+    found = [chaos.contents(tmp_path / name, [], chaos.TIME_KEYS) for name in "ab"]
+    assert chaos.differences(*found) == ["only-a is missing", "only-b is unexpected", "mark.json differs"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1400)
+@pytest.mark.parametrize(("cluster", "kills"), [(False, 5), (True, 10)])
+def test_random_kills_change_no_byte(tmp_path: Path, cluster: bool, kills: int) -> None:
+    report = chaos.run(kills, seed=kills, folder=tmp_path, cluster=cluster)
+    assert report["problems"] == []
+    assert sum(report["kills"].values()) == kills
