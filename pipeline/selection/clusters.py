@@ -26,6 +26,10 @@ PART_PAIRS = 4096
 #: Pairs sampled per part, and at most in all (4 bytes per dimension each).
 SAMPLE_PER_PART, MAX_SAMPLE = 256, 1 << 18
 ITERATIONS = 20
+#: Rows whose embeddings are looked at together (4 kB each with 512 dimensions).
+EMBEDDING_ROWS = 1 << 13
+#: Parts that a pair is looked at in, at most: its own and the next nearest ones.
+PROBES = 4
 #: Neighbouring clusters that the distance between clusters is averaged over, and the softmax temperature (the paper's).
 NEIGHBOURS, TEMPERATURE = 20, 0.1
 
@@ -104,10 +108,10 @@ def assign(vectors: Float32, centroids: Float32, nearest: int) -> tuple[npt.NDAr
 def write_parts(
     recipe: Recipe, shards: Sequence[ScoreShard], clusters: Clusters, margin: float, map_tasks: MapTasks
 ) -> npt.NDArray[np.int64]:
-    """Write the layers `cluster` [n] and `part` [n, 2] (own part, and a second one or -1); the sizes of the parts [p].
+    """Write the layers `cluster` [n] and `part` [n, PROBES]; returns the sizes of the parts [p].
 
-    A pair visits its second nearest part when it is nearer to the border than `margin` times the distance of the two
-    centroids: a near-duplicate of it may lie there.
+    The first entry is a pair's own part. It visits a next nearest one (else -1) when it is nearer to the border than
+    `margin` times the distance of the two centroids: a near-duplicate of it may lie there.
     """
     sizes = np.zeros(len(clusters.centroids), dtype=np.int64)
     for part in map_tasks(partial(_write_parts, recipe, clusters, margin), chunks(shards)):
@@ -119,7 +123,7 @@ def _sample(recipe: Recipe, share: float, shards: Sequence[ScoreShard]) -> list[
     found = []
     for shard in shards:
         with OpenShard(recipe, shard) as opened:
-            for judged in opened.judged():
+            for judged in opened.judged(EMBEDDING_ROWS):
                 high, low = judged.span.uids()
                 drawn = seeded_draw(high, low, recipe.seed + 1).astype(np.float64) < share * 2.0**64
                 vectors = image_embeddings(opened, judged)
@@ -134,16 +138,15 @@ def _write_parts(
 ) -> npt.NDArray[np.int64]:
     sizes = np.zeros(len(clusters.centroids), dtype=np.int64)
     for shard in shards:
-        parts = np.full((shard.rows, 2), -1, dtype=np.int32)
+        parts = np.full((shard.rows, PROBES), -1, dtype=np.int32)
         with OpenShard(recipe, shard) as opened:
-            for judged in opened.judged():
-                places, similarity = assign(image_embeddings(opened, judged), clusters.centroids, 2)
-                rows = judged.places()
-                parts[rows, 0] = places[:, 0]
-                if margin > 0 and places.shape[1] == 2:
-                    apart = np.linalg.norm(clusters.centroids[places[:, 0]] - clusters.centroids[places[:, 1]], axis=1)
-                    near = similarity[:, 0] - similarity[:, 1] <= margin * apart
-                    parts[rows[near], 1] = places[near, 1]
+            for judged in opened.judged(EMBEDDING_ROWS):
+                vectors = image_embeddings(opened, judged)
+                places, similarity = assign(vectors, clusters.centroids, PROBES if margin > 0 else 1)
+                centroids = clusters.centroids[places]
+                apart = np.linalg.norm(centroids - centroids[:, :1], axis=2)
+                near = similarity[:, :1] - similarity <= margin * apart
+                parts[judged.places(), : places.shape[1]] = np.where(near, places, -1)
         sizes += np.bincount(parts[parts >= 0], minlength=len(sizes))
         layers.write(recipe.scratch, "part", shard.index, parts)
         layers.write(recipe.scratch, "cluster", shard.index, clusters.cluster[np.maximum(parts[:, 0], 0)])

@@ -17,7 +17,7 @@ from pipeline.selection import layers
 from pipeline.selection.formula import Formula
 from pipeline.selection.keys import UInt32, order_keys, seeded_draw
 from pipeline.selection.ranks import RankTable
-from pipeline.selection.scan import Bool, ScoreFile, ScoreShard, Span
+from pipeline.selection.scan import SPAN_ROWS, Bool, ScoreFile, ScoreShard, Span
 from pipeline.selection.standardise import Standardisation
 
 Float32 = npt.NDArray[np.float32]
@@ -221,9 +221,9 @@ class OpenShard:
         keys = self._keys(span, rows, value, tier)
         return Judged(span, rows, value, keys, self._strata(span, rows, tier), scored, rejected, pruned)
 
-    def judged(self) -> Iterator[Judged]:
-        """`judge` for every span of the shard."""
-        return (self.judge(span) for span in self.spans())
+    def judged(self, rows: int = SPAN_ROWS) -> Iterator[Judged]:
+        """`judge` for every span of the shard, of about `rows` rows."""
+        return (self.judge(span) for span in self.file.spans(rows))
 
     def _tiers(self, span: Span, rows: npt.NDArray[np.int64] | None, value: Float32) -> Int32 | None:
         if self.recipe.spread is None:

@@ -27,6 +27,9 @@ Rows = npt.NDArray[np.void]
 #: What every regrouped row has: its place, and what the total order needs. `key` orders the ranked value.
 PLACE: list[tuple[str, str]] = [("shard", "i4"), ("row", "i4"), ("key", "u4"), ("high", "u8"), ("low", "u8")]
 
+#: Rows that are regrouped together: few, since they may carry embeddings.
+REGROUP_ROWS = 1 << 13
+
 #: From an open shard and judged rows to regrouped rows [k] (a row may come up in more than one bucket) and their
 #: buckets [k].
 MakeRows = Callable[[OpenShard, Judged], tuple[Rows, Int64]]
@@ -96,7 +99,7 @@ def _write_regrouped(
     counts = []
     for shard in shards:
         with OpenShard(recipe, shard) as opened:
-            made = [make_rows(opened, judged) for judged in opened.judged()]
+            made = [make_rows(opened, judged) for judged in opened.judged(REGROUP_ROWS)]
         counts.append(np.zeros(buckets, dtype=np.int64))
         if made:
             rows, bucket = (np.concatenate([part[half] for part in made]) for half in (0, 1))

@@ -104,10 +104,9 @@ def _part_rows(
     tier = np.zeros(len(chosen), np.int32) if judged.stratum is None or tiers == 1 else judged.stratum % tiers
     if scale is not None and tiers > 1:
         chosen = np.flatnonzero(tier != HARMFUL)
-    own, visited = opened.layer("part", judged.span)[judged.places() - judged.span.start].T
-    visiting = np.flatnonzero(visited >= 0) if visitors else np.empty(0, np.int64)
-    part = np.concatenate([own[chosen], visited[visiting]])
-    chosen = np.concatenate([chosen, visiting])
+    parts = opened.layer("part", judged.span)[judged.places() - judged.span.start][chosen]
+    place, probe = np.nonzero(parts >= 0) if visitors else (np.arange(len(chosen)), np.zeros(len(chosen), np.int64))
+    chosen, part = chosen[place], parts[place, probe]
     extra: list[tuple[Any, ...]] = [("part", "i4"), ("embedding", "f2", (vectors.shape[1],))]
     if scale is not None:
         extra += [("value", "f4"), ("tier", "i4")]
