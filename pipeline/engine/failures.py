@@ -70,7 +70,7 @@ def set_aside(url: str, aside: Aside) -> None:
     """Write the file that says why. Raises `StageError` when the run folder cannot be written."""
     try:
         storage.write_json(url, asdict(aside))
-    except OSError as error:
+    except Exception as error:  # object stores raise types of their own
         raise StageError(f"{url}: cannot be written: {_one_line(error)}; {aside} is lost for this run") from error
 
 
@@ -89,7 +89,7 @@ def check_writable(folder: str) -> None:
     try:
         storage.write_bytes(probe, b"probe")
         storage.remove(probe)
-    except OSError as error:
+    except Exception as error:  # object stores raise types of their own (no credentials, no bucket)
         raise StageError(f"{folder}: expected a folder that can be written to, found: {_one_line(error)}") from error
 
 

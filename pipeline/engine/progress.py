@@ -13,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 #: Seconds between two lines where there is no terminal.
 LINE_EVERY = 10.0
 
+#: Seconds between two changes of a live display.
+REFRESH_EVERY = 0.2
+
 #: Seconds over which a rate is averaged.
 RATE_WINDOW = 60
 
@@ -104,7 +107,7 @@ class Tally:
 
 
 class Display:
-    """Shows a `Tally`; use as a context manager and call `tick` about once a second."""
+    """Shows a `Tally`; use as a context manager and call `tick` as often as convenient."""
 
     def __init__(self, title: str, unit: str, tally: Tally, console: Console | None = None) -> None:
         self.tally = tally
@@ -112,6 +115,7 @@ class Display:
         self._unit = unit
         self._console = console or Console(stderr=True)
         self._last_line = time.monotonic()
+        self._last_refresh = 0.0
         self._live: Progress | None = None
 
     def __enter__(self) -> Display:
@@ -138,10 +142,12 @@ class Display:
 
     def tick(self) -> None:
         """Refresh the display, or print a line when the last one is `LINE_EVERY` seconds old."""
-        if self._live is not None:
-            self._refresh(self._live)
-        elif time.monotonic() - self._last_line >= LINE_EVERY:
+        now = time.monotonic()
+        if self._live is None and now - self._last_line >= LINE_EVERY:
             self._print_line()
+        elif self._live is not None and now - self._last_refresh >= REFRESH_EVERY:
+            self._last_refresh = now
+            self._refresh(self._live)
 
     def note(self, text: str) -> None:
         """Print one line of its own, above a live display."""

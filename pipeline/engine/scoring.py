@@ -6,8 +6,9 @@ import queue
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,9 +23,9 @@ from pipeline.engine.failures import Aside, Failure, check_writable, read_aside,
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.metrics import DriverMetrics
 from pipeline.engine.progress import Display, Tally
-from pipeline.engine.resources import WorkerPlan, plan_workers
+from pipeline.engine.resources import plan_workers
 from pipeline.engine.shard_queue import ShardQueue
-from pipeline.engine.worker import ScoreWorker, ShardStats, WorkerSpec
+from pipeline.engine.worker import Place, ScoreWorker, ShardStats, WorkerSpec
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.store import commits, storage
@@ -41,6 +42,9 @@ GONE_AFTER = 30.0
 
 #: Seconds that the driver waits for news before it looks around.
 TICK = 0.2
+
+#: Workers whose news are taken in before they are fed again.
+EVENTS_AT_ONCE = 100
 
 
 @dataclass
@@ -138,7 +142,7 @@ class _Slot:
 
     handle: Any
     ready: bool = False
-    node: str = ""
+    place: Place = field(default_factory=lambda: Place("", ""))
     life: int = 0
     waiting_since: float = field(default_factory=time.monotonic)
 
@@ -171,12 +175,14 @@ class _Driver:
         self._slots: dict[str, _Slot] = {}
         self._made = 0
         self._fruitless = 0  # actors in a row that could not start
-        self._looked = 0.0
+        self._looked = self._fed = 0.0
+        self._last_ready = time.monotonic()
         self._metrics = DriverMetrics()
 
     def work(self, pending: Sequence[int]) -> None:
         """Until every pending shard is settled."""
         config = self._config
+        self._at_most = len(pending)
         self._queue = ShardQueue(pending, depth=config.prefetch + 2, retries=config.retries, wait=config.retry_wait)
         try:
             with Interruption(lambda: self._display.note("finishing what is in hand (again: stop at once)")) as stop:
@@ -192,26 +198,25 @@ class _Driver:
                     self._display.tick()
         except BaseException:
             for slot in self._slots.values():
-                ray.kill(slot.handle)
+                with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
+                    ray.kill(slot.handle)
             raise
         finally:
             self._slots.clear()  # without a handle an actor ends by itself, and reports its last metrics
 
     def _react(self, feed: bool) -> None:
         """Wait for news, take in all there is, and give work to the workers that reported."""
-        try:
-            events = [self._events.get(timeout=TICK)]
-        except queue.Empty:
-            hungry: Iterable[str] = list(self._slots)  # a retry may be due
-        else:
-            while len(events) < 1000:
-                try:
-                    events.append(self._events.get_nowait())
-                except queue.Empty:
-                    break
-            for event in events:
+        hungry: set[str] = set()
+        with suppress(queue.Empty):
+            event = self._events.get(timeout=TICK)
+            while len(hungry) < EVENTS_AT_ONCE:
+                hungry.add(event[0])
                 self._handle(*event)
-            hungry = {event[0] for event in events}
+                event = self._events.get_nowait()
+        now = time.monotonic()
+        if now - self._fed >= TICK:  # a retry may be due, and its worker silent
+            self._fed = now
+            hungry.update(self._slots)
         if feed:
             for name in hungry:
                 self._feed(name)
@@ -235,8 +240,8 @@ class _Driver:
                 self._give_up(place, failure)
 
     def _started(self, name: str, slot: _Slot, result: Any) -> None:
-        if isinstance(result, str):
-            slot.ready, slot.node = True, result
+        if isinstance(result, Place):
+            slot.ready, slot.place = True, result
             self._fruitless = 0
         else:
             self._drop(name, result if isinstance(result, Failure) else Failure.of(result, name))
@@ -248,10 +253,12 @@ class _Driver:
         if place is None and isinstance(error, ActorDiedError):
             self._drop(name, Failure.of(error, name))
             return
-        given_up = self._queue.died(name, blame=node_is_alive(slot.node))
+        given_up = self._queue.died(name, blame=node_is_alive(slot.place.node_id))
         if given_up is not None:
             message = "the worker's process died each time it had this shard (out of memory, or a crash in native code)"
-            self._give_up(given_up, Failure("WorkerDied", message, str(error)[-1000:], node=slot.node, worker=name))
+            self._give_up(
+                given_up, Failure("WorkerDied", message, str(error)[-1000:], node=slot.place.host, worker=name)
+            )
         if isinstance(error, ActorDiedError):
             slot.handle = self._actor(name)
         self._start(name, slot)
@@ -262,7 +269,7 @@ class _Driver:
         self._display.note(f"worker {name} cannot start: {failure}")
         del self._slots[name]
         self._queue.removed(name)
-        if self._fruitless >= self._plan.workers and not any(slot.ready for slot in self._slots.values()):
+        if self._fruitless >= self._wanted and not any(slot.ready for slot in self._slots.values()):
             raise StageError(f"score: no worker can start: {failure}")
 
     def _give_up(self, place: int, failure: Failure) -> None:
@@ -282,17 +289,22 @@ class _Driver:
         if now - self._looked < LOOK_EVERY:
             return
         self._looked = now
-        self._plan: WorkerPlan = plan_workers(self._config, alive_nodes())
-        wanted = min(self._plan.workers, len(self._shards))
-        while len(self._slots) < wanted and self._fruitless < wanted:
+        self._plan = plan_workers(self._config, alive_nodes())
+        self._wanted = min(self._plan.workers, self._at_most)
+        while len(self._slots) < self._wanted and self._fruitless < self._wanted:
             name = str(self._made)
             self._made += 1
             self._slots[name] = slot = _Slot(self._actor(name))
             self._start(name, slot)
         if any(slot.ready for slot in self._slots.values()):
+            self._last_ready = now
             for name, slot in self._slots.items():
                 if not slot.ready and now - slot.waiting_since > GONE_AFTER:
                     self._queue.removed(name)
+        elif now - self._last_ready > GONE_AFTER:
+            self._last_ready = now
+            asked = ", ".join(f"{key}={value:g}" for key, value in self._plan.options().items() if value)
+            self._display.note(f"no worker is there yet; the cluster is asked for {self._wanted} of {asked} each")
 
     def _actor(self, name: str) -> Any:
         return (

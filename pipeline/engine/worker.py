@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import ray
 import tenacity
@@ -58,6 +59,13 @@ class WorkerSpec(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where an actor runs: Ray's id of the node, and its host name."""
+
+    node_id: str
+    host: str
+
+
 class ScoreWorker(Generic[Loaded, Scored]):
     """The actor's class: `prefetch + 2` calls run in threads of it, one each in the phases load, score and commit.
 
@@ -78,13 +86,13 @@ class ScoreWorker(Generic[Loaded, Scored]):
     def __repr__(self) -> str:
         return f"ScoreWorker({self._name})"
 
-    def start(self) -> str | Failure:
-        """Build the work if this process has not yet. Returns Ray's id of the node, or why it cannot be built."""
+    def start(self) -> Place | Failure:
+        """Build the work if this process has not yet. Returns where that is, or why it cannot be built."""
         try:
             self._ready_work()
         except Exception as error:
             return Failure.of(error, self._name)
-        return str(ray.get_runtime_context().get_node_id())
+        return Place(ray.get_runtime_context().get_node_id(), socket.gethostname())
 
     def score_shard(self, shard: ShardInfo) -> ShardStats | Failure:
         """Load, score and commit one shard. An exception comes back as a value: it may not survive pickling."""

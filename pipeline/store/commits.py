@@ -97,7 +97,7 @@ class ScoreMark:
 
     @staticmethod
     def parse(value: dict[str, Any]) -> ScoreMark:
-        """A mark as read from JSON. Raises `KeyError` when something is missing."""
+        """A mark as read from JSON. Raises `KeyError` when something is missing (a mark of another version)."""
         return ScoreMark(**{name: value[name] for name in ScoreMark.__dataclass_fields__})
 
 
@@ -150,7 +150,10 @@ def commit_scores(
 
 
 def read_marks(run: RunFolder) -> Iterator[ScoreMark]:
-    """All commit marks of a run whose score file is there, by shard number; bounded memory."""
+    """All commit marks of a run whose score file is there, by shard number; bounded memory.
+
+    Marks of another version of the format are left out: their shards are scored again.
+    """
     names = {storage.basename(url) for url in storage.list_files(run.scores, ".parquet")}
     urls = [
         url
@@ -158,7 +161,7 @@ def read_marks(run: RunFolder) -> Iterator[ScoreMark]:
         if f"{os.path.splitext(storage.basename(url))[0]}.parquet" in names
     ]
     for mark in _read_all(urls):
-        if mark is not None:
+        if mark is not None and ScoreMark.__dataclass_fields__.keys() <= mark.keys():
             yield ScoreMark.parse(mark)
 
 

@@ -18,9 +18,11 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -98,9 +100,16 @@ def ray_processes(roots: set[int]) -> list[int]:
 
 
 class Nodes:
-    """A Ray cluster of a head without CPUs and two machines with one CPU each, all on this host."""
+    """A Ray cluster of a head without CPUs and two machines with one CPU each, all on this host.
+
+    Its files are in a temporary folder of its own: a `Cluster` names itself in Ray's temporary folder as the one that
+    a bare `ray.init()` joins, and removes that name when it ends. In the default folder other people's programs on
+    this machine would join nodes that are about to be killed, and lose the name of their own cluster.
+    """
 
     def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="chaos-")  # short: the paths of sockets in it are limited
+        os.environ["RAY_TMPDIR"] = self._folder
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(
@@ -126,6 +135,7 @@ class Nodes:
     def close(self) -> None:
         """Stop all nodes."""
         self._cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass
@@ -253,6 +263,7 @@ if __name__ == "__main__":
     parser.add_argument("--ignore", action="append", default=[], help="files not compared (pattern)")
     parser.add_argument("--ignore-key", action="append", default=[], help="keys of JSON files not compared")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nodes and driver are stopped
     given.folder.mkdir(parents=True, exist_ok=True)
     report = run(
         given.kills,
