@@ -16,6 +16,8 @@ from pipeline.store import storage
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+_TRUTH_COLUMNS = ("uid", "clean", "caption_class")
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -75,16 +77,14 @@ def detect(values: Floats, wrong: Bools, suspects: int) -> Detection:
 
 
 def read_truth(url: str) -> dict[str, bool]:
-    """Which uids are wrong, from a CSV with columns `uid` and `clean` (0 or 1). Raises `InputError`."""
+    """Which uids have a wrong caption, from a CSV of `uid`, `clean` (the true class), `caption_class` (the named one).
+
+    Raises `InputError` for a file that is missing or lacks a column.
+    """
     try:
         rows = csv.DictReader(io.StringIO(storage.read_bytes(url).decode()))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{url}: expected a CSV with columns uid and clean: {error}") from None
-    if not {"uid", "clean"} <= set(rows.fieldnames or ()):
-        raise InputError(f"{url}: expected columns uid and clean, found {', '.join(rows.fieldnames or ()) or 'none'}")
-    wrong = {}
-    for line, row in enumerate(rows, start=2):
-        if row["clean"] not in ("0", "1"):
-            raise InputError(f"{url}, line {line}: clean: expected 0 or 1, found {row['clean']!r}")
-        wrong[row["uid"]] = row["clean"] == "0"
-    return wrong
+        raise InputError(f"{url}: expected a CSV with columns {', '.join(_TRUTH_COLUMNS)}: {error}") from None
+    if missing := set(_TRUTH_COLUMNS) - set(rows.fieldnames or ()):
+        raise InputError(f"{url}: expected columns {', '.join(_TRUTH_COLUMNS)}, {', '.join(sorted(missing))} missing")
+    return {row["uid"]: row["clean"] != row["caption_class"] for row in rows}

@@ -2,62 +2,179 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
+import ray
+import torch
+
+from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, inspect_shard
 from pipeline.data.sampling import Positions, draw_positions, load_pairs
 from pipeline.data.shards import expand
-from pipeline.errors import InputError
-from pipeline.influence.settings import Batches
-from pipeline.stages.job import Job
+from pipeline.engine.tasks import run_tasks
+from pipeline.errors import InputError, StageError
+from pipeline.influence import Batches, Replay, StepRule, prepare, prepare_run
+from pipeline.influence.settings import WHOLE_RUN
+from pipeline.models.manifest import Manifest
+from pipeline.prepared import load_batches, save_batches, save_plan, settings_of
+from pipeline.replay.record import Record
+from pipeline.run import RunFolder
+from pipeline.stages.job import OVERDRAW, Job
+from pipeline.stages.training import training_pairs
+from pipeline.store import storage
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.task_marks import TaskMarks
 from pipeline.types import PairBatch
 
-#: More positions are drawn than pairs are wanted, since some will turn out to be bad.
-OVERDRAW = 1.25
 
-#: Offsets to the run's seed, so that the draws are independent of each other.
-TARGET_SEED, REFERENCE_SEED, GRADIENT_SEED = 101, 102, 103
+def compute_directions(job: Job) -> None:
+    """Write `directions/`: the decoded batches, a plan per checkpoint, and last `manifest.json`."""
+    manifest = _manifest(job)
+    digests = [storage.file_checksum(entry.path) for entry in manifest.checkpoints]
+    fingerprint = _fingerprint(job, digests)
+    if job.is_current(job.folder.directions_mark, fingerprint):
+        return
+    storage.remove(job.folder.directions_mark)
+    save_batches(job.folder.root, draw_batches(job))
+    if settings_of(job.config).estimator in WHOLE_RUN:
+        parts = [[n for n, entry in enumerate(manifest.checkpoints) if entry.run == run] for run in manifest.runs]
+    else:
+        parts = [[number] for number in range(len(manifest.checkpoints))]
+    outcome = run_tasks(
+        _compute,
+        [_Part(job.config, tuple(part)) for part in parts],
+        run=job.folder,
+        stage="directions",
+        config=job.config.engine,
+        on_result=lambda number, result: None,
+        name=lambda part: f"checkpoint {', '.join(str(number) for number in part.numbers)}",
+        marks=TaskMarks(storage.join(job.folder.directions, "marks"), fingerprint),
+        unit="checkpoints" if len(parts) == len(manifest.checkpoints) else "runs",
+        gpus=float(ray.cluster_resources().get("GPU", 0) > 0),  # type: ignore[no-untyped-call]
+    )
+    outcome.check("directions")
+    job.write_mark(job.folder.directions_mark, fingerprint, {"checkpoints": digests})
 
 
-def held_out_positions(job: Job) -> Positions:
-    """Global positions of the pairs held out as the target: none unless `target.kind` is `holdout`."""
-    target = job.config.target
-    if target.kind != "holdout":
-        return np.empty(0, np.int64)
-    count = min(int(target.pairs * OVERDRAW) + 16, job.samples // 2)
-    return draw_positions(job.samples, count, job.config.seed + TARGET_SEED)
+def _manifest(job: Job) -> Manifest:
+    if not storage.exists(job.folder.checkpoint_manifest):
+        raise StageError(f"no finished checkpoints in {job.folder.root}: run `diffprune train CONFIG` first")
+    return Manifest.read(job.folder.checkpoint_manifest)
+
+
+def _fingerprint(job: Job, digests: list[str]) -> Fingerprint:
+    config = job.config
+    score = config.score.model_dump(mode="json", exclude={"batch_size", "embeddings"})
+    return Fingerprint(
+        {
+            "inventory": job.inventory_digest,
+            "checkpoints": digests,
+            "score": score,
+            "loss": config.proxy.loss,
+            "reference": config.reference.model_dump(mode="json"),
+            "target": config.target.model_dump(mode="json"),
+            "caption": config.data.caption,
+            "max_pixels": config.data.max_pixels,
+            "seed": config.seed,
+        }
+    )
 
 
 def draw_batches(job: Job) -> Batches:
     """R, B and V of a run, by its seed. Raises `InputError` when too few pairs can be read."""
-    config = job.config
-    held_out = held_out_positions(job)
-    reference = _draw(job, job.inventory, config.reference.pairs, REFERENCE_SEED, held_out, "reference.pairs")
-    gradient = _draw(
-        job, job.inventory, config.reference.gradient_pairs, GRADIENT_SEED, held_out, "reference.gradient_pairs"
-    )
-    target = config.target
+    sizes, target, held_out = job.config.reference, job.config.target, job.held_out_positions
+
+    def draw(count: int, seed: int, key: str) -> PairBatch:
+        return _load(job, job.inventory, job.draw(int(count * OVERDRAW) + 16, seed, held_out), count, key)
+
+    reference = draw(sizes.pairs, Job.REFERENCE_SEED, "reference.pairs")
+    gradient = draw(sizes.gradient_pairs, Job.GRADIENT_SEED, "reference.gradient_pairs")
     if target.kind == "train":
-        return Batches(
-            reference, gradient, _draw(job, job.inventory, target.pairs, TARGET_SEED, held_out, "target.pairs")
-        )
+        return Batches(reference, gradient, draw(target.pairs, Job.TARGET_SEED, "target.pairs"))
     if target.kind == "holdout":
-        pairs, _ = load_pairs(job.inventory, held_out, job.decoder(job.model()), config.data.caption, job.threads)
-        return Batches(reference, gradient, _some(pairs[: target.pairs], "target.pairs", target.pairs))
-    assert target.shards is not None  # checked by the config
-    shards = [inspect_shard(index, url) for index, url in enumerate(expand(target.shards, "target.shards"))]
-    nothing = np.empty(0, np.int64)
-    return Batches(reference, gradient, _draw(job, shards, target.pairs, TARGET_SEED, nothing, "target.pairs"))
-
-
-def _draw(job: Job, shards: list[ShardInfo], count: int, seed: int, exclude: Positions, key: str) -> PairBatch:
+        return Batches(reference, gradient, _load(job, job.inventory, held_out, target.pairs, "target.pairs"))
+    urls = expand(target.shards or [], "target.shards")
+    shards = [inspect_shard(index, url) for index, url in enumerate(urls)]
     total = sum(shard.samples for shard in shards)
-    positions = draw_positions(total, int(count * OVERDRAW) + 16, job.config.seed + seed, exclude)
+    positions = draw_positions(total, int(target.pairs * OVERDRAW) + 16, job.config.seed + Job.TARGET_SEED)
+    return Batches(reference, gradient, _load(job, shards, positions, target.pairs, "target.pairs"))
+
+
+def _load(job: Job, shards: list[ShardInfo], positions: Positions, count: int, key: str) -> PairBatch:
     pairs, _ = load_pairs(shards, positions, job.decoder(job.model()), job.config.data.caption, job.threads)
-    return _some(pairs[:count], key, count)
-
-
-def _some(pairs: PairBatch, key: str, count: int) -> PairBatch:
     if len(pairs) < 2:
         raise InputError(f"{key}: expected {count} readable pairs, found {len(pairs)}")
-    return pairs
+    return pairs[:count]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Checkpoints whose plans one task computes: places in the manifest."""
+
+    config: Config
+    numbers: tuple[int, ...]
+
+
+def _compute(part: _Part) -> None:
+    config = part.config
+    folder = RunFolder(config.out)
+    manifest = Manifest.read(folder.checkpoint_manifest)
+    settings = settings_of(config)
+    job = Job(config)
+    model = job.model()
+    checkpoints = [manifest.checkpoints[number].load(model) for number in part.numbers]
+    model = model.to("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+    batches = load_batches(config.out)
+    runs = len(manifest.runs)
+    if settings.estimator in WHOLE_RUN:
+        replay = None
+        if settings.estimator == "unrolled" and settings.replay == "exact":
+            replay = exact_replay(job, checkpoints[0].run)
+        plans = prepare_run(
+            model,
+            checkpoints,
+            batches,
+            settings,
+            dataset_size=manifest.dataset_size,
+            num_runs=runs,
+            replay=replay,
+        )
+    else:
+        plans = [
+            prepare(
+                model,
+                checkpoint,
+                batches,
+                settings,
+                dataset_size=manifest.dataset_size,
+                num_checkpoints=len(manifest.of_run(checkpoint.run)),
+                num_runs=runs,
+            )
+            for checkpoint in checkpoints
+        ]
+    for number, plan in zip(part.numbers, plans, strict=True):
+        save_plan(config.out, number, plan)
+
+
+def exact_replay(job: Job, run: int) -> Replay:
+    """What an exact replay needs of a run trained here. Raises `StageError`, `InputError` where it cannot be exact."""
+    record = Record.read(job.folder, run)
+    if not record.exact:
+        raise InputError(
+            "score.replay: exact repeats training in eval() mode, which this model (dropout or batch statistics) does "
+            "not compute: use score.replay: checkpoints"
+        )
+    pairs, _ = training_pairs(job)
+    cache = pairs()
+    initial = record.initial(job.model(run))
+    settings = record.settings
+    rule = StepRule(
+        optimizer=settings.optimizer,
+        weight_decay=record.weight_decay(initial.params),
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        momentum=settings.momentum,
+        grad_clip=settings.grad_clip,
+    )
+    return Replay(rule, [float(rate) for rate in record.rates], lambda step: record.pairs(cache, step), initial)

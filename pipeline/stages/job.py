@@ -1,4 +1,4 @@
-"""One run as its stages see it: the config, the folder, the model's input, and who connects to Ray."""
+"""One run as its stages see it: the config, the folder, the shards, the model's input, the seeded draws."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from pipeline.config import Config
 from pipeline.data.decode import Decoder
 from pipeline.data.demo import make_demo
 from pipeline.data.inventory import ShardInfo, read_inventory
+from pipeline.data.sampling import Positions, draw_positions
 from pipeline.errors import ConfigError, StageError
 from pipeline.models.clip import PairModel, build_model
 from pipeline.run import RunFolder
@@ -20,12 +23,22 @@ from pipeline.store.fingerprint import Fingerprint
 
 DEMO_PREFIX = "demo:"
 
+#: More positions are drawn than pairs are wanted, since some will turn out to be bad.
+OVERDRAW = 1.25
+
 
 @dataclass
 class Job:
     """A config and what is derived from it once."""
 
     config: Config
+
+    # Offsets to the run's seed, so that the draws are independent of each other.
+    TARGET_SEED: ClassVar = 101
+    REFERENCE_SEED: ClassVar = 102
+    GRADIENT_SEED: ClassVar = 103
+    POOL_SEED: ClassVar = 104
+    BASELINE_SEED: ClassVar = 105
 
     @cached_property
     def folder(self) -> RunFolder:
@@ -40,6 +53,12 @@ class Job:
         return read_inventory(self.folder.inventory)
 
     @cached_property
+    def inventory_digest(self) -> str:
+        """Identity of the input: every shard's name, size, version and count."""
+        rows = [[shard.name, shard.samples, shard.bytes, shard.etag] for shard in self.inventory]
+        return Fingerprint({"shards": rows}).digest
+
+    @cached_property
     def samples(self) -> int:
         """Input samples in all shards."""
         return sum(shard.samples for shard in self.inventory)
@@ -49,6 +68,18 @@ class Job:
         """Decoding threads of this process."""
         return self.config.engine.decode_threads or os.cpu_count() or 1
 
+    def draw(self, count: int, seed: int, exclude: Positions | None = None) -> Positions:
+        """Positions of `count` samples, drawn by the run's seed plus `seed`, none of `exclude`."""
+        return draw_positions(self.samples, count, self.config.seed + seed, exclude)
+
+    @cached_property
+    def held_out_positions(self) -> Positions:
+        """Positions of the pairs held out as the target: none unless `target.kind` is `holdout`."""
+        target = self.config.target
+        if target.kind != "holdout":
+            return np.empty(0, np.int64)
+        return self.draw(min(int(target.pairs * OVERDRAW) + 16, self.samples // 2), self.TARGET_SEED)
+
     def model(self, run: int = 0) -> PairModel:
         """The proxy at its initial weights; each proxy run has a seed of its own."""
         proxy = self.config.proxy
@@ -56,7 +87,7 @@ class Job:
 
     def decoder(self, model: PairModel) -> Decoder:
         """Decoder of pairs into the input of `model`."""
-        return Decoder(model.image_spec, model.tokenize, self.config.data.max_pixels)
+        return Decoder(model.image_spec, model.tokenize, self.config.data.max_pixels, self.config.data.source)
 
     @cached_property
     def cache_folder(self) -> str:
@@ -67,22 +98,28 @@ class Job:
         return os.path.join(tempfile.gettempdir(), "diffprune", name)
 
     def is_current(self, mark_url: str, fingerprint: Fingerprint) -> bool:
-        """Whether the work marked at `mark_url` is done with these settings. Raises `FingerprintError` (engine.stale)."""
+        """Whether the work marked at `mark_url` is done with these settings.
+
+        Raises `FingerprintError` for other settings with `engine.stale: refuse`.
+        """
         return marks.is_current(mark_url, marks.read_mark(mark_url), fingerprint, self.config.engine.stale)
+
+    def write_mark(self, mark_url: str, fingerprint: Fingerprint, content: dict[str, Any]) -> None:
+        """Commit a stage."""
+        marks.write_mark(mark_url, fingerprint, content)
 
 
 def open_job(config: Config) -> Job:
     """The job of a config, with `demo:` paths replaced by the demo data, which is written if need be."""
-    if not _demo_paths(config):
+    wanted = _demo_paths(config)
+    if not wanted:
         return Job(config)
     if not storage.is_local(config.out):
-        raise ConfigError(
-            "expected a local folder, since `demo:` paths are written into it", key="out", found=config.out
-        )
+        raise ConfigError("expected a local folder, `demo:` paths are written into it", key="out", found=config.out)
     demo = make_demo(os.path.join(storage.local_path(config.out), "demo"), seed=config.seed)
     places: dict[str, Any] = {"train": demo.train, "target": demo.target, "test": demo.test, "truth": demo.truth}
     tree = config.model_dump()
-    for section, key in _demo_paths(config):
+    for section, key in wanted:
         name = str(tree[section][key]).removeprefix(DEMO_PREFIX)
         if name not in places:
             raise ConfigError(

@@ -29,13 +29,16 @@ def test_detect_leaves_out_values_that_are_not_finite() -> None:
     assert found.average_precision == pytest.approx((1 + 2 / 3) / 2)
 
 
-def test_truth_names_the_line_that_is_wrong(tmp_path: Path) -> None:
+def test_a_caption_is_wrong_where_it_names_another_class(tmp_path: Path) -> None:
     path = tmp_path / "truth.csv"
-    path.write_text("uid,clean\na,1\nb,0\n")
+    path.write_text("uid,clean,caption_class\na,cat,cat\nb,cat,dog\n")
     assert read_truth(str(path)) == {"a": False, "b": True}
-    path.write_text("uid,clean\na,maybe\n")
-    with pytest.raises(InputError, match="line 2: clean: expected 0 or 1, found 'maybe'"):
+
+
+def test_a_truth_file_without_its_columns_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "truth.csv"
+    path.write_text("uid,clean\na,cat\n")
+    with pytest.raises(InputError, match=r"truth.csv: expected columns .*, caption_class missing"):
         read_truth(str(path))
-    path.write_text("id\n1\n")
-    with pytest.raises(InputError, match="expected columns uid and clean"):
-        read_truth(str(path))
+    with pytest.raises(InputError, match=r"nowhere.csv: expected a CSV"):
+        read_truth(str(tmp_path / "nowhere.csv"))

@@ -1,0 +1,67 @@
+"""Training on a set of pairs and measuring the model on pairs it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import Config
+from pipeline.evaluation.zeroshot import HeldOut, measure
+from pipeline.models.clip import PairModel
+from pipeline.replay.schedule import TrainingSettings, data_order
+from pipeline.replay.train import Pairs, Trainer
+
+#: Added to the run number of every evaluation training, so that none repeats the order of a proxy run.
+FIRST_RUN = 1000
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of `evaluation/results.json`: a set, its size, and the metric over the seeds.
+
+    `std` is the standard deviation over seeds (n - 1); NaN with one seed.
+    """
+
+    set: str
+    size: int
+    metric: str
+    mean: float
+    std: float
+    seeds: int
+    values: list[float]
+
+    @staticmethod
+    def of(name: str, size: int, metric: str, values: list[float]) -> Result:
+        """Mean and spread of `values`."""
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        return Result(name, size, metric, float(np.mean(values)), std, len(values), values)
+
+
+def train_and_measure(
+    config: Config,
+    build: Callable[[int], PairModel],
+    pairs: Pairs,
+    rows: NDArray[np.int64],
+    held_out: HeldOut,
+    seed: int,
+    device: str = "cpu",
+) -> float:
+    """Train a new model on cache `rows` with the proxy's settings and measure it.
+
+    Every set gets the same number of steps (`evaluate.steps`, else the proxy's on all pairs), so that small sets are
+    seen more often, not less. Sets smaller than a batch are trained with a batch of their size.
+    """
+    proxy = config.proxy
+    batch = min(proxy.batch_size, len(rows))
+    steps = (config.evaluate.steps if config.evaluate else None) or proxy.steps
+    steps = steps or max(1, round(proxy.epochs * (len(pairs) // proxy.batch_size)))
+    sized = config.model_copy(update={"proxy": proxy.model_copy(update={"batch_size": batch, "workers": 1})})
+    settings = replace(TrainingSettings.of(sized, len(rows), FIRST_RUN + seed), steps=steps)
+    trainer = Trainer(build(FIRST_RUN + seed), pairs, data_order(np.sort(rows), settings), settings, device)
+    while trainer.step < steps:
+        trainer.advance()
+    return measure(trainer.model, replace(held_out, batch=held_out.batch.to(torch.device(device))))

@@ -1,0 +1,203 @@
+"""What a run says of itself when it ends: `config.yaml`, `summary.json`, and the table on the terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import text
+from pipeline.emit.summary import account
+from pipeline.engine.scoring import Outcome
+from pipeline.evaluation.subsets import Result
+from pipeline.selection.summary import read_summary, summary_file
+from pipeline.stages.evaluating import judge, judge_pruned
+from pipeline.stages.job import Job
+from pipeline.stages.scoring import scores_fingerprint
+from pipeline.store import marks, storage
+from pipeline.store.commits import read_marks
+
+_PACKAGES = ("diffprune", "torch", "ray", "open_clip_torch", "webdataset", "pyarrow", "faiss-cpu", "timm")
+
+
+def record_config(job: Job) -> None:
+    """Write `config.yaml`: the resolved config, versions and git revision, and the scores' fingerprint once known."""
+    fingerprint = scores_fingerprint(job).digest if marks.read_mark(job.folder.directions_mark) else None
+    record = {
+        "config": job.config.model_dump(mode="json"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "git_revision": _git_revision(),
+        "fingerprint": fingerprint,
+    }
+    storage.write_bytes(job.folder.config, yaml.safe_dump(record, sort_keys=False).encode())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+@contextmanager
+def timed(job: Job, stage: str) -> Iterator[None]:
+    """Add the seconds of the block to `summary.json`; a stage that was done before keeps its time."""
+    start = time.monotonic()
+    yield
+    seconds = round(time.monotonic() - start, 2)
+    before = _read(job).get("seconds", {}).get(stage, 0.0)
+    merge(job, {"seconds": {stage: max(seconds, before)}})
+
+
+def merge(job: Job, values: dict[str, Any]) -> None:
+    """Add values to `summary.json`; nested dictionaries are joined."""
+    summary = _read(job)
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(summary.get(key), dict) and key == "seconds":
+            summary[key].update(value)
+        else:
+            summary[key] = value
+    storage.write_json(job.folder.summary, summary)
+
+
+def _read(job: Job) -> dict[str, Any]:
+    if not storage.exists(job.folder.summary):
+        return {}
+    value = storage.read_json(job.folder.summary)
+    return value if isinstance(value, dict) else {}
+
+
+def note_scores(job: Job, outcome: Outcome | None = None) -> None:
+    """Note counts of the scoring: shards, failed ones, pairs by reason of rejection, throughput."""
+    rows, reasons, seconds = 0, dict[str, int](), dict[str, float]()
+    shards = 0
+    for mark in read_marks(job.folder):
+        shards += 1
+        rows += mark.rows
+        for reason, count in mark.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+        for phase, value in mark.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
+    failed = [str(aside) for aside in outcome.failed] if outcome else []
+    busy = seconds.get("score", 0.0)
+    merge(
+        job,
+        {
+            "scores": {
+                "shards": len(job.inventory),
+                "scored_shards": shards,
+                "failed_shards": failed,
+                "pairs": rows,
+                "rejected": sum(reasons.values()),
+                "rejected_by_reason": dict(sorted(reasons.items())),
+                "worker_seconds": {phase: round(value, 2) for phase, value in sorted(seconds.items())},
+                "pairs_per_worker_second": round(rows / busy, 1) if busy else None,
+            }
+        },
+    )
+
+
+def note_selection(job: Job) -> None:
+    """Note the counts of the selection, and how well it found the wrong captions where the truth is known."""
+    values: dict[str, Any] = {"counts": account(read_summary(job.folder, job.config.select.name))}
+    judged = judge(job)
+    if judged:
+        pruned, wrong = judge_pruned(job) or (0, 0)
+        values["quality"] = {
+            "auroc": judged["utility"].auroc,
+            "precision": wrong / pruned if pruned else None,
+            "base_rate": judged["utility"].base_rate,
+            "by": {name: found.to_dict() for name, found in judged.items()},
+        }
+    merge(job, values)
+
+
+def show(job: Job, results: list[Result], console: Console | None = None) -> None:
+    """Print the table that a run ends with."""
+    console = console or Console()
+    summary = _read(job)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    counts = summary["counts"]
+    rejected = counts["rejected"]
+    table.add_row(
+        "pairs", f"{counts['in']:,} in, {counts['kept']:,} kept, {counts['pruned']:,} pruned, {rejected:,} rejected"
+    )
+    if failed := summary.get("scores", {}).get("failed_shards"):
+        table.add_row("failed shards", f"{len(failed)} (allowed by engine.allowed_failures): {'; '.join(failed[:3])}")
+    _add_quality(table, job, summary)
+    _add_results(table, results)
+    seconds = summary["seconds"]
+    table.add_row("time", ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items()))
+    folder = job.folder.selection(job.config.select.name)
+    table.add_row("kept pairs", folder)
+    table.add_row("train on them", storage.join(folder, "train.sh"))
+    table.add_row("report", job.folder.report)
+    console.print(table)
+
+
+def _add_quality(table: Table, job: Job, summary: dict[str, Any]) -> None:
+    quality = summary.get("quality")
+    if not quality:
+        return
+    estimator = job.config.score.estimator
+    by = quality["by"]
+    table.add_row(
+        "wrong captions",
+        f"{text.percent(quality['precision'])} of the pruned are wrong, {text.percent(quality['base_rate'])} of all",
+    )
+    table.add_row(
+        "found by", f"{estimator} AUROC {by['utility']['auroc']:.3f}, similarity AUROC {by['similarity']['auroc']:.3f}"
+    )
+
+
+def _add_results(table: Table, results: list[Result]) -> None:
+    for place, result in enumerate(sorted(results, key=lambda result: -result.mean)):
+        spread = "" if result.std != result.std else f" ± {result.std:.3f}"
+        seeds = f"{result.seeds} seed{'s' if result.seeds > 1 else ''}"
+        table.add_row(
+            result.metric if place == 0 else "",
+            f"{result.mean:.3f}{spread}  {result.set} ({result.size:,} pairs, {seeds})",
+        )
+    kept = next((result for result in results if result.set.startswith("kept")), None)
+    if kept is None:
+        return
+    for other in results:
+        if other is kept:
+            continue
+        gap = kept.mean - other.mean
+        noise = (kept.std**2 + other.std**2) ** 0.5
+        verdict = (
+            "better than" if gap > noise else "worse than" if gap < -noise else "no different, within the spread, from"
+        )
+        table.add_row("", f"what was kept trains {verdict} {other.set} ({gap:+.3f})")
+
+
+def selection_is_current(job: Job) -> bool:
+    """Whether the selection on storage was made from the present scores with the present settings."""
+    if not storage.exists(summary_file(job.folder, job.config.select.name)):
+        return False
+    from pipeline.selection.scan import committed_shards
+
+    done = read_summary(job.folder, job.config.select.name)
+    _, scores = committed_shards(job.folder)
+    return (
+        done.config == job.config.select.model_dump(mode="json")
+        and done.seed == job.config.seed
+        and done.scores == scores
+    )

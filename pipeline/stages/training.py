@@ -1,0 +1,187 @@
+"""The inventory and the proxy run: which pairs there are, and the checkpoints that they are scored at."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.data.cache import PairCache, build_cache
+from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
+from pipeline.data.sampling import Positions
+from pipeline.data.shards import expand
+from pipeline.engine.progress import Display, Tally
+from pipeline.engine.tasks import run_tasks
+from pipeline.errors import ConfigError
+from pipeline.models.clip import PairModel
+from pipeline.models.manifest import Manifest, import_checkpoints
+from pipeline.replay.ray_train import ProxyJob, train_runs
+from pipeline.replay.record import Record
+from pipeline.replay.schedule import TrainingSettings
+from pipeline.stages.job import Job
+from pipeline.store import storage
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.task_marks import TaskMarks
+
+
+def take_inventory(job: Job) -> None:
+    """Write `inventory.parquet`: one row per shard; shards counted by an interrupted call are not read again."""
+    urls = expand(job.config.data.shards)
+    if storage.exists(job.folder.inventory) and [info.url for info in read_inventory(job.folder.inventory)] == urls:
+        return
+    found: dict[int, ShardInfo] = {}
+
+    def keep(number: int, info: list[Any]) -> None:
+        found[number] = ShardInfo(*info)
+
+    marks = TaskMarks(storage.join(job.folder.root, "scratch", "inventory"), Fingerprint({"urls": urls}))
+    outcome = run_tasks(
+        _inspect,
+        list(enumerate(urls)),
+        run=job.folder,
+        stage="inventory",
+        config=job.config.engine,
+        on_result=keep,
+        name=lambda item: item[1],
+        marks=marks if len(urls) > 1 else None,
+        unit="shards",
+    )
+    outcome.check("inventory")
+    write_inventory(job.folder.inventory, [found[number] for number in range(len(urls))])
+    for number in range(len(urls)):
+        storage.remove(marks.url(number))
+
+
+def _inspect(item: tuple[int, str]) -> list[Any]:
+    info = inspect_shard(*item)
+    return [info.index, info.url, info.name, info.samples, info.bytes, info.etag, info.end_error]
+
+
+def build_proxy(config: Config, run: int) -> PairModel:
+    """The proxy of a run at its initial weights."""
+    return Job(config).model(run)
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """Opens the decoded training pairs on whatever machine it is called on; they are decoded there once.
+
+    Attributes:
+        config: the run's.
+        positions: the global positions of the pairs, or None for all.
+    """
+
+    config: Config
+    positions: Positions | None
+
+    def __call__(self) -> PairCache:
+        """Build or open the cache; a file lock lets one process per machine build it."""
+        job = Job(self.config)
+        os.makedirs(job.cache_folder, exist_ok=True)
+        with open(os.path.join(job.cache_folder, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return build_cache(
+                job.cache_folder,
+                job.inventory,
+                job.decoder(job.model()),
+                self.config.data.caption,
+                self.positions,
+                job.threads,
+            )
+
+
+def training_pairs(job: Job) -> tuple[TrainingPairs, Config]:
+    """The pairs that proxy runs draw from, and the config with `proxy.subset` as a share of these.
+
+    The target held out is left out. Where the runs together see less than half of the pairs, only a seeded pool of
+    that size is decoded.
+    """
+    config = job.config
+    held_out = job.held_out_positions
+    share = config.proxy.subset * config.proxy.runs
+    if share < 0.5:
+        free = job.samples - len(held_out)
+        pool = job.draw(max(round(share * free), 1), Job.POOL_SEED, held_out)
+        smaller = config.proxy.model_copy(update={"subset": 1 / config.proxy.runs})
+        return TrainingPairs(config, np.sort(pool)), config.model_copy(update={"proxy": smaller})
+    if not len(held_out):
+        return TrainingPairs(config, None), config
+    return TrainingPairs(config, np.setdiff1d(np.arange(job.samples), held_out)), config
+
+
+def train(job: Job) -> None:
+    """Train the proxy runs, or take over the checkpoints given; both end in `checkpoints/manifest.json`."""
+    config = job.config
+    if config.proxy.checkpoints is not None:
+        _take_over(job)
+        return
+    pairs, training = training_pairs(job)
+    _check_batch(job, training)
+    proxy_job = ProxyJob(
+        training, partial(build_proxy, config), pairs, job.folder, identity={"inventory": job.inventory_digest}
+    )
+    steps = TrainingSettings.of(training, max(job.samples, config.proxy.batch_size)).steps * config.proxy.runs
+    tally = Tally(steps)
+    seen = [0] * config.proxy.runs
+    lock = threading.Lock()
+    with Display("train", "steps", tally) as display:
+
+        def show(run: int, progress: dict[str, Any]) -> None:
+            with lock:
+                tally.total = int(progress["steps"]) * config.proxy.runs
+                for _ in range(int(progress["step"]) - seen[run]):
+                    tally.add()
+                seen[run] = int(progress["step"])
+                display.tick()
+
+        records = train_runs(proxy_job, show)
+        tally.total = tally.done = sum(len(record.rates) for record in records)
+
+
+def _check_batch(job: Job, config: Config) -> None:
+    """Before anything is decoded: enough pairs for a batch."""
+    TrainingSettings.of(config, round((job.samples - len(job.held_out_positions)) * config.proxy.subset))
+
+
+def _take_over(job: Job) -> None:
+    proxy = job.config.proxy
+    sources = proxy.checkpoints or []
+    fingerprint = Fingerprint(
+        {
+            "sources": [[url, storage.size(url)] for url in sources],
+            "steps": proxy.checkpoint_steps,
+            "rates": proxy.checkpoint_rates,
+            "model": proxy.model,
+        }
+    )
+    mark = storage.join(job.folder.checkpoints, "imported.json")
+    if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
+        return
+    import_checkpoints(
+        sources,
+        job.model(),
+        job.folder.checkpoints,
+        dataset_size=job.samples,
+        steps=proxy.checkpoint_steps,
+        rates=proxy.checkpoint_rates,
+    )
+    job.write_mark(mark, fingerprint, {})
+
+
+def records(job: Job) -> list[Record]:
+    """The records of the runs trained here. Raises `StageError` where there are none."""
+    manifest = Manifest.read(job.folder.checkpoint_manifest)
+    return [Record.read(job.folder, run) for run in manifest.runs]
+
+
+def check_checkpoints(config: Config) -> None:
+    """Before any work: the checkpoint files that the config names are there. Raises `ConfigError`."""
+    for number, url in enumerate(config.proxy.checkpoints or []):
+        if not storage.exists(url):
+            raise ConfigError("expected a checkpoint file", key=f"proxy.checkpoints[{number}]", found=url)
