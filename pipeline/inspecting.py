@@ -21,8 +21,7 @@ from pipeline.data.reader import Sample, read_shard
 from pipeline.data.shards import expand
 from pipeline.data.stream import describe
 from pipeline.errors import InputError
-from pipeline.report.thumbnails import open_image
-from pipeline.terminal import half_blocks
+from pipeline.pictures import half_blocks, open_image
 from pipeline.text import count, percent, plain, plural, size
 
 #: Samples of the first shard that are decoded.

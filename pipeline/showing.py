@@ -15,13 +15,13 @@ from rich.text import Text
 
 from pipeline.data.inventory import ShardInfo, read_inventory
 from pipeline.errors import InputError, StageError
+from pipeline.pictures import half_blocks, open_image
+from pipeline.report.contents import Content, fetch
 from pipeline.report.recorded import checkpoint_names, data_config, optional_json
 from pipeline.report.rows import Floats, Pair, read_shard_rows, scored_shards, selections
-from pipeline.report.thumbnails import Content, fetch, open_image
 from pipeline.run import RunFolder
 from pipeline.selection.summary import SelectionSummary, read_summary
 from pipeline.store import storage
-from pipeline.terminal import half_blocks
 from pipeline.text import count, number, percent, plain, plus_minus
 
 _PREFIX = re.compile(r"[0-9a-f]{4,32}")

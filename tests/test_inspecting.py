@@ -14,8 +14,8 @@ from rich.console import Console
 from pipeline import inspecting
 from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.inspecting import first_problem, inspect_shards, print_inspection
+from pipeline.pictures import half_blocks
 from pipeline.showing import Story, print_story, tell
-from pipeline.terminal import half_blocks
 from tests.helpers import image_bytes, sample_members, write_tar
 from tests.report.synthetic import DIMENSION, HOSTILE_AT, Made, make_run, select
 

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import DataConfig
+from pipeline.pictures import data_uri, open_image
 from pipeline.report.collect import Findings
+from pipeline.report.contents import Content
 from pipeline.report.rows import Pair
-from pipeline.report.thumbnails import SIDE, Content, data_uri, open_image
 from pipeline.text import count, number, plain, plus_minus
 
+#: Longest side of a thumbnail, pixels: sharp at card size on screens of two pixels per point.
+SIDE = 224
 #: Images no longer than this are shown with visible pixels.
 TINY = 72
 

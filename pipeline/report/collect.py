@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.data.inventory import ShardInfo
@@ -21,6 +22,8 @@ from pipeline.run import RunFolder
 SAMPLE = 50_000
 #: Most and fewest bins of a histogram; in between, Rice's rule, twice the cube root of the number of pairs.
 MOST_BINS, FEWEST_BINS = 72, 24
+#: Letters of a source that tell it from others.
+SOURCE_LETTERS = 100
 #: Share of the pairs beyond either end of a plot's range; they are counted in its outermost bins.
 TAIL = 0.003
 
@@ -269,8 +272,9 @@ def _first_pass(run: RunFolder, found: Findings, names: list[str], gallery: int)
 def _count_groups(found: Findings, rows: ShardRows, kept: Bools) -> None:
     index = rows.table["index"].to_numpy()[rows.scored]
     if "source" in rows.table.column_names:
-        sources = np.asarray([name or "" for name in rows.table["source"].to_pylist()], dtype=object)[rows.scored]
-        found.sources.add(sources.astype(str), kept[rows.scored], rows.shard, index)
+        sources = pc.utf8_slice_codeunits(rows.table["source"].fill_null(""), 0, SOURCE_LETTERS)
+        names = sources.to_numpy()[rows.scored].astype(str)
+        found.sources.add(names, kept[rows.scored], rows.shard, index)
     if "caption_id" in rows.table.column_names:
         captions = rows.table["caption_id"].fill_null(0).to_numpy()[rows.scored]
         found.captions.add(captions, kept[rows.scored], rows.shard, index)

@@ -19,10 +19,10 @@ from pipeline.errors import StageError
 from pipeline.report import evaluation, sections, tables
 from pipeline.report.cards import GALLERIES, make_cards
 from pipeline.report.collect import Comparison, Findings, collect
+from pipeline.report.contents import fetch
 from pipeline.report.figures import agreement_figures, density_figure, utility_figure
 from pipeline.report.recorded import checkpoint_names, optional_json, provenance
 from pipeline.report.rows import selections
-from pipeline.report.thumbnails import fetch
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.text import count, number, percent, plain, plural
@@ -92,6 +92,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "card_sources": sorted({card.source for card in cards if card.source}),
         "checkpoints": _checkpoints(found, names, manifest) if number_of_terms > 1 else None,
         "group_sections": groups,
+        "pruned": tables.pruned_table(run, found.selection),
         "rejections": tables.rejection_table(found),
         "comparisons": [_comparison(comparison, found.selection) for comparison in found.comparisons],
         "provenance": [table for table in _provenance(run, summary) if table],
@@ -225,7 +226,7 @@ def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("pairs", "Pairs to look at", True),
         ("checkpoints", "Checkpoints", context["checkpoints"]),
         *((section.id, section.short, True) for section in context["group_sections"]),
-        ("rejections", "Rejected pairs", True),
+        ("rejections", "Left out", True),
         ("selections", "Other selections", context["comparisons"]),
         ("settings", "Settings", True),
     ]

@@ -63,7 +63,7 @@ class ShardRows:
     def __init__(self, shard: int, table: pa.Table, kept_indices: list[NDArray[np.int64]]) -> None:
         self.shard = shard
         self.table = table
-        status = np.asarray(table["status"].to_pylist(), dtype=object)
+        status = table["status"].to_numpy()
         ok = status == "ok"
         self.scored: Bools = ok & np.isfinite(self.floats("utility"))
         self.reasons = np.where(ok & ~self.scored, "not-finite", status)

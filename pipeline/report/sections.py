@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.report.contents import Content
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.groups import Group, GroupCounter
 from pipeline.report.plots import Figure
-from pipeline.report.thumbnails import Content
 from pipeline.text import count, percent, plain, plural
 
 #: Rows of an interval plot of groups.
@@ -31,21 +31,21 @@ class GroupSection:
 
 def source_section(counter: GroupCounter, key: str) -> GroupSection | None:
     """Kept share of the sources that gained or lost most pairs; None unless pairs have at least two sources."""
-    named = [group for group in counter.groups.values() if group.name]
-    if len(counter.groups) < 2 or not named:
+    number_of = len(counter)
+    if number_of < 2:
         return None
     groups = counter.gained_and_lost(SHOWN)
     intervals = [_interval(group, plain(str(group.name), 60) or "(no source)", counter) for group in groups]
     about = f"A pair's source is the json key {key!r} (its domain, for addresses). There are "
-    about += f"{'at least ' if counter.dropped else ''}{plural(len(counter.groups), 'source')}"
-    about += f"; shown are the {len(groups)} that change most." if len(counter.groups) > len(groups) else "."
+    about += f"{'at least ' if counter.dropped else ''}{plural(number_of, 'source')}"
+    about += f"; shown are the {len(groups)} that change most." if number_of > len(groups) else "."
     figure = _shares("Kept share by source", intervals, counter)
     return GroupSection("sources", "Sources", "Sources gained and lost", about, figure)
 
 
 def frequent_captions(counter: GroupCounter) -> list[Group]:
     """The most frequent captions, or none of them when captions do not form classes."""
-    classes = counter.largest(len(counter.groups), at_least=CLASS_PAIRS)
+    classes = counter.largest(at_least=CLASS_PAIRS)
     if len(classes) < 2 or sum(group.pairs for group in classes) < CLASS_COVER * counter.pairs:
         return []
     return classes[:SHOWN]

@@ -12,10 +12,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from pipeline.config import Config
+from pipeline.errors import StageError
 from pipeline.reference import meaning, section_of
 from pipeline.report.collect import Comparison, Findings
 from pipeline.report.groups import wilson
 from pipeline.report.rows import Bools, Floats
+from pipeline.run import RunFolder
+from pipeline.selection.summary import read_summary
 from pipeline.text import count, duration, number, percent, plain, plus_minus, power_of_ten
 
 
@@ -36,6 +39,20 @@ def rejection_table(found: Findings) -> Table | None:
         return None
     rows = [(reason, count(pairs), percent(pairs / found.total, 2)) for reason, pairs in found.rejected.most_common()]
     return Table("Rejected pairs by reason", ("reason", "pairs", "of all pairs"), rows, frozenset({1, 2}))
+
+
+def pruned_table(run: RunFolder, selection: str) -> Table | None:
+    """How many scored pairs a selection left out for what; None where it did not record that."""
+    try:
+        pruned = read_summary(run, selection).pruned
+    except StageError:
+        return None
+    total = sum(pruned.values())
+    rows = [(reason, count(pairs), percent(pairs / total, 1)) for reason, pairs in pruned.items() if pairs]
+    rows.sort(key=lambda row: -pruned[row[0]])
+    return (
+        Table("Pruned pairs by reason", ("reason", "pairs", "of the pruned"), rows, frozenset({1, 2})) if rows else None
+    )
 
 
 def profile_table(found: Findings) -> Table | None:

@@ -70,10 +70,10 @@ def test_groups_match_plain_counts(made: Made, found: Findings) -> None:
     utility, sources = made.column("utility"), made.column("source")
     scored = np.isfinite(utility)
     kept = scored & (utility >= found.cut.centre)
-    for name, group in found.sources.groups.items():
-        mine = sources == name
+    for group in found.sources.largest():
+        mine = sources == group.name
         assert (group.pairs, group.kept) == (int((mine & scored).sum()), int((mine & kept).sum()))
-        assert sources[group.example[0] * 100 + group.example[1]] == name
+        assert sources[group.example[0] * 100 + group.example[1]] == group.name
     assert found.significant["known"] == 494
 
 
@@ -122,11 +122,11 @@ def test_counter_stays_within_its_capacity_and_keeps_the_frequent() -> None:
     for shard in range(50):
         values = np.concatenate([np.repeat(7, 30), rng.integers(1000, 1_000_000, 60)])
         counter.add(values, np.ones(90, dtype=bool), shard, np.arange(90))
-        assert len(counter.groups) <= 100
+        assert len(counter) <= 100
     assert counter.largest(1)[0].name == 7
     assert counter.largest(1)[0].pairs == 1500
     assert counter.pairs == 4500
-    assert sum(group.pairs for group in counter.groups.values()) + counter.dropped == 4500
+    assert sum(group.pairs for group in counter.largest()) + counter.dropped == 4500
 
 
 def test_wilson_interval() -> None:

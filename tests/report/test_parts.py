@@ -12,10 +12,11 @@ from PIL import Image
 
 from pipeline.config import DataConfig, parse_config
 from pipeline.data.inventory import inspect_shard
+from pipeline.pictures import data_uri, open_image
+from pipeline.report.contents import fetch
 from pipeline.report.evaluation import Result, evaluation_section, read_results
 from pipeline.report.plots import Canvas, Scale, tick_labels
 from pipeline.report.tables import quality_table, settings
-from pipeline.report.thumbnails import data_uri, fetch, open_image
 from pipeline.run import RunFolder
 from pipeline.text import duration, number, percent, plain, plus_minus, size
 from tests.helpers import image_bytes, write_shards

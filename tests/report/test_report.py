@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config import SelectConfig
 from pipeline.errors import StageError
 from pipeline.report import write_report
 from pipeline.run import RunFolder
+from pipeline.selection.select import select
 from pipeline.store import storage
 from tests.report import screenshots
 from tests.report.synthetic import Made, make_run
@@ -164,6 +166,14 @@ def test_another_selection_is_reported_by_name(made: Made, tmp_path: Path) -> No
     assert "selection similar" in page.words
     assert "Kept and pruned pairs overlap" in page.words
     assert "similar and default" in page.words
+
+
+def test_reasons_of_a_real_selection_are_told(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2, samples=40, size=16, extras=False)
+    select(made.run, SelectConfig(keep=0.5, where="index < 30"), seed=0)
+    page = Page(Path(write_report(made.run, made.config)).read_text(encoding="utf-8"))
+    assert "Pruned pairs by reason" in page.words
+    assert "where 20 " in page.words
 
 
 def test_size_of_the_page_does_not_grow_with_the_pairs(tmp_path: Path) -> None:
