@@ -45,16 +45,16 @@ def run(
 
     Example: `diffprune run my.yaml --set select.keep=0.5 --out runs/half`
     """
-    from pipeline import stages
+    from pipeline.stages import runner
 
-    stages.run_all(_load(config, set_, out), retry_failed=retry_failed)
+    runner.run_all(_load(config, set_, out), retry_failed=retry_failed)
 
 
 def _stage_command(name: str, description: str) -> None:
     def command(config: ConfigPath, set_: Overrides = None, out: Out = None) -> None:
-        from pipeline import stages
+        from pipeline.stages import runner
 
-        stages.run_stage(name, _load(config, set_, out))
+        runner.run_stage(name, _load(config, set_, out))
 
     app.command(name, help=description)(command)
 
@@ -72,9 +72,9 @@ def score(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Take up shards that were set aside.")] = False,
 ) -> None:
     """Score every pair, shard by shard."""
-    from pipeline import stages
+    from pipeline.stages import runner
 
-    stages.run_stage("score", _load(config, set_, out), retry_failed=retry_failed)
+    runner.run_stage("score", _load(config, set_, out), retry_failed=retry_failed)
 
 
 @app.command()
@@ -88,13 +88,13 @@ def select(
 
     Example: `diffprune select my.yaml --set select.name=half --set select.keep=0.5 --dry-run`
     """
-    from pipeline import stages
+    from pipeline.stages import runner
 
     loaded = _load(config, set_, out)
     if dry_run:
-        stages.show_plan(loaded)
+        runner.show_plan(loaded)
     else:
-        stages.run_stage("select", loaded)
+        runner.run_stage("select", loaded)
 
 
 _stage_command("emit", "Write manifests, uid lists, the training command and, if asked for, pruned tars.")
@@ -132,9 +132,9 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="B", help="Another selection's name.")],
 ) -> None:
     """Overlap of two selections of a run, and where they differ."""
-    from pipeline import stages
+    from pipeline.stages import runner
 
-    stages.show_comparison(run, first, second)
+    runner.show_comparison(run, first, second)
 
 
 @app.command()
@@ -145,7 +145,7 @@ def demo(
     from pipeline.data.demo import make_demo
 
     paths = make_demo(folder, seed=0)
-    typer.echo(f"Demo shards are in {paths.folder}")
+    typer.echo(f"training shards: {paths.train}\ntarget shards:   {paths.target}\ntest shards:     {paths.test}")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from pipeline.errors import InputError
 from pipeline.store import storage
@@ -48,12 +47,11 @@ class Detection:
 
 def auroc(values: Floats, wrong: Bools) -> float:
     """Chance that a wrong pair has a lower value than a right one, ties counted half; NaN if one kind is missing."""
-    n_wrong = int(wrong.sum())
-    n_right = len(wrong) - n_wrong
-    if not n_wrong or not n_right:
+    low, high = values[wrong], np.sort(values[~wrong])
+    if not len(low) or not len(high):
         return float("nan")
-    ranks = rankdata(-values)
-    return float((ranks[wrong].sum() - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
+    above = len(high) - (np.searchsorted(high, low, "left") + np.searchsorted(high, low, "right")) / 2
+    return float(above.mean() / len(high))
 
 
 def detect(values: Floats, wrong: Bools, suspects: int) -> Detection:

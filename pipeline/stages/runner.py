@@ -1,0 +1,181 @@
+"""Runs the stages in order, or one of them; checks first what can be known to be wrong before any work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import text
+from pipeline.config import Config
+from pipeline.data.shards import expand
+from pipeline.emit.emit import emit
+from pipeline.engine.connect import connect
+from pipeline.errors import ConfigError, InputError, StageError
+from pipeline.report.page import write_report
+from pipeline.run import RunFolder
+from pipeline.selection.compare import compare
+from pipeline.selection.select import select
+from pipeline.selection.tasks import thread_map
+from pipeline.stages import summary
+from pipeline.stages.directions import compute_directions
+from pipeline.stages.evaluating import evaluate
+from pipeline.stages.job import Job, open_job
+from pipeline.stages.mapping import ordered_map
+from pipeline.stages.scoring import score
+from pipeline.stages.training import check_checkpoints, take_inventory, train
+from pipeline.store import storage
+from pipeline.store.commits import read_marks
+
+#: Rows of a table on the terminal; what comes after is counted.
+LONGEST_TABLE = 20
+
+
+def run_all(config: Config, *, retry_failed: bool = False) -> None:
+    """All stages of a run; those that are complete are passed over. Ends with a table of what came out."""
+    job = open_job(config)
+    check(job)
+    with connect(config.engine):
+        summary.record_config(job)
+        for stage in ("inventory", "train", "directions"):
+            _run(job, stage)
+        summary.record_config(job)
+        with summary.timed(job, "score"):
+            outcome = score(job, retry_failed=retry_failed)
+        summary.note_scores(job, outcome)
+        for stage in ("select", "emit"):
+            _run(job, stage)
+        results = []
+        if config.evaluate is not None and config.evaluate.shards is not None:
+            with summary.timed(job, "evaluate"):
+                results = evaluate(job)
+        _run(job, "report")
+    summary.show(job, results)
+
+
+def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
+    """One stage; refuses with a `StageError` when the stage before it has not finished."""
+    job = open_job(config)
+    check(job)
+    with connect(config.engine):
+        if name == "score":
+            with summary.timed(job, "score"):
+                outcome = score(job, retry_failed=retry_failed)
+            summary.note_scores(job, outcome)
+        elif name == "evaluate":
+            _require_scores(job)
+            with summary.timed(job, "evaluate"):
+                results = evaluate(job)
+            summary.show(job, results)
+        else:
+            _run(job, name)
+
+
+def _run(job: Job, stage: str) -> None:
+    with summary.timed(job, stage):
+        _STAGES[stage](job)
+
+
+def _require_scores(job: Job) -> None:
+    """Every shard is scored, but for the share that may fail."""
+    done = len(list(read_marks(job.folder)))
+    missing = len(job.inventory) - done
+    if missing > job.config.engine.allowed_failures * len(job.inventory):
+        raise StageError(f"{missing} of {len(job.inventory)} shards have no scores: run `diffprune score CONFIG` first")
+
+
+def _select(job: Job) -> None:
+    _require_scores(job)
+    if not summary.selection_is_current(job):
+        select(job.folder, job.config.select, seed=job.config.seed, map_tasks=thread_map)
+    summary.note_selection(job)
+
+
+def _emit(job: Job) -> None:
+    done = emit(
+        job.folder,
+        job.config,
+        job.inventory,
+        map_tasks=ordered_map(job, "emit", "shards"),
+        command=" ".join(["diffprune", *sys.argv[1:]]) if sys.argv[0].endswith("diffprune") else "",
+    )
+    for warning in done.warnings:
+        Console(stderr=True).print(f"emit: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _report(job: Job) -> None:
+    write_report(job.folder, job.config, selection=job.config.select.name)
+
+
+_STAGES: dict[str, Callable[[Job], None]] = {
+    "inventory": take_inventory,
+    "train": train,
+    "directions": compute_directions,
+    "select": _select,
+    "emit": _emit,
+    "report": _report,
+}
+
+
+def check(job: Job) -> None:
+    """What can be known to be wrong before any work is done. Raises `ConfigError`."""
+    config = job.config
+    expand(config.data.shards, "data.shards")
+    if config.target.shards is not None:
+        expand(config.target.shards, "target.shards")
+    if config.evaluate is not None and config.evaluate.shards is not None:
+        expand(config.evaluate.shards, "evaluate.shards")
+    if config.evaluate is not None and config.evaluate.truth and not storage.exists(config.evaluate.truth):
+        raise ConfigError("expected a CSV file", key="evaluate.truth", found=config.evaluate.truth)
+    check_checkpoints(config)
+    try:
+        job.model()
+    except InputError as error:
+        raise ConfigError(str(error), key="proxy.model") from None
+
+
+def show_plan(config: Config) -> None:
+    """Print what a selection would keep; write nothing."""
+    job = open_job(config)
+    _require_scores(job)
+    plan = select(job.folder, config.select, seed=config.seed, dry_run=True, map_tasks=thread_map)
+    console = Console()
+    rejected = sum(plan.rejected.values())
+    console.print(
+        f"{plan.total:,} pairs: {plan.kept:,} kept, {sum(plan.pruned.values()):,} pruned, {rejected:,} rejected"
+    )
+    _show_shares("group", [(group.name, group.size, group.kept) for group in plan.groups], console)
+    _show_shares("source", [(source.name, source.pairs, source.kept) for source in plan.sources], console)
+    _show_shares("shard", [(shard.url, shard.rows, shard.kept) for shard in plan.shards], console)
+
+
+def _show_shares(title: str, entries: list[tuple[str, int, int]], console: Console) -> None:
+    if not entries:
+        return
+    table = Table(title=f"by {title}", title_justify="left", box=None)
+    for heading in (title, "pairs", "kept", "share"):
+        table.add_column(heading, justify="left" if heading == title else "right")
+    for name, pairs, kept in entries[:LONGEST_TABLE]:
+        table.add_row(name, f"{pairs:,}", f"{kept:,}", text.percent(kept / pairs) if pairs else "")
+    console.print(table)
+    if len(entries) > LONGEST_TABLE:
+        console.print(f"... and {len(entries) - LONGEST_TABLE} more")
+
+
+def show_comparison(root: str, first: str, second: str) -> None:
+    """Print the overlap of two selections of a run, and where they differ most."""
+    found = compare(RunFolder(root), first, second, map_tasks=thread_map)
+    console = Console()
+    for overlaps, title in (([found.overall], "all"), (found.sources, "source"), (found.shards, "shard")):
+        table = Table(title=f"by {title}", title_justify="left", box=None)
+        for heading in (title, "both", f"only {first}", f"only {second}", "shared"):
+            table.add_column(heading, justify="left" if heading == title else "right")
+        for overlap in overlaps[:LONGEST_TABLE]:
+            counts = (f"{overlap.both:,}", f"{overlap.only_a:,}", f"{overlap.only_b:,}")
+            table.add_row(overlap.name, *counts, text.percent(overlap.jaccard))
+        console.print(table)
+    both, only_first, only_second = found.mean_utility
+    console.print(f"rank correlation of the two rankings: {found.spearman:.3f}")
+    console.print(f"mean utility: both {both:.4g}, only {first} {only_first:.4g}, only {second} {only_second:.4g}")
