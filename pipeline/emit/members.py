@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, NamedTuple, TypeVar, cast
+from typing import IO, TypeVar, cast
 
 from pipeline.data.stream import ShardStream
 from pipeline.emit.tar import BLOCK, Buffer, padded
@@ -37,12 +37,8 @@ class Sample:
     members: list[tuple[str, Buffer]]
 
 
-class Extent(NamedTuple):
-    """Where a member lies in an uncompressed tar: its headers start at `start`, its content at `data`."""
-
-    start: int
-    data: int
-    size: int
+#: Where a member lies in an uncompressed tar: the start of its headers, the start of its content, its size.
+Extent = tuple[int, int, int]
 
 
 class UnusualTarError(Exception):
@@ -71,8 +67,9 @@ def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
     offset = first = 0
     stop = len(view)
     name, long_size = "", -1
+    # Every header of every input passes through here, hence no calls in the usual case.
     while offset + BLOCK <= stop:
-        header = bytes(view[offset : offset + BLOCK])
+        header = view[offset : offset + BLOCK].tobytes()
         if not header[0] and not any(header):
             return
         kind = header[156]
@@ -81,14 +78,18 @@ def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
         except ValueError:
             raise UnusualTarError from None
         data = offset + BLOCK
+        offset = data + (size + BLOCK - 1) // BLOCK * BLOCK
         if kind in (_REGULAR, _OLD_REGULAR):
             if long_size >= 0:
                 size = long_size
+                offset = data + padded(size)
             if data + size > stop:
                 return
-            name = name or _name(header)
-            if not name.endswith("/"):
-                yield name, Extent(first, data, size)
+            if not name:
+                end = header.find(0, 0, 100)
+                name = _posix_name(header) if header[345] else _text(header[: end if end >= 0 else 100])
+            if name[-1:] != "/":
+                yield name, (first, data, size)
         elif kind == _LONG_NAME:
             name = _text(bytes(view[data : data + size]).split(b"\0", 1)[0])
         elif kind == _PAX:
@@ -97,7 +98,6 @@ def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
             long_size = int(records.get(b"size", long_size))
         elif kind != _FOLDER:
             raise UnusualTarError
-        offset = data + padded(size)
         if kind != _LONG_NAME and kind != _PAX:
             first, name, long_size = offset, "", -1
 
@@ -111,10 +111,12 @@ def group(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[tuple[st
     mine: list[tuple[str, T]] = []
     endings: set[str] = set()
     for name, value in members:
-        match = _NAME.fullmatch(name)
-        if match is None or _HIDDEN.match(name):
-            continue
-        new_key, ending = match.groups()
+        new_key, dot, ending = name.partition(".")
+        if "/" in name or not (new_key and dot) or name[:2] == "__":
+            match = _NAME.fullmatch(name)
+            if match is None or _HIDDEN.match(name):
+                continue
+            new_key, ending = match.groups()
         ending = ending.lower()
         if new_key != key or ending in endings:
             if mine:
@@ -169,8 +171,8 @@ def locate_samples(url: str, indices: Sequence[int]) -> list[tuple[int, int]] | 
     spans = []
     try:
         for _, (_, extents) in _pick(group(scan(map_file(url))), indices):
-            last = extents[-1][1]
-            spans.append((extents[0][1].start, last.data + padded(last.size)))
+            _, data, size = extents[-1][1]
+            spans.append((extents[0][1][0], data + padded(size)))
     except UnusualTarError:
         return None
     if len(spans) < len(indices):
@@ -217,13 +219,13 @@ def _stream(url: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _views(view: memoryview, extents: list[tuple[str, Extent]]) -> list[tuple[str, Buffer]]:
-    return [(ending, view[extent.data : extent.data + extent.size]) for ending, extent in extents]
+    return [(ending, view[data : data + size]) for ending, (_, data, size) in extents]
 
 
-def _name(header: bytes) -> str:
+def _posix_name(header: bytes) -> str:
+    """The name in a header that uses the field which POSIX has for the front of a long name, and GNU for times."""
     name = header[:100].split(b"\0", 1)[0]
-    # POSIX headers carry the front of a long name in a field of its own; GNU headers keep times there.
-    if header[345] and header[257:263] == b"ustar\0":
+    if header[257:263] == b"ustar\0":
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return _text(name)
 
