@@ -105,4 +105,4 @@ def _figure(metric: str, rows: list[Result]) -> Figure:
 
 def is_ours(name: str) -> bool:
     """Whether a set is the selection that the page is about, rather than a baseline."""
-    return name.lower() not in ("full", "everything", "all", "random") and "random" not in name.lower()
+    return name.startswith("kept")

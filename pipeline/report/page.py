@@ -81,7 +81,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "lead": lead(found, config),
         "numbers": _numbers(found),
         "bar": stacked_bar([(found.kept, "kept"), (found.pruned, "pruned"), (found.total - found.scored, "rejected")]),
-        "notes": list(_notes(found)),
+        "notes": _notes(found, summary.get("quality") or {}),
         "profile": tables.profile_table(found) if found.scored else None,
         "quality": tables.quality_table(summary.get("quality") or {}),
         "evaluation": evaluation.evaluation_section(results) if results else None,
@@ -147,8 +147,13 @@ def _numbers(found: Findings) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _notes(found: Findings) -> list[str]:
+def _notes(found: Findings, quality: Mapping[str, Any]) -> list[str]:
     notes = []
+    precision, base_rate = quality.get("precision"), quality.get("base_rate")
+    if isinstance(precision, float) and isinstance(base_rate, float):
+        notes.append(
+            f"Known for this data: {percent(precision)} of the pruned pairs are wrong, {percent(base_rate)} of all."
+        )
     if found.missing_shards:
         notes.append(
             f"{plural(found.missing_shards, 'shard')} of {count(found.missing_shards + len(found.shards))} have no "
@@ -212,8 +217,8 @@ def _comparison(comparison: Comparison, selection: str) -> dict[str, Any]:
 
 def _provenance(run: RunFolder, summary: Mapping[str, Any]) -> list[tables.Table | None]:
     return [
-        tables.timing_table(summary.get("timings") or {}),
-        tables.flat_table("Throughput", summary.get("throughput") or {}),
+        tables.timing_table(summary.get("seconds") or {}),
+        tables.throughput_table(summary.get("scores") or {}),
         tables.flat_table("Where it comes from", {"folder": run.root, **provenance(run)}),
     ]
 

@@ -89,9 +89,8 @@ def _quartiles(values: Floats, mask: Bools) -> str:
 
 def quality_table(quality: Mapping[str, Any]) -> Table | None:
     """How well values find the pairs known to be wrong: one row per value, with intervals where sizes are known."""
-    entries = {name: value for name, value in quality.items() if isinstance(value, Mapping) and "auroc" in value}
-    if not entries and "auroc" in quality:
-        entries = {"utility": quality}
+    by = quality.get("by")
+    entries = {name: value for name, value in by.items() if "auroc" in value} if isinstance(by, Mapping) else {}
     if not entries:
         return None
     rows = [
@@ -174,13 +173,24 @@ def settings_tables(config: Config) -> tuple[Table, Table]:
 
 
 def timing_table(timings: Mapping[str, Any]) -> Table | None:
-    """Seconds per stage, from `summary.json`; entries may be numbers or mappings with `seconds`."""
+    """Seconds per stage, from `summary.json`."""
     rows = []
-    for name, value in timings.items():
-        seconds = value.get("seconds") if isinstance(value, Mapping) else value
+    for name, seconds in timings.items():
         if isinstance(seconds, int | float):
             rows.append((plain(name.replace("_", " ")), duration(float(seconds))))
     return Table("Time per stage", ("stage", "time"), rows, frozenset({1})) if rows else None
+
+
+def throughput_table(scores: Mapping[str, Any]) -> Table | None:
+    """How fast pairs were scored, and where the workers' time went; from `summary.json`."""
+    rows = []
+    rate = scores.get("pairs_per_worker_second")
+    if isinstance(rate, int | float):
+        rows.append(("pairs per worker and second of scoring", number(float(rate))))
+    for phase, seconds in (scores.get("worker_seconds") or {}).items():
+        if isinstance(seconds, int | float):
+            rows.append((f"workers' time: {plain(phase)}", duration(float(seconds))))
+    return Table("Scoring", ("what", "value"), rows, frozenset({1})) if rows else None
 
 
 def flat_table(title: str, tree: Mapping[str, Any]) -> Table | None:

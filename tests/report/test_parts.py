@@ -156,13 +156,13 @@ def test_best_set_is_named_by_the_metric_direction() -> None:
 
 def test_quality_table_takes_one_ranking_or_several() -> None:
     one = {"auroc": 0.8, "precision": 0.5, "suspects": 100, "pairs": 1000, "base_rate": 0.1}
-    table = quality_table(one)
+    table = quality_table({"by": {"utility": one}})
     assert table is not None
     # Hanley and McNeil: se = 0.0272 for 100 wrong and 900 right pairs
     cells = [" ".join(cell.split()) for cell in table.rows[0]]
     assert cells == ["utility", "0.800 ± 0.053", "50.0 % (40.4 % to 59.6 %) of 100", "10.0 %"]
     assert quality_table({}) is None
-    several = quality_table({"utility": one, "similarity": {"auroc": 0.7}})
+    several = quality_table({"auroc": 0.8, "by": {"utility": one, "similarity": {"auroc": 0.7}}})
     assert several is not None
     assert [row[0] for row in several.rows] == ["utility", "similarity"]
 
