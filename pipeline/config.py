@@ -407,8 +407,11 @@ def parse_config(tree: dict[str, Any], file: str = "") -> Config:
         key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-")))
         if problem["type"] == "extra_forbidden":
             raise ConfigError(f"expected a known key{_close_match(key)}", file=file, key=key) from None
-        expected = problem["msg"].removeprefix("Value error, ")
-        expected = expected if expected.startswith("expected") else f"expected {expected[0].lower()}{expected[1:]}"
+        expected = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ")
+        if problem["type"] == "missing":
+            expected = "expected a value, this key is needed"
+        elif not expected.startswith("expected"):
+            expected = f"expected {expected[0].lower()}{expected[1:]}"
         found = None if problem["type"] == "missing" else problem["input"]
         raise ConfigError(expected, file=file, key=key, found=found) from None
 

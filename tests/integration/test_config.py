@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import invoke
+from pipeline.config import dump_config, load_config, parse_config
+from pipeline.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "data: {shards: a.tar}\nscore: {estimater: tracin}",
+            "score.estimater: expected a known key (did you mean 'estimator'?)",
+        ),
+        ("data: {shards: a.tar}\nselect: {keep: 1.5}", "select.keep: expected a fraction in (0, 1], found 1.5"),
+        ("data: {shards: a.tar}\nselect: {keep: 0}", "select.keep: expected a positive count, found 0"),
+        (
+            "data: {shards: a.tar}\nproxy: {batch_size: many}",
+            "proxy.batch_size: expected a valid integer",
+        ),
+        ("data: {}", "data.shards: expected a value, this key is needed"),
+        ("data: {shards: a.tar}\ntarget: {kind: shards}", "target: expected target.shards is needed with"),
+        ("- a list", "expected a mapping of sections"),
+        ("data: [", "expected readable YAML"),
+        ("data: {shards: nowhere/*.tar}", "data.shards: expected shards, no file matches the pattern"),
+    ],
+)
+def test_a_bad_config_is_one_line_and_status_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, line: str
+) -> None:
+    path = write(tmp_path, f"{text}\n")
+    assert invoke(["run", path, "--out", str(tmp_path / "run")]) == 2
+    printed = capfd.readouterr().err.strip().splitlines()
+    assert len(printed) == 1, printed
+    assert printed[0].startswith("error: ")
+    assert line in printed[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_config_and_an_unknown_model_are_status_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_shards: list[str]
+) -> None:
+    assert invoke(["run", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: expected a config file, found nothing there" in capfd.readouterr().err
+    path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\nproxy: {{model: ViT-Z-99}}\nout: {tmp_path / 'run'}\n")
+    assert invoke(["run", path]) == 2
+    assert "proxy.model: ViT-Z-99: expected an open_clip model name" in capfd.readouterr().err
+
+
+def test_overrides_are_yaml_and_reach_nested_keys(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {shards: a.tar}\n")
+    config = load_config(path, ["select.keep=0.5", "proxy.checkpoint_at=[3, 5]", "engine.workers=2"], out="elsewhere")
+    assert (config.select.keep, config.proxy.checkpoint_at, config.engine.workers) == (0.5, [3, 5], 2)
+    assert config.out == "elsewhere"
+    with pytest.raises(ConfigError, match=r"--set: expected KEY=VALUE, found 'select.keep'"):
+        load_config(path, ["select.keep"])
+    with pytest.raises(ConfigError, match="expected a section to set a key in"):
+        load_config(path, ["data.shards.deeper=1"])
+
+
+def test_a_dumped_config_loads_to_an_equal_tree(tmp_path: Path) -> None:
+    config = parse_config({"data": {"shards": ["a.tar", "b.tar"]}, "select": {"keep": {"threshold": 0.25}}})
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_a_fraction_a_count_and_everything_are_told_apart() -> None:
+    keeps = [
+        parse_config({"data": {"shards": "a.tar"}, "select": {"keep": keep}}).select.keep for keep in (1.0, 1, 0.3)
+    ]
+    assert [type(keep) for keep in keeps] == [float, int, float]
