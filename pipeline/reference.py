@@ -189,7 +189,9 @@ def _arrow_type(kind: pa.DataType, embedding_size: int) -> str:
 
 def _reasons() -> list[tuple[Reason, str]]:
     """The reasons with the docstrings that follow them in the source, which Python itself does not keep."""
-    found = re.findall(r'^    ([A-Z0-9_]+) = [^\n]*\n    """(.*?)"""', inspect.getsource(Reason), re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r'^    ([A-Z0-9_]+) = [^\n]*\n    """(.*?)"""', inspect.getsource(Reason), re.MULTILINE | re.DOTALL
+    )
     texts = {name: " ".join(text.split()) for name, text in found}
     return [(reason, texts.get(reason.name, "")) for reason in Reason]
 
