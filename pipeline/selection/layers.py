@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,9 @@ def read_rows(scratch: str, name: str, part: int, start: int, stop: int) -> npt.
 
 
 def remove_all(scratch: str) -> None:
-    """Remove the scratch folder and everything in it."""
+    """Remove the scratch folder and everything in it, and the folder it lies in when that is empty."""
     if storage.exists(scratch):
         fs, path = storage.filesystem(scratch)
         fs.rm(path, recursive=True)
+        with suppress(OSError):
+            fs.rmdir(os.path.dirname(path))

@@ -17,6 +17,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,24 +63,30 @@ def image_base(folder: str, rng: np.random.Generator) -> Float32:
     return unit(pixels @ rng.normal(size=(pixels.shape[1], DIM)).astype(np.float32))
 
 
-def embeddings(base: Float32, rng: np.random.Generator, count: int, cosine: float) -> Float32:
-    """`count` unit vectors; the last one in `COPIES` of them are copies of the first ones, in order."""
+def embeddings(base: Float32, rng: np.random.Generator, count: int, cosine: float) -> Iterator[Float32]:
+    """`count` unit vectors, some at a time; the last one in `COPIES` of them are copies of the first ones, in order."""
     copies = count // COPIES
-    first, second = rng.integers(0, len(base), (2, count - copies))
-    vectors = unit(base[first] + 0.7 * base[second])
-    original = vectors[:copies]
-    along = base[rng.integers(0, len(base), copies)] - base[rng.integers(0, len(base), copies)]
-    along[::2] = rng.normal(size=along[::2].shape)
-    along -= (along * original).sum(axis=1, keepdims=True) * original
-    angle = np.arccos(rng.uniform(cosine + 0.01, 0.999, copies)).astype(np.float32)[:, None]
-    return np.concatenate([vectors, np.cos(angle) * original + np.sin(angle) * unit(along)])
+    originals: list[Float32] = []
+    for start in range(0, count - copies, PER_FILE):
+        first, second = rng.integers(0, len(base), (2, min(PER_FILE, count - copies - start)))
+        vectors = unit(base[first] + np.float32(0.7) * base[second])
+        originals.append(vectors[: max(copies - start, 0)])
+        yield vectors
+    original = np.concatenate(originals)
+    for start in range(0, copies, PER_FILE):
+        mine = original[start : start + PER_FILE]
+        along = base[rng.integers(0, len(base), len(mine))] - base[rng.integers(0, len(base), len(mine))]
+        along[::2] = rng.normal(size=along[::2].shape)
+        along -= (along * mine).sum(axis=1, keepdims=True) * mine
+        angle = np.arccos(rng.uniform(cosine + 0.01, 0.999, len(mine))).astype(np.float32)[:, None]
+        yield np.cos(angle) * mine + np.sin(angle) * unit(along)
 
 
-def write_scores(run: RunFolder, vectors: Float32, rng: np.random.Generator) -> None:
-    """Committed score files with these image embeddings."""
+def write_scores(run: RunFolder, chunks: Iterator[Float32], rng: np.random.Generator) -> None:
+    """Committed score files with these image embeddings, a chunk each."""
     storage.make_folder(run.scores)
-    for number, start in enumerate(range(0, len(vectors), PER_FILE)):
-        mine = vectors[start : start + PER_FILE].astype(np.float16)
+    for number, vectors in enumerate(chunks):
+        mine = vectors.astype(np.float16)
         count = len(mine)
         both = np.concatenate([mine, np.zeros_like(mine)], axis=1)
         columns = {
@@ -120,12 +127,13 @@ def main() -> None:
             start, cpu = time.perf_counter(), time.process_time()
             summary = select(run, config, seed=0, map_tasks=thread_map)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-            stays = np.zeros(pairs, dtype=bool)
-            for number in range(-(-pairs // PER_FILE)):
-                kept = pq.read_table(keep_file(summary.folder, number), columns=["index"])["index"].to_numpy()
-                stays[number * PER_FILE + kept] = True
+            stays = []
+            for shard in summary.shards:
+                kept = pq.read_table(keep_file(summary.folder, shard.shard), columns=["index"])["index"].to_numpy()
+                stays.append(np.isin(np.arange(shard.rows), kept))
+            stay = np.concatenate(stays)
             copies = pairs // COPIES
-            missed = int((stays[:copies] & stays[pairs - copies :]).sum())
+            missed = int((stay[:copies] & stay[pairs - copies :]).sum())
             print(
                 json.dumps(
                     {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ def kept(run: RunFolder, name: str = "default") -> list[tuple[int, int]]:
     return found
 
 
+def pickling_map(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+    """`map`, with everything pickled on its way as between processes."""
+    for item in items:
+        sent_function, sent_item = pickle.loads(pickle.dumps((function, item)))
+        yield pickle.loads(pickle.dumps(sent_function(sent_item)))
+
+
 def ranking(shards: Sequence[Sequence[Row]], column: str = "utility") -> list[tuple[int, int]]:
     """(shard, index) of all pairs with a finite score, best first: the total order that selections promise."""
     order = []
@@ -73,4 +81,4 @@ def ranking(shards: Sequence[Sequence[Row]], column: str = "utility") -> list[tu
     return [(shard, index) for _, _, shard, index in sorted(order)]
 
 
-__all__ = ["kept", "ranking", "row", "select", "uid", "write_run"]
+__all__ = ["kept", "pickling_map", "ranking", "row", "select", "uid", "write_run"]

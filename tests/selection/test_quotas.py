@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import BalanceConfig, SelectConfig
@@ -13,6 +13,7 @@ from pipeline.selection.quotas import count_of, share_out
 from tests.selection.scores import kept, ranking, row, select, write_run
 
 
+@settings(deadline=None)
 @given(
     groups=st.lists(st.tuples(st.integers(0, 50), st.floats(0, 10)), min_size=1, max_size=12), total=st.integers(0, 700)
 )
