@@ -24,7 +24,7 @@ from pipeline.types import Features, PairBatch, Tree
 Jet = dict[tuple[str, ...], Features]
 
 #: Directions carried by one pass; more are done in several passes over the same pairs.
-_TANGENTS_PER_PASS = 8
+_TANGENTS_PER_PASS = 16
 
 
 class Passes:

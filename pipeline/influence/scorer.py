@@ -155,7 +155,6 @@ class _CheckpointScorer:
         settings = self.scorer.settings
         if probe.of == "random":
             return uniform(batch.ids, settings.seed)
-        pairs, reference = jets[probe.at], self.reference_jets[probe.at]
         if probe.of in ("gradient-square", "self-bracket"):
             return self_values(
                 self.scorer.passes,
@@ -167,6 +166,7 @@ class _CheckpointScorer:
                 self.scorer.neighbours,
                 bracket=probe.of == "self-bracket",
             )
+        pairs, reference = jets[probe.at], self.reference_jets[probe.at]
         if probe.of == "loss":
             return derivative(self._pair_losses(near), [pairs, reference], probe.along)
         here, others = pairs[()], reference[()]
@@ -179,7 +179,8 @@ class _CheckpointScorer:
 
 def uniform(ids: Tensor, seed: int) -> Tensor:
     """A number in [0, 1) for each id, float64 `[b]`: a hash of id and seed (the finaliser of SplitMix64)."""
-    mixed = ids + (seed + 1) * -7046029254386353131
+    # int64 products wrap around, as the hash wants them to.
+    mixed = ids + (torch.full_like(ids, seed) + 1) * -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed = (mixed ^ _shifted(mixed, shift)) * factor
     mixed = mixed ^ _shifted(mixed, 31)

@@ -66,5 +66,5 @@ def unflattened(vector: Tensor, like: Tree) -> Tree:
 
 
 def to_device(tree: Tree, device: torch.device | str) -> Tree:
-    """The same tree on another device."""
-    return tree_map(lambda value: value.to(device), tree)
+    """The same tree on another device, outside of any autograd graph."""
+    return tree_map(lambda value: value.detach().to(device), tree)

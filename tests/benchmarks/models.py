@@ -60,9 +60,7 @@ def cast(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
 
     adam = checkpoint.adam
     if adam is not None:
-        adam = AdamState(
-            adam.steps, tree(adam.exp_avg), tree(adam.exp_avg_sq), adam.beta1, adam.beta2, adam.eps
-        )
+        adam = AdamState(adam.steps, tree(adam.exp_avg), tree(adam.exp_avg_sq), adam.beta1, adam.beta2, adam.eps)
     return Checkpoint(
         checkpoint.step, checkpoint.lr, checkpoint.run, tree(checkpoint.params), tree(checkpoint.buffers), adam
     )

@@ -10,7 +10,7 @@ import torch
 from pipeline.influence import Batches, Scorer, Settings, prepare
 from pipeline.types import PairBatch
 from tests.influence.oracle import Explicit
-from tests.influence.towers import SmallTowers, make_pairs, trained
+from tests.influence.towers import SmallTowers, cast, make_pairs, trained
 
 N = 40
 
@@ -18,7 +18,8 @@ N = 40
 def make_case(settings: Settings, dtype: torch.dtype = torch.float64, captions: int | None = None):
     model = SmallTowers(bias=settings.family == "siglip")
     pool = make_pairs(N, seed=1, captions=captions)
-    checkpoints = trained(model, pool, settings, steps=(3, 8, 15))
+    checkpoints = [cast(c, dtype) for c in trained(model, pool, settings, steps=(3, 8, 15))]
+    model.to(dtype)
     batches = Batches(
         reference=pool[:7], gradient=pool[5:17], target=make_pairs(9, seed=2, first_id=500, captions=captions)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -83,3 +85,15 @@ def trained(model: nn.Module, batch: PairBatch, settings: Settings, steps: tuple
                 )
             )
     return found
+
+
+def cast(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint in another dtype."""
+
+    def tree(values: Tree) -> Tree:
+        return {name: value.to(dtype) for name, value in values.items()}
+
+    adam = checkpoint.adam
+    if adam is not None:
+        adam = replace(adam, exp_avg=tree(adam.exp_avg), exp_avg_sq=tree(adam.exp_avg_sq))
+    return replace(checkpoint, params=tree(checkpoint.params), adam=adam)

@@ -1,0 +1,194 @@
+"""Scores depend on the pair, the checkpoints and R alone; every checkpoint counts with its own weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.influence import UTILITY_SIGN, Estimator, ProbePlan, Scorer, Settings, prepare_run
+from pipeline.influence.scorer import uniform
+from pipeline.types import PairBatch
+from tests.influence.oracle import Explicit
+from tests.influence.test_diff_in import N, assert_close, make_case
+from tests.influence.towers import SmallTowers, make_pairs
+
+ESTIMATORS = get_args(Estimator)
+
+
+def scorer_of(settings, dtype=torch.float64, **kwargs):
+    model, checkpoints, batches, pairs = make_case(settings, dtype)
+    plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
+    return Scorer(model, list(zip(checkpoints, plans, strict=True)), batches.reference, settings, **kwargs), pairs
+
+
+def test_every_estimator_has_a_sign():
+    assert set(UTILITY_SIGN) == set(ESTIMATORS)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_scores_do_not_depend_on_neighbours(estimator):
+    settings = Settings(estimator=estimator, projections=4, eigenpairs=2)
+    scorer, pairs = scorer_of(settings)
+    together = scorer.score(pairs)
+    scorer.batch_size = 2
+    order = torch.tensor([4, 0, 5, 1, 3, 2])
+    apart = scorer.score(pairs[order])
+    for name in ("terms", "loss", "similarity"):
+        # Diff-In's differences divide rounding errors by the step, 1e-6 of the scale of the loss.
+        assert_close(getattr(apart, name), getattr(together, name)[order], 1e-8)
+    assert together.terms.shape == (6, 3)
+    assert bool(together.terms.isfinite().all())
+
+
+@pytest.mark.parametrize("estimator", ["diff-in", "tracin", "unrolled", "z0", "tracin-self", "el2n"])
+def test_stored_plans_score_the_same(estimator):
+    settings = Settings(estimator=estimator, projections=4)
+    model, checkpoints, batches, pairs = make_case(settings)
+    plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
+    again = [ProbePlan.from_tensors(*plan.to_tensors()) for plan in plans]
+    first, second = (
+        Scorer(model, list(zip(checkpoints, p, strict=True)), batches.reference, settings).score(pairs).terms
+        for p in (plans, again)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("estimator", ["diff-in", "tracin"])
+def test_each_checkpoint_counts_with_its_own_weights(estimator):
+    settings = Settings(estimator=estimator, method="exact")
+    model, checkpoints, batches, pairs = make_case(settings)
+    together = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
+    scores = Scorer(model, list(zip(checkpoints, together, strict=True)), batches.reference, settings).score(pairs)
+    for index, checkpoint in enumerate(checkpoints):
+        explicit = Explicit(model, checkpoint, settings)
+        if estimator == "diff-in":
+            expected = explicit.diff_in(pairs, batches, N, 3)
+        else:
+            P = explicit.preconditioner()
+            G = explicit.pairs(pairs, batches.reference, 1)
+            expected = checkpoint.lr * G @ (P * explicit.batch(batches.target, 1))
+        assert_close(scores.terms[:, index], expected, 1e-9)
+        other = checkpoints[(index + 1) % 3]
+        wrong = Scorer(model, [(other, together[index])], batches.reference, settings).score(pairs).terms[:, 0]
+        assert (wrong - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_terms_of_runs_are_averaged():
+    settings = Settings(estimator="tracin")
+    model, checkpoints, batches, pairs = make_case(settings)
+    alone = prepare_run(model, checkpoints[:1], batches, settings, dataset_size=N)
+    halves = prepare_run(model, checkpoints[:1], batches, settings, dataset_size=N, num_runs=2)
+    second = replace(checkpoints[0], run=1)
+    one = Scorer(model, [(checkpoints[0], alone[0])], batches.reference, settings).score(pairs).terms.sum(1)
+    two = Scorer(model, [(checkpoints[0], halves[0]), (second, halves[0])], batches.reference, settings)
+    assert torch.allclose(two.score(pairs).terms.sum(1), one)
+
+
+def test_loss_and_similarity_are_those_of_the_last_checkpoint():
+    settings = Settings()
+    model, checkpoints, batches, pairs = make_case(settings)
+    plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
+    found = Scorer(model, list(zip(checkpoints, plans, strict=True)), batches.reference, settings).score(pairs)
+    explicit = Explicit(model, checkpoints[-1], settings)
+    assert_close(found.loss, explicit.pairs(pairs, batches.reference, 0), 1e-12)
+    features = torch.func.functional_call(model, checkpoints[-1].params, (pairs.images, pairs.tokens))
+    assert_close(found.similarity, (features.image * features.text).sum(1), 1e-12)
+    assert torch.equal(found.embedding, torch.cat([features.image, features.text], 1).half())
+
+
+def test_float32_is_within_a_thousandth():
+    for method in ("exact", "central"):
+        settings = Settings(method=method)
+        exact, pairs = scorer_of(replace(settings, method="exact"))
+        single, _ = scorer_of(settings, torch.float32)
+        assert_close(single.score(pairs).terms.double(), exact.score(pairs).terms, 1e-3)
+
+
+def test_random_is_uniform_and_seeded():
+    ids = torch.arange(20_000) - 10_000
+    values = uniform(ids, 0)
+    assert torch.equal(values, uniform(ids, 0))
+    assert not torch.equal(values, uniform(ids, 1))
+    assert 0 <= values.min() < 0.001
+    assert 0.999 < values.max() < 1
+    counts = torch.histc(values.float(), 10, 0, 1)
+    assert (counts - 2000).abs().max() < 200
+
+
+class Unsupported(torch.autograd.Function):
+    """An operator with a backward but no forward derivative."""
+
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return Unsupported.apply(x)
+
+
+def test_an_operator_without_forward_derivative_is_named_and_the_forward_form_runs():
+    model = SmallTowers()
+    settings = Settings()
+    _, checkpoints, batches, pairs = make_case(settings)
+    model.visual.insert(2, Doubling())
+    renamed = [
+        replace(
+            c,
+            adam=None,
+            params={n.replace("visual.2", "visual.3"): v for n, v in c.params.items()},
+        )
+        for c in checkpoints
+    ]
+    plans = prepare_run(model, renamed, batches, replace(settings, method="forward"), dataset_size=N)
+    scorer = Scorer(model, list(zip(renamed, plans, strict=True)), batches.reference, settings)
+    assert bool(scorer.score(pairs).terms.isfinite().all())
+    central = prepare_run(model, renamed, batches, replace(settings, method="central"), dataset_size=N)
+    with pytest.raises(InputError, match=r"visual\.2 \(Doubling\).*method: forward"):
+        Scorer(model, list(zip(renamed, central, strict=True)), batches.reference, settings)
+
+
+def test_z0_needs_two_checkpoints_and_telescopes():
+    settings = Settings(estimator="z0")
+    model, checkpoints, batches, pairs = make_case(settings)
+    with pytest.raises(InputError, match="at least two"):
+        prepare_run(model, checkpoints[:1], batches, settings, dataset_size=N)
+    plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
+    found = Scorer(model, list(zip(checkpoints, plans, strict=True)), batches.reference, settings).score(pairs)
+    views = [Explicit(model, c, settings) for c in checkpoints]
+    losses = [view.pairs(pairs, batches.reference, 0) for view in views]
+    targets = [view.batch(batches.target, 0) for view in views]
+    expected = sum(
+        (targets[k + 1] - targets[k])
+        * (losses[k + 1] - losses[k])
+        / (views[k + 1].theta - views[k].theta).square().sum()
+        for k in range(2)
+    )
+    assert_close(found.terms.sum(1), expected, 1e-9)
+
+
+def test_reference_of_equal_ids_counts_once():
+    settings = Settings(estimator="clip-score")
+    model, checkpoints, batches, _ = make_case(settings)
+    plans = prepare_run(model, checkpoints[-1:], batches, settings, dataset_size=N)
+    pair = make_pairs(30, seed=9)[3:4]
+    pair = PairBatch(pair.images, pair.tokens, pair.ids + 7000, pair.captions)
+    with_it = PairBatch.cat([batches.reference, pair])
+    losses = [
+        Scorer(model, [(checkpoints[-1], plans[0])], r, settings).score(pair).loss for r in (batches.reference, with_it)
+    ]
+    assert torch.allclose(losses[0], losses[1])
