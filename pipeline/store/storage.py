@@ -165,6 +165,18 @@ def remove(url: str) -> None:
         fs.rm_file(path)
 
 
+def remove_temporary(folder: str) -> None:
+    """Remove what writers that were killed left right in a local `folder`; object stores keep no partial objects.
+
+    For when the work on the folder is settled: a writer that is still at it would fail, and its work be repeated.
+    """
+    if not is_local(folder) or not os.path.isdir(local_path(folder)):
+        return
+    for name in os.listdir(local_path(folder)):
+        if name.startswith(TEMPORARY_PREFIX):
+            remove(join(folder, name))
+
+
 def checksum(data: bytes) -> str:
     """BLAKE2b-128 hex digest of `data`: the checksum in every commit mark and fingerprint."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
