@@ -177,9 +177,7 @@ def _add_results(table: Table, results: list[Result]) -> None:
     kept = next((result for result in results if result.set.startswith("kept")), None)
     if kept is None:
         return
-    for other in results:
-        if other is kept:
-            continue
+    for other in (result for result in results if result is not kept):
         gap = kept.mean - other.mean
         noise = (kept.std**2 + other.std**2) ** 0.5
         verdict = (

@@ -20,9 +20,8 @@ from pipeline.engine.progress import Display, Tally
 from pipeline.engine.tasks import run_tasks
 from pipeline.errors import ConfigError
 from pipeline.models.clip import PairModel
-from pipeline.models.manifest import Manifest, import_checkpoints
+from pipeline.models.manifest import import_checkpoints
 from pipeline.replay.ray_train import ProxyJob, train_runs
-from pipeline.replay.record import Record
 from pipeline.replay.schedule import TrainingSettings
 from pipeline.stages.job import Job
 from pipeline.store import storage
@@ -84,7 +83,7 @@ class TrainingPairs:
         """Build or open the cache; a file lock lets one process per machine build it."""
         job = Job(self.config)
         os.makedirs(job.cache_folder, exist_ok=True)
-        with open(os.path.join(job.cache_folder, "lock"), "w") as lock:
+        with open(os.path.join(job.cache_folder, "lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return build_cache(
                 job.cache_folder,
@@ -121,6 +120,11 @@ def train(job: Job) -> None:
     if config.proxy.checkpoints is not None:
         _take_over(job)
         return
+    fingerprint = _fingerprint(job)
+    mark = storage.join(job.folder.checkpoints, "trained.json")
+    if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
+        return
+    storage.remove(mark)
     pairs, training = training_pairs(job)
     _check_batch(job, training)
     proxy_job = ProxyJob(
@@ -142,6 +146,26 @@ def train(job: Job) -> None:
 
         records = train_runs(proxy_job, show)
         tally.total = tally.done = sum(len(record.rates) for record in records)
+    job.write_mark(mark, fingerprint, {"runs": len(records)})
+
+
+def _fingerprint(job: Job) -> Fingerprint:
+    """What decides the checkpoints: it answers without a worker whether they are those of this config."""
+    config = job.config
+    weights = config.proxy.pretrained
+    return Fingerprint(
+        {
+            "inventory": job.inventory_digest,
+            "proxy": config.proxy.model_dump(mode="json", exclude={"gpus_per_worker", "resume_every"}),
+            "model": storage.file_checksum(config.proxy.model) if config.proxy.model.endswith(".json") else "",
+            "pretrained": storage.file_checksum(weights) if weights else "",
+            "equal_captions": config.reference.equal_captions,
+            "target": config.target.model_dump(mode="json") if config.target.kind == "holdout" else {},
+            "caption": config.data.caption,
+            "max_pixels": config.data.max_pixels,
+            "seed": config.seed,
+        }
+    )
 
 
 def _check_batch(job: Job, config: Config) -> None:
@@ -172,12 +196,6 @@ def _take_over(job: Job) -> None:
         rates=proxy.checkpoint_rates,
     )
     job.write_mark(mark, fingerprint, {})
-
-
-def records(job: Job) -> list[Record]:
-    """The records of the runs trained here. Raises `StageError` where there are none."""
-    manifest = Manifest.read(job.folder.checkpoint_manifest)
-    return [Record.read(job.folder, run) for run in manifest.runs]
 
 
 def check_checkpoints(config: Config) -> None:
