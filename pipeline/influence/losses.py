@@ -16,6 +16,9 @@ from pipeline.types import Features
 
 Family = Literal["clip", "siglip"]
 
+#: Numbers held at once while pairs are taken out of R.
+_BLOCK = 2**22
+
 
 def similar_captions(left: Tensor, right: Tensor, ignore: bool) -> Tensor:
     """Bool `[n, k]`: captions are equal and equal captions are not negatives (`ignore`)."""
@@ -112,10 +115,15 @@ def _log_others(logits: Tensor, near: Neighbours) -> Tensor:
     totals = logits.logsumexp(1)[None, :]
     if not len(near.members):
         return totals
-    itself = near.itself[near.members]
     diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    # The row of the pair itself is not used; it keeps its own entry so that no row is empty.
-    without = logits[None].masked_fill(itself[:, None, :] & ~diagonal, -torch.inf).logsumexp(2)
+    block = max(1, _BLOCK // logits.numel())
+    without = torch.cat(
+        [
+            # The row of the pair itself is not used; it keeps its own entry so that no row is empty.
+            logits[None].masked_fill(itself[:, None, :] & ~diagonal, -torch.inf).logsumexp(2)
+            for itself in torch.split(near.itself[near.members], block)
+        ]
+    )
     for_each: Tensor = totals.expand(len(near.itself), -1).index_copy(0, near.members, without)
     return for_each
 

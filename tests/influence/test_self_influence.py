@@ -19,12 +19,12 @@ def expected_terms(estimator, explicit, pairs, batches):
     checkpoint, P = explicit.checkpoint, explicit.preconditioner()
     G = explicit.pairs(pairs, batches.reference, 1)
     if estimator == "grand":
-        return G.norm(dim=1) / 3
+        return G.norm(dim=1)
     if estimator == "tracin-self":
         return checkpoint.lr * (G * P * G).sum(1)
     H = explicit.pairs(pairs, batches.reference, 2)
     G_B, H_B = explicit.batch(batches.gradient, 1), explicit.batch(batches.gradient, 2)
-    factor = -checkpoint.step * checkpoint.lr**2 / (N * 3)
+    factor = -checkpoint.step * checkpoint.lr**2 / N
     brackets = [P * g @ (H_B @ (P * g)) + P * g @ (h @ (P * G_B)) for g, h in zip(G, H, strict=True)]
     return factor * torch.stack(brackets)
 
@@ -34,10 +34,9 @@ def expected_terms(estimator, explicit, pairs, batches):
 def test_exact_forms_equal_the_formulas(estimator, precondition):
     settings = Settings(estimator=estimator, self_form="exact", precondition=precondition)
     model, checkpoints, batches, pairs = make_case(settings)
-    terms = score(model, checkpoints, batches, pairs, settings).terms
-    for index, checkpoint in enumerate(checkpoints):
-        expected = expected_terms(estimator, Explicit(model, checkpoint, settings), pairs, batches)
-        assert_close(terms[:, index], expected, 1e-9)
+    terms = score(model, checkpoints[1:2], batches, pairs, settings).terms[:, 0]
+    expected = expected_terms(estimator, Explicit(model, checkpoints[1], settings), pairs, batches)
+    assert_close(terms, expected, 1e-9)
 
 
 @pytest.mark.parametrize("estimator", ["grand", "tracin-self", "diff-in-self"])
