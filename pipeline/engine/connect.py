@@ -30,7 +30,7 @@ def connect(config: EngineConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address and address != "local":
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local(config)
     except Exception as error:  # Ray raises many types here, a bare Exception among them
@@ -48,7 +48,7 @@ def _start_local(config: EngineConfig) -> None:
         address="local",
         include_dashboard=False,
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         object_store_memory=config.object_store_memory or OBJECT_STORE_BYTES,
     )
 

