@@ -347,6 +347,18 @@ class ValidateConfig(Section):
     """Seeds of every counterfactual training."""
     steps: PositiveInt = 100
     """Steps of every training."""
+    warm_steps: Annotated[int, Field(ge=0)] = 0
+    """AdamW steps on other pairs that all trainings start after: from scratch a short run learns too little to tell
+    pairs apart."""
+    warm_pairs: PositiveInt = 1024
+    """Pairs of those steps, none of which is in the small run."""
+    warm_lr: Annotated[float, Field(gt=0)] = 4e-3
+    """Peak learning rate of those steps."""
+    deletions: Annotated[int, Field(ge=0)] = 0
+    """Random sets of a tenth of the pairs whose deletion is estimated and compared with retraining."""
+    swapped: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the pairs whose captions are exchanged among them, to see whether they are found; with
+    `evaluate.truth` known wrong captions are judged instead."""
 
 
 class ReportConfig(Section):

@@ -29,6 +29,8 @@ class Recipe:
         optimizer: `sgd` or `adamw`.
         weight_decay: decoupled, on matrices only as in open_clip.
         beta1, beta2, eps: AdamW's.
+        momentum: SGD's.
+        grad_clip: norm to which each training's gradient is clipped; None does not clip.
         family: `clip` or `siglip`.
         ignore_equal_captions: whether equal captions are not each other's negatives.
     """
@@ -40,6 +42,8 @@ class Recipe:
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
+    momentum: float = 0.0
+    grad_clip: float | None = None
     family: Family = "clip"
     ignore_equal_captions: bool = False
 
@@ -51,11 +55,14 @@ def compact_vocabulary(model: nn.Module, batches: list[PairBatch]) -> tuple[nn.M
     The order of token numbers is kept because open_clip finds the end of a text by the largest number.
     """
     used, renumbered = torch.unique(torch.cat([batch.tokens.flatten() for batch in batches]), return_inverse=True)
-    name, embedding = next(
-        (name, module)
+    embeddings = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and name.endswith("token_embedding")
-    )
+    }
+    if len(embeddings) != 1:  # a text tower of another library: it stays as it is
+        return model, batches
+    ((name, embedding),) = embeddings.items()
     small = nn.Embedding(len(used), embedding.embedding_dim, dtype=embedding.weight.dtype)
     small.weight.data.copy_(embedding.weight.data[used])
     parent, _, leaf = name.rpartition(".")
@@ -123,17 +130,29 @@ def train_masked(
 def _advance(params: Tree, first: Tree, second: Tree, gradient: Tree, step: int, recipe: Recipe) -> None:
     """One step of SGD or AdamW (Loshchilov & Hutter, Algorithm 2), on stacked parameters."""
     rate = recipe.rates[step - 1]
+    factor = _clip_factors(gradient, recipe.grad_clip)
     for name, value in params.items():
         g = gradient[name]
+        if factor is not None:
+            g = g * factor.reshape(-1, *[1] * (g.ndim - 1))
         if recipe.weight_decay and value.ndim > 2:  # one more than in the model: the stack; vectors do not decay
             value.mul_(1 - rate * recipe.weight_decay)
         if recipe.optimizer == "sgd":
-            value.sub_(rate * g)
+            first[name].mul_(recipe.momentum).add_(g)
+            value.sub_(rate * first[name])
             continue
         first[name].lerp_(g, 1 - recipe.beta1)
         second[name].mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
         denominator = (second[name] / (1 - recipe.beta2**step)).sqrt_().add_(recipe.eps)
         value.addcdiv_(first[name], denominator, value=-rate / (1 - recipe.beta1**step))
+
+
+def _clip_factors(gradient: Tree, limit: float | None) -> Tensor | None:
+    """What each training's gradient is multiplied with, `[M]` (as `clip_grad_norm_`); None where nothing is clipped."""
+    if limit is None:
+        return None
+    squares = torch.stack([value.flatten(1).square().sum(1) for value in gradient.values()])
+    return (limit / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1)
 
 
 def checkpoint_of(
@@ -150,7 +169,11 @@ def checkpoint_of(
             beta2=recipe.beta2,
             eps=recipe.eps,
         )
-    return Checkpoint(step, lr, start.run, {n: v[row].clone() for n, v in params.items()}, start.buffers, adam)
+    momentum = None
+    if recipe.optimizer == "sgd" and recipe.momentum:
+        momentum = {name: value[row].clone() for name, value in first.items()}
+    own = {name: value[row].clone() for name, value in params.items()}
+    return Checkpoint(step, lr, start.run, own, start.buffers, adam, momentum)
 
 
 def target_losses(model: nn.Module, stacked: Tree, buffers: Tree, target: PairBatch, recipe: Recipe) -> Tensor:

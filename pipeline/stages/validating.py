@@ -1,0 +1,270 @@
+"""The validate stage: small runs retrained without pairs, against what every estimator foretells."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import text
+from pipeline.config import Config
+from pipeline.data.decode import uid_to_id
+from pipeline.data.sampling import load_pairs
+from pipeline.engine.tasks import run_tasks
+from pipeline.errors import ConfigError
+from pipeline.evaluation.agreement import Line, Measured, raw_rows, table
+from pipeline.evaluation.cleaning import losses_without, suspects, with_swapped_captions
+from pipeline.evaluation.correlation import Interval
+from pipeline.evaluation.deletion import deletions, random_deletions
+from pipeline.evaluation.estimates import estimate, forms_of, reference_of
+from pipeline.evaluation.lds import Bools, outcomes, random_halves
+from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
+from pipeline.evaluation.quality import Detection, detect, read_truth
+from pipeline.evaluation.small_run import small_run
+from pipeline.evaluation.validation_plot import plot
+from pipeline.prepared import settings_of
+from pipeline.replay.schedule import TrainingSettings, recorded_steps
+from pipeline.stages.directions import draw_batches
+from pipeline.stages.job import OVERDRAW, Job
+from pipeline.stages.training import take_inventory
+from pipeline.store import storage
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.task_marks import TaskMarks
+from pipeline.types import PairBatch
+
+#: Offset of the seed that draws the pairs of the small runs.
+PAIRS_SEED = 106
+
+#: Share of the pairs in a deletion.
+DELETED = 0.1
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """One run with all its counterfactuals."""
+
+    config: Config
+    seed: int
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}"
+
+
+def validate(job: Job) -> None:
+    """Write `validation/`: `results.parquet` (every predicted and true effect), `table.json`, `validation.svg`.
+
+    Raises `ConfigError` when the data hold fewer pairs than the small run and its target need.
+    """
+    take_inventory(job)
+    config = job.config
+    needed = config.validation.pairs + (config.validation.warm_pairs if config.validation.warm_steps else 0)
+    free = job.samples - len(job.held_out_positions)
+    if needed > free:
+        raise ConfigError(
+            f"expected at most the {free} pairs there are, those of validation.warm_pairs included",
+            key="validation.pairs",
+            found=needed,
+        )
+    folder = storage.join(job.folder.root, "validation")
+    found: dict[int, dict[str, Any]] = {}
+    fingerprint = Fingerprint({"config": config.model_dump(mode="json"), "inventory": job.inventory_digest})
+    outcome = run_tasks(
+        measure,
+        [_Seed(config, seed) for seed in range(config.validation.seeds)],
+        run=job.folder,
+        stage="validate",
+        config=config.engine,
+        on_result=found.__setitem__,
+        marks=TaskMarks(storage.join(folder, "seeds"), fingerprint),
+        unit="seeds",
+    )
+    outcome.check("validate")
+    write_results(folder, config, [found[seed] for seed in range(config.validation.seeds)])
+
+
+class _Pairs:
+    """The pairs of all seeds: drawn and decoded alike in every task."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.sizes = job.config.validation
+
+    @cached_property
+    def drawn(self) -> PairBatch:
+        """Pairs of the small run, then those of the warm-up."""
+        count = self.sizes.pairs + (self.sizes.warm_pairs if self.sizes.warm_steps else 0)
+        positions = self.job.draw(int(count * OVERDRAW) + 16, PAIRS_SEED, self.job.held_out_positions)
+        decoder = self.job.decoder(self.job.model())
+        return load_pairs(self.job.inventory, positions, decoder, self.job.config.data.caption, self.job.threads)[0]
+
+    @property
+    def others(self) -> PairBatch | None:
+        """Pairs of the warm-up, or None where there is none."""
+        sizes = self.sizes
+        return self.drawn[sizes.pairs : sizes.pairs + sizes.warm_pairs] if sizes.warm_steps else None
+
+    @cached_property
+    def data(self) -> tuple[PairBatch, Bools | None]:
+        """The pairs of the small run, and which of them are known to be wrong (None where nothing is known)."""
+        config = self.job.config
+        data = self.drawn[: self.sizes.pairs]
+        if self.sizes.swapped:
+            return with_swapped_captions(data, self.sizes.swapped, config.seed)
+        if config.evaluate is None or config.evaluate.truth is None:
+            return data, None
+        truth = {uid_to_id(uid): wrong for uid, wrong in read_truth(config.evaluate.truth).items()}
+        return data, np.array([truth.get(number, False) for number in data.ids.tolist()], dtype=bool)
+
+
+def measure(item: _Seed) -> dict[str, Any]:
+    """Everything of one seed, as plain numbers."""
+    config, sizes = item.config, item.config.validation
+    job = Job(config)
+    torch.set_num_threads(1)
+    pairs = _Pairs(job)
+    (data, wrong), target = pairs.data, draw_batches(job).target
+    n = len(data)
+    run = small_run(config, job.model(item.seed), data, target, item.seed, pairs.others)
+    recorded = _recorded(config, n)
+    reference = reference_of(run.data, config.reference.pairs, config.seed)
+    settings = settings_of(config)
+    estimates = {form.name: estimate(run, recorded, reference, form) for form in forms_of(sizes.estimators, settings)}
+    fast = small_run(config, job.model(item.seed), data, target, item.seed, pairs.others, dtype=torch.float32)
+    result: dict[str, Any] = {
+        "utilities": {name: found.utilities.tolist() for name, found in estimates.items()},
+        "costs": {name: [found.directions, found.scoring] for name, found in estimates.items()},
+        "changes": left_out_changes(run, left_out_pairs(n, sizes.leave_out, config.seed)).tolist(),
+        "outcomes": outcomes(fast, random_halves(n, sizes.halves, config.seed)).tolist(),
+        "pairs": n,
+        "losses": [float(run.target_losses({k: v[None] for k, v in run.states[at].params.items()})) for at in (0, -1)],
+    }
+    if sizes.deletions:
+        sets = random_deletions(n, sizes.deletions + 1, DELETED, config.seed)
+        result["deletions"] = [asdict(found) for found in deletions(run, recorded, settings, sets)]
+    if wrong is not None and wrong.any():
+        count = int(wrong.sum())
+        chance = suspects(np.random.default_rng([config.seed, item.seed]).random(n), count)
+        sets = [np.zeros(n, dtype=bool), wrong, chance]
+        sets += [suspects(found.utilities, count) for found in estimates.values()]
+        names = ["(nothing)", "(known wrong)", "(random)", *estimates]
+        result["wrong"] = wrong.tolist()
+        result["cleaned"] = dict(zip(names, losses_without(fast, sets).tolist(), strict=True))
+    return result
+
+
+def _recorded(config: Config, pairs: int) -> list[int]:
+    sizes = config.validation
+    even = {"checkpoint_at": "even", "steps": sizes.steps, "batch_size": min(config.proxy.batch_size, pairs)}
+    sized = config.model_copy(update={"proxy": config.proxy.model_copy(update=even)})
+    return recorded_steps(sized, TrainingSettings.of(sized, pairs))
+
+
+def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> None:
+    """Write and print what all seeds together say."""
+    n = seeds[0]["pairs"]
+    sizes = config.validation
+    measured = Measured(
+        utilities={name: np.array([seed["utilities"][name] for seed in seeds]) for name in seeds[0]["utilities"]},
+        costs={name: (cost[0], cost[1]) for name, cost in seeds[0]["costs"].items()},
+        rows=left_out_pairs(n, sizes.leave_out, config.seed),
+        changes=np.array([seed["changes"] for seed in seeds]),
+        halves=random_halves(n, sizes.halves, config.seed),
+        outcomes=np.array([seed["outcomes"] for seed in seeds]),
+    )
+    lines = table(measured)
+    rows = list(raw_rows(measured))
+    for number, seed in enumerate(seeds):
+        for item, found in enumerate(seed.get("deletions", [])):
+            rows.append({"measure": "deletion", "estimator": found["method"], "seed": number, "item": item}
+                        | {key: found[key] for key in ("predicted", "true", "distance")})  # fmt: skip
+        for name, loss in seed.get("cleaned", {}).items():
+            rows.append({"measure": "cleaned", "estimator": name, "seed": number, "item": 0, "true": loss})
+    cleaning = _cleaning(measured, seeds)
+    with storage.atomic_writer(storage.join(folder, "results.parquet")) as handle:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), handle, compression="zstd")
+    storage.write_json(
+        storage.join(folder, "table.json"),
+        {
+            "lines": [_plain(asdict(line)) for line in lines],
+            "cleaning": {name: _plain(found.to_dict()) for name, found in cleaning.items()},
+            "target_loss": [seed["losses"] for seed in seeds],
+        },
+    )
+    storage.write_bytes(storage.join(folder, "validation.svg"), plot(lines))
+    _show(lines, cleaning, seeds)
+
+
+_SCHEMA = pa.schema(
+    [
+        ("measure", pa.string()),
+        ("estimator", pa.string()),
+        ("seed", pa.int32()),
+        ("item", pa.int32()),
+        ("predicted", pa.float64()),
+        ("true", pa.float64()),
+        ("distance", pa.float64()),
+    ]
+)
+
+
+def _plain(row: Any) -> Any:
+    """Numbers that JSON has: what is not finite becomes null."""
+    if isinstance(row, dict):
+        return {key: _plain(value) for key, value in row.items()}
+    return None if isinstance(row, float) and not math.isfinite(row) else row
+
+
+def _cleaning(measured: Measured, seeds: list[dict[str, Any]]) -> dict[str, Detection]:
+    """How well low utility (mean over the runs) finds the wrong pairs, precision at their true number."""
+    if "wrong" not in seeds[0]:
+        return {}
+    wrong = np.array(seeds[0]["wrong"], dtype=bool)
+    return {name: detect(values.mean(0), wrong, int(wrong.sum())) for name, values in measured.utilities.items()}
+
+
+def _show(lines: list[Line], cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> None:
+    console = Console()
+    shown = Table(title="rank correlation with retraining (95 % intervals)", title_justify="left", box=None)
+    for heading in ("estimator", "passes", "LOO", "LOO, mean", "LDS, one run", "LDS, all runs", "behind unrolled"):
+        shown.add_column(heading, justify="left" if heading == "estimator" else "right")
+    for line in lines:
+        found = [_interval(value) for value in (line.loo, line.loo_mean, line.lds_one, line.lds, line.ahead)]
+        passes = f"{text.number(line.directions, 2)} + {text.number(line.scoring, 2)}"
+        shown.add_row(line.estimator, passes, *found)
+    console.print(shown)
+    if cleaning:
+        shown = Table(title="wrong captions found by low utility", title_justify="left", box=None)
+        for heading in ("estimator", "AUROC", "average precision", "precision", "target loss without suspects"):
+            shown.add_column(heading, justify="left" if heading == "estimator" else "right")
+        for name in seeds[0]["cleaned"]:
+            losses = np.array([seed["cleaned"][name] for seed in seeds])
+            judged = cleaning.get(name)
+            figures = ("", "", "") if judged is None else (judged.auroc, judged.average_precision, judged.precision)
+            cells = [value if isinstance(value, str) else f"{value:.3f}" for value in figures]
+            shown.add_row(name, *cells, f"{losses.mean():.4f} ± {losses.std(ddof=min(1, len(losses) - 1)):.4f}")
+        console.print(shown)
+    found = [deletion for seed in seeds for deletion in seed.get("deletions", [])]
+    if found:
+        shown = Table(title="deletion of a tenth, estimated", title_justify="left", box=None)
+        for heading in ("method", "predicted / true change: correlation", "distance (1 = no estimate)"):
+            shown.add_column(heading, justify="left" if heading == "method" else "right")
+        for method in dict.fromkeys(deletion["method"] for deletion in found):
+            own = [deletion for deletion in found if deletion["method"] == method]
+            pairs = np.array([[deletion["predicted"], deletion["true"]] for deletion in own])
+            distance = np.mean([deletion["distance"] for deletion in own])
+            shown.add_row(method, f"{np.corrcoef(pairs.T)[0, 1]:.3f}", f"{distance:.3f}")
+        console.print(shown)
+
+
+def _interval(value: Interval | None) -> str:
+    if value is None:
+        return ""
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
