@@ -1,1 +1,76 @@
-"""diffprune: which image-text pairs help a CLIP model, and the shards to train on those alone."""
+"""diffprune: which image-text pairs help a CLIP model, and the shards to train on those alone.
+
+The public surface, loaded when it is first used (`import pipeline` loads neither torch nor Ray):
+
+- configs: `Config`, `load_config`, `parse_config`;
+- a run's files: `open_scores` and `select`, and `RunFolder` for the paths of all others;
+- influence of pairs held in Python: `build_model`, `load_checkpoint`, `encode_pairs`, `score_pairs`, with `Settings`,
+  `Batches`, `Checkpoint`, `PairBatch`, and underneath `prepare_run` and `Scorer`;
+- the errors of users: `DiffpruneError` and those derived from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.api import PairScores, encode_pairs, open_scores, score_pairs, select
+    from pipeline.config import Config, load_config, parse_config
+    from pipeline.errors import ConfigError, DiffpruneError, FingerprintError, InputError, StageError
+    from pipeline.influence import Batches, Scorer, Settings, prepare_run
+    from pipeline.models.checkpoint import load_checkpoint
+    from pipeline.models.clip import build_model
+    from pipeline.run import RunFolder
+    from pipeline.types import AdamState, Checkpoint, Features, PairBatch
+
+_HOME = {
+    "pipeline.api": ("PairScores", "encode_pairs", "open_scores", "score_pairs", "select"),
+    "pipeline.config": ("Config", "load_config", "parse_config"),
+    "pipeline.errors": ("ConfigError", "DiffpruneError", "FingerprintError", "InputError", "StageError"),
+    "pipeline.influence": ("Batches", "Scorer", "Settings", "prepare_run"),
+    "pipeline.models.checkpoint": ("load_checkpoint",),
+    "pipeline.models.clip": ("build_model",),
+    "pipeline.run": ("RunFolder",),
+    "pipeline.types": ("AdamState", "Checkpoint", "Features", "PairBatch"),
+}
+
+__all__ = [
+    "AdamState",
+    "Batches",
+    "Checkpoint",
+    "Config",
+    "ConfigError",
+    "DiffpruneError",
+    "Features",
+    "FingerprintError",
+    "InputError",
+    "PairBatch",
+    "PairScores",
+    "RunFolder",
+    "Scorer",
+    "Settings",
+    "StageError",
+    "build_model",
+    "encode_pairs",
+    "load_checkpoint",
+    "load_config",
+    "open_scores",
+    "parse_config",
+    "prepare_run",
+    "score_pairs",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOME.items():
+        if name in names:
+            value = getattr(importlib.import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

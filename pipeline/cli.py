@@ -8,13 +8,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_config, parse_config
 from pipeline.errors import DiffpruneError
+
+BEFORE, JOB, STAGES, AFTER, TRUST = (
+    "Before a run", "The job", "Its stages, one at a time", "During and after a run", "Trust"
+)  # fmt: skip
 
 app = typer.Typer(
     name="diffprune",
     help="Find out which image-text pairs help a CLIP model, and train on those alone.",
-    epilog="Start with:  diffprune demo DIR  |  diffprune init SHARDS  |  diffprune run CONFIG",
+    epilog="Start with `diffprune init SHARDS`, then `diffprune run my.yaml`. `diffprune COMMAND --help` has examples. "
+    "Exit status: 0 when everything asked for is complete, 2 for a config or usage error, 1 for anything else.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -27,20 +32,112 @@ Overrides = Annotated[
 ]
 Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder, instead of the config's.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder: a path or an fsspec URL.")]
-Selection = Annotated[str, typer.Option("--selection", metavar="NAME", help="Which selection of the run.")]
+Shards = Annotated[
+    list[str],
+    typer.Argument(metavar="SHARDS", help="WebDataset tars: paths, globs, brace patterns, URLs, a .txt of these."),
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up shards that were set aside.")]
 
 
 def _load(config: str, overrides: list[str] | None, out: str | None) -> Config:
     return load_config(config, overrides, out)
 
 
-@app.command()
-def run(
-    config: ConfigPath,
-    set_: Overrides = None,
-    out: Out = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Take up shards that were set aside.")] = False,
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        typer.echo(f"diffprune {importlib.metadata.version('diffprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
+    pass
+
+
+@app.command(rich_help_panel=BEFORE)
+def init(
+    shards: Shards,
+    to: Annotated[str, typer.Option("--to", metavar="CONFIG", help="Where the config goes.")] = "my.yaml",
+    out: Out = None,
+) -> None:
+    """Look at shards and this machine, and write a commented config that fits both.
+
+    Example: `diffprune init 'data/{00000..00099}.tar' --to my.yaml --out runs/mine`
+    """
+    from pipeline.inspecting import print_inspection
+    from pipeline.scaffold import write_config
+
+    print_inspection(write_config(to, shards, out=out))
+    typer.echo(f"wrote {to}; go on with: diffprune run {to}")
+
+
+@app.command(rich_help_panel=BEFORE)
+def inspect(
+    shards: Shards,
+    caption: Annotated[str, typer.Option(metavar="WHERE", help="`txt`, or `json:KEY`.")] = "txt",
+    examples: Annotated[int, typer.Option(min=0, help="Pairs to show.")] = 4,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images count as problems.")] = 64_000_000,
+) -> None:
+    """Show a few pairs of shards, how many there are, how large, and what is wrong with some.
+
+    Exit status 1 when no pair can be used.
+
+    Example: `diffprune inspect 's3://bucket/laion/{00000..00999}.tar' --caption json:caption`
+    """
+    from pipeline.inspecting import first_problem, inspect_shards, print_inspection
+
+    data = parse_config({"data": {"shards": shards, "caption": caption, "max_pixels": max_pixels}}).data
+    found = inspect_shards(data.shards, caption=data.caption, examples=examples, max_pixels=data.max_pixels)
+    print_inspection(found, max_pixels=max_pixels)
+    problem = first_problem(found)
+    if problem is not None:
+        raise problem
+
+
+@app.command(rich_help_panel=BEFORE)
+def estimators() -> None:
+    """List the estimators: what they cost in passes per pair and checkpoint, and what they are good for.
+
+    A tangent pass costs about three forward passes. Scoring always adds one forward pass at the last checkpoint, for
+    loss and similarity. A utility is the score with the sign that makes higher mean keep.
+
+    Example: `diffprune estimators`, then `diffprune run my.yaml --set score.estimator=tracin`
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline.estimators import ESTIMATORS
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("estimator", "passes", "needs", "good for"):
+        table.add_column(heading, no_wrap=heading in ("estimator", "passes"))
+    for facts in ESTIMATORS:
+        table.add_row(facts.name, facts.passes, facts.needs, Text(facts.purpose))
+    Console().print(table)
+
+
+@app.command(rich_help_panel=BEFORE)
+def demo(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where the demo shards go.")] = "demo-data",
+) -> None:
+    """Write the demo data: scans of handwritten digits with captions, a recorded share of them wrong.
+
+    Example: `diffprune demo demo-data`
+    """
+    from pipeline.data.demo import make_demo
+
+    paths = make_demo(folder, seed=0)
+    typer.echo(f"training shards: {paths.train}\ntarget shards:   {paths.target}\ntest shards:     {paths.test}")
+
+
+@app.command(rich_help_panel=JOB)
+def run(config: ConfigPath, set_: Overrides = None, out: Out = None, retry_failed: RetryFailed = False) -> None:
     """Run all stages; started again, go on where it stopped.
 
     Example: `diffprune run my.yaml --set select.keep=0.5 --out runs/half`
@@ -50,34 +147,38 @@ def run(
     runner.run_all(_load(config, set_, out), retry_failed=retry_failed)
 
 
-def _stage_command(name: str, description: str) -> None:
+def _stage_command(name: str, description: str, panel: str = STAGES) -> None:
     def command(config: ConfigPath, set_: Overrides = None, out: Out = None) -> None:
         from pipeline.stages import runner
 
         runner.run_stage(name, _load(config, set_, out))
 
-    app.command(name, help=description)(command)
+    app.command(name, help=description, rich_help_panel=panel)(command)
 
 
-_stage_command("inventory", "Find the shards and count their pairs.")
-_stage_command("train", "Train the proxy run, or read the checkpoints given.")
-_stage_command("directions", "Compute, per checkpoint, what every pair is scored along.")
+_stage_command("inventory", "Find the shards and count their pairs.\n\nExample: `diffprune inventory my.yaml`")
+_stage_command(
+    "train",
+    "Train the proxy runs, or read the checkpoints given.\n\nExample: `diffprune train my.yaml --set proxy.runs=3`",
+)
+_stage_command(
+    "directions",
+    "Compute, per checkpoint, what every pair is scored along.\n\nExample: `diffprune directions my.yaml`",
+)
 
 
-@app.command()
-def score(
-    config: ConfigPath,
-    set_: Overrides = None,
-    out: Out = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Take up shards that were set aside.")] = False,
-) -> None:
-    """Score every pair, shard by shard."""
+@app.command(rich_help_panel=STAGES)
+def score(config: ConfigPath, set_: Overrides = None, out: Out = None, retry_failed: RetryFailed = False) -> None:
+    """Score every pair, shard by shard.
+
+    Example: `diffprune score my.yaml --retry-failed`
+    """
     from pipeline.stages import runner
 
     runner.run_stage("score", _load(config, set_, out), retry_failed=retry_failed)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def select(
     config: ConfigPath,
     set_: Overrides = None,
@@ -97,23 +198,62 @@ def select(
         runner.run_stage("select", loaded)
 
 
-_stage_command("emit", "Write manifests, uid lists, the training command and, if asked for, pruned tars.")
-_stage_command("report", "Write the report page.")
-_stage_command("evaluate", "Train on the kept pairs and on baselines of the same size.")
-_stage_command("validate", "Measure how far the scores can be trusted, by retraining.")
+_stage_command(
+    "emit",
+    "Write manifests, uid lists, the training command and, if asked for, pruned tars.\n\n"
+    "Example: `diffprune emit my.yaml --set emit.materialize=true`",
+)
+_stage_command("report", "Write the report page.\n\nExample: `diffprune report my.yaml`")
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def status(run: Run) -> None:
-    """How far a run is, from its files alone: works from any machine, while it runs or after."""
+    """How far a run is, from its files alone: works from any machine, while it runs or after.
+
+    Example: `diffprune status s3://bucket/runs/mine`
+    """
     from pipeline.engine.status import print_status
 
     print_status(run)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
+def show(
+    run: Run,
+    uid: Annotated[str, typer.Argument(metavar="UID", help="A pair's uid, or a beginning of it that is its alone.")],
+    neighbours: Annotated[int, typer.Option(min=0, help="Nearest pairs to list, where embeddings were stored.")] = 5,
+    image: Annotated[str | None, typer.Option(metavar="FILE", help="Write the pair's image here.")] = None,
+) -> None:
+    """Explain one pair: image, caption, terms per checkpoint, rank, nearest neighbours, why it was kept or not.
+
+    Example: `diffprune show runs/demo 3f9a --image pair.jpg`
+    """
+    from pipeline.showing import print_story, tell
+
+    print_story(tell(run, uid, neighbours=neighbours), image=image)
+
+
+@app.command(rich_help_panel=AFTER)
+def compare(
+    run: Run,
+    first: Annotated[str, typer.Argument(metavar="A", help="A selection's name.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another selection's name.")],
+) -> None:
+    """Overlap of two selections of a run, and where they differ.
+
+    Example: `diffprune compare runs/mine default half`
+    """
+    from pipeline.stages import runner
+
+    runner.show_comparison(run, first, second)
+
+
+@app.command(rich_help_panel=AFTER)
 def verify(run: Run) -> None:
-    """Check what a run wrote against itself; exit status 1 and the reasons if anything is off."""
+    """Check what a run wrote against itself; exit status 1 and the reasons if anything is off.
+
+    Example: `diffprune verify runs/mine`
+    """
     from pipeline.emit.verify import verify as find_problems
 
     problems = find_problems(run)
@@ -125,27 +265,18 @@ def verify(run: Run) -> None:
     typer.echo(f"{run}: everything written agrees with itself")
 
 
-@app.command()
-def compare(
-    run: Run,
-    first: Annotated[str, typer.Argument(metavar="A", help="A selection's name.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another selection's name.")],
-) -> None:
-    """Overlap of two selections of a run, and where they differ."""
-    from pipeline.stages import runner
-
-    runner.show_comparison(run, first, second)
-
-
-@app.command()
-def demo(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where the demo shards go.")] = "demo-data",
-) -> None:
-    """Write the demo data: scans of handwritten digits with captions, a recorded share of them wrong."""
-    from pipeline.data.demo import make_demo
-
-    paths = make_demo(folder, seed=0)
-    typer.echo(f"training shards: {paths.train}\ntarget shards:   {paths.target}\ntest shards:     {paths.test}")
+_stage_command(
+    "evaluate",
+    "Train on the kept pairs and on baselines of the same size, over several seeds.\n\n"
+    "Example: `diffprune evaluate my.yaml --set evaluate.seeds=5`",
+    TRUST,
+)
+_stage_command(
+    "validate",
+    "Measure how far the scores can be trusted, by retraining.\n\n"
+    "Example: `diffprune validate my.yaml --set validation.halves=128`",
+    TRUST,
+)
 
 
 def main() -> None:
@@ -157,29 +288,30 @@ def invoke(arguments: list[str]) -> int:
     """Run one command line and return its exit status (contract: 0 complete, 2 config or usage, 1 anything else)."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        result: Any = app(arguments, standalone_mode=False)
+        result: Any = app(arguments, prog_name="diffprune", standalone_mode=False)
     except DiffpruneError as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}")
         return error.exit_status
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped; the same command goes on from here")
         return 130
     except Exception as error:
-        return _usage_error(error)
+        if not isinstance(error, _USAGE_ERROR):
+            raise
+        message = " ".join(error.format_message().split())
+        if message:  # empty when the help was asked for by giving no command
+            errors.print(f"[bold red]error:[/] {_escape(message)} (see `{_command_path(error)} --help`)")
+        return 2
     return result if isinstance(result, int) else 0
 
 
-def _usage_error(error: Exception) -> int:
-    import click
+#: The base of typer's usage errors; typer may bring its own copy of click, so click's class is not it.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
-    if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, click.exceptions.Abort):
-        return 130
-    raise error
+
+def _command_path(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return str(context.command_path) if context is not None else "diffprune"
 
 
 def _escape(text: str) -> str:

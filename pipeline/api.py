@@ -1,0 +1,198 @@
+"""The library's short-cuts: a run's scores as Arrow, selections, and the influence of pairs held in Python."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.dataset
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import parse_config
+from pipeline.data.decode import Decoder
+from pipeline.data.reader import Sample
+from pipeline.errors import ConfigError, InputError, StageError
+from pipeline.influence import UTILITY_SIGN, Batches, Scorer, Settings, prepare_run
+from pipeline.models.clip import PairModel
+from pipeline.run import RunFolder
+from pipeline.selection.select import select as make_selection
+from pipeline.selection.summary import SelectionSummary
+from pipeline.store import commits, storage
+from pipeline.types import Checkpoint, PairBatch
+
+#: As `data.max_pixels`.
+MAX_PIXELS = 64_000_000
+
+
+def open_scores(run: str) -> pyarrow.dataset.Dataset:
+    """The scores of a run as one Arrow dataset (columns: `docs/outputs.md`); shards without a commit mark are left out.
+
+    Args:
+        run: a run's folder: a path or an fsspec URL.
+
+    Raises `StageError` where there is no run. Nothing is read before it is asked for:
+
+    >>> import pyarrow.compute as pc
+    >>> scores = open_scores(run)
+    >>> scores.count_rows(filter=pc.field("status") == "ok")
+    16
+    >>> scores.to_table(columns=["uid", "utility"]).sort_by([("utility", "descending")])["utility"].to_pylist()[:1]
+    [1.304...]
+    """
+    folder = RunFolder(run)
+    if not storage.exists(folder.inventory):
+        raise StageError(f"{run}: expected a run's folder, found no inventory there")
+    return commits.open_scores(folder)
+
+
+def select(run: str, *, seed: int = 0, dry_run: bool = False, **settings: Any) -> SelectionSummary:
+    """Choose the pairs of a scored run that are kept, and write the keep lists unless `dry_run`.
+
+    Args:
+        run: a run's folder: a path or an fsspec URL.
+        seed: decides random choices among ties.
+        dry_run: write nothing.
+        settings: the keys of the config's `select` section.
+
+    Raises `ConfigError` for settings that do not fit, `StageError` without scores.
+
+    >>> plan = select(run, keep=0.25, by="utility", dry_run=True)
+    >>> plan.total, plan.kept, plan.pruned
+    (16, 4, {'quota': 12})
+    >>> select(run, keep=1.5, dry_run=True)
+    Traceback (most recent call last):
+    pipeline.errors.ConfigError: select.keep: expected a fraction in (0, 1], found 1.5
+    """
+    config = parse_config({"data": {"shards": []}, "select": settings})
+    return make_selection(RunFolder(run), config.select, seed=seed, dry_run=dry_run)
+
+
+def encode_pairs(
+    model: PairModel,
+    images: Sequence[Image.Image | bytes],
+    captions: Sequence[str],
+    uids: Sequence[str] | None = None,
+) -> PairBatch:
+    """Turn pairs held in Python into a model's input, by the transform that shards go through.
+
+    Args:
+        model: of `build_model`.
+        images: Pillow images, or encoded ones (JPEG, PNG, WebP).
+        captions: one per image.
+        uids: 32 hex digits per pair; null numbers the pairs. A pair whose uid is in the reference batch is not
+            counted against itself.
+
+    Raises `InputError` for the first pair that cannot be used.
+
+    >>> from PIL import Image
+    >>> from pipeline import build_model
+    >>> model = build_model("digits-vit")
+    >>> pairs = encode_pairs(model, [Image.new("RGB", (40, 30), "red")], ["a red rectangle"])
+    >>> pairs.images.shape, pairs.images.dtype, pairs.tokens.shape
+    (torch.Size([1, 3, 16, 16]), torch.uint8, torch.Size([1, 12]))
+    """
+    if not len(images) == len(captions) == len(uids if uids is not None else captions):
+        raise InputError(f"expected as many captions and uids as images, found {len(images)} and {len(captions)}")
+    samples = (
+        Sample(
+            index=index,
+            key=str(index),
+            uid=uids[index] if uids is not None else f"{index:016x}{0:016x}",
+            image=image if isinstance(image, bytes) else _encoded(image),
+            image_type="png",
+            caption=caption,
+            meta=None,
+            status="ok",
+            error="",
+        )
+        for index, (image, caption) in enumerate(zip(images, captions, strict=True))
+    )
+    decoded = Decoder(model.image_spec, model.tokenize, MAX_PIXELS).decode_shard(samples)
+    for row in decoded.rows:
+        if row.status != "ok":
+            raise InputError(f"pair {row.index}: {row.status}: {row.error}")
+    return decoded.batch
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of `b` pairs at `m` checkpoints, on the CPU.
+
+    Attributes:
+        utility: `[b]`, higher means keep.
+        score: `[b]`, in the estimator's published sign.
+        terms: `[b, m]`, one per checkpoint; they add up to `score`.
+        loss: `[b]`, nats, against the reference batch.
+        similarity: `[b]`, cosine of image and text.
+    """
+
+    utility: Tensor
+    score: Tensor
+    terms: Tensor
+    loss: Tensor
+    similarity: Tensor
+
+
+def score_pairs(
+    model: PairModel,
+    checkpoints: Sequence[Checkpoint],
+    pairs: PairBatch,
+    batches: Batches,
+    settings: Settings | None = None,
+    *,
+    dataset_size: int | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> PairScores:
+    """Influence of pairs held in memory: the directions of all checkpoints, then passes over the pairs.
+
+    Args:
+        model: of `build_model`; its own weights are not used.
+        checkpoints: of one or several runs, by ascending step within a run.
+        pairs: of `encode_pairs`.
+        batches: R, B and V.
+        settings: the estimator and how it is computed; null is Diff-In.
+        dataset_size: `N` of Eq. 9, the pairs the runs were trained on; null takes `len(pairs)`.
+        device: where to compute.
+        batch_size: pairs per pass.
+
+    Raises `ConfigError` without checkpoints, `InputError` for what the model or the checkpoints cannot give.
+
+    >>> from PIL import Image
+    >>> from pipeline import Batches, Checkpoint, Settings, build_model
+    >>> from pipeline.models.clip import split_state
+    >>> model = build_model("digits-vit", seed=1)
+    >>> colours = ["red", "green", "blue", "orange", "purple", "white", "black", "grey"]
+    >>> pairs = encode_pairs(model, [Image.new("RGB", (16, 16), c) for c in colours], [f"all {c}" for c in colours])
+    >>> params, buffers = split_state(model)
+    >>> checkpoints = [Checkpoint(step=1, lr=1e-3, run=0, params=params, buffers=buffers)]
+    >>> batches = Batches(reference=pairs[:4], gradient=pairs[:4], target=pairs[4:])
+    >>> found = score_pairs(model, checkpoints, pairs, batches, Settings(estimator="tracin"))
+    >>> found.utility.shape, found.terms.shape, bool((found.terms.sum(1) == found.score).all())
+    (torch.Size([8]), torch.Size([8, 1]), True)
+    """
+    settings = settings or Settings()
+    if not checkpoints:
+        raise ConfigError("expected at least one checkpoint", key="checkpoints")
+    runs = sorted({checkpoint.run for checkpoint in checkpoints})
+    planned = []
+    model = model.to(device)
+    for run in runs:
+        of_run = [checkpoint for checkpoint in checkpoints if checkpoint.run == run]
+        plans = prepare_run(
+            model, of_run, batches, settings, dataset_size=dataset_size or len(pairs), num_runs=len(runs)
+        )
+        planned += list(zip(of_run, plans, strict=True))
+    found = Scorer(model, planned, batches.reference, settings, device, batch_size).score(pairs)
+    score = found.terms.sum(1)
+    return PairScores(UTILITY_SIGN[settings.estimator] * score, score, found.terms, found.loss, found.similarity)

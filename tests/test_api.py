@@ -1,0 +1,94 @@
+"""The public surface: cheap to import, typed, and its doctests say what it does."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import pipeline
+from pipeline import Batches, Checkpoint, ConfigError, InputError, Settings, StageError, api
+from pipeline.data.decode import Decoder
+from pipeline.data.reader import read_shard
+from pipeline.models.clip import split_state
+from tests.emit.made_run import make_run
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, pipeline; assert pipeline.load_config and pipeline.RunFolder; "
+        "heavy = {'torch', 'ray', 'pyarrow', 'open_clip', 'PIL'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_public_name_is_there_and_others_are_not() -> None:
+    for name in pipeline.__all__:
+        assert getattr(pipeline, name).__doc__, name
+        assert name in dir(pipeline)
+    assert sorted(pipeline.__all__) == sorted(name for names in pipeline._HOME.values() for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'prune'"):
+        pipeline.prune  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["open_scores", "select", "encode_pairs", "score_pairs"])
+def test_doctests(name: str, tmp_path: Path, tiny_shards: list[str]) -> None:
+    run = make_run(tmp_path / "run", tiny_shards).run.root
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    found = finder.find(getattr(api, name), name, globs={**vars(api), "run": run})
+    for case in found:
+        runner.run(case)
+    assert runner.summarize() == (0, len(found[0].examples))
+    assert runner.tries > 0
+
+
+def test_pairs_from_python_are_those_from_shards(make_shards: Callable[..., list[str]]) -> None:
+    model = pipeline.build_model("digits-vit")
+    (url,) = make_shards(shards=1, samples=5)
+    with read_shard(url) as reader:
+        samples = list(reader)
+    read = Decoder(model.image_spec, model.tokenize, 10**6).decode_shard(samples).batch
+    given = pipeline.encode_pairs(
+        model, [s.image for s in samples], [s.caption for s in samples], [s.uid for s in samples]
+    )
+    for name in ("images", "tokens", "ids", "captions"):
+        assert torch.equal(getattr(read, name), getattr(given, name))
+
+
+def test_pairs_that_cannot_be_used_are_named() -> None:
+    model = pipeline.build_model("digits-vit")
+    image = Image.new("L", (20, 20))
+    with pytest.raises(InputError, match="pair 1: corrupt-image"):
+        pipeline.encode_pairs(model, [image, b"no image"], ["a", "b"])
+    with pytest.raises(InputError, match="as many captions"):
+        pipeline.encode_pairs(model, [image], ["a", "b"])
+    assert len(pipeline.encode_pairs(model, [image], ["a"])) == 1
+
+
+def test_runs_are_averaged_and_utility_has_the_sign_that_keeps() -> None:
+    model = pipeline.build_model("digits-vit", seed=1)
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue", "white", "black", "grey")]
+    pairs = pipeline.encode_pairs(model, images, [f"number {n}" for n in range(6)])
+    batches = Batches(reference=pairs[:3], gradient=pairs[:3], target=pairs[3:])
+    params, buffers = split_state(model)
+    one = Checkpoint(step=2, lr=1e-3, run=0, params=params, buffers=buffers)
+    two = Checkpoint(step=2, lr=3e-3, run=1, params=params, buffers=buffers)
+    settings = Settings(estimator="diff-in", method="exact")
+    alone = [pipeline.score_pairs(model, [c], pairs, batches, settings, dataset_size=10) for c in (one, two)]
+    both = pipeline.score_pairs(model, [one, two], pairs, batches, settings, dataset_size=10)
+    assert torch.allclose(both.score, (alone[0].score + alone[1].score) / 2)
+    assert torch.equal(both.utility, -both.score)
+    with pytest.raises(ConfigError, match="at least one checkpoint"):
+        pipeline.score_pairs(model, [], pairs, batches)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="expected a run's folder"):
+        pipeline.open_scores(str(tmp_path))

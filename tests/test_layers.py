@@ -1,0 +1,43 @@
+"""The shape of the code base: imports go downwards, modules are short and say what they know."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("jobs/**/*.py")])
+
+LONGEST = 400
+#: Modules that may be longer, and why.
+LONGER = {"pipeline/config.py": "every setting with its type, default and meaning, to be read in one place"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_imports_go_downwards_only() -> None:
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_is_short_and_says_what_it_knows(path: Path) -> None:
+    source = path.read_text()
+    if name_of(path) not in LONGER:
+        assert len(source.splitlines()) <= LONGEST
+    docstring = ast.get_docstring(ast.parse(source))
+    assert docstring, "expected a sentence that says what the module knows"
+    assert docstring.split("\n\n")[0].rstrip().endswith((".", ":", "?")), docstring.splitlines()[0]
+
+
+def test_modules_that_may_be_longer_are() -> None:
+    for name in LONGER:
+        assert len((ROOT / name).read_text().splitlines()) > LONGEST
