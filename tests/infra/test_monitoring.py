@@ -78,7 +78,9 @@ def test_the_queries_are_well_formed() -> None:
             assert expression.count(opening) == expression.count(closing), expression
         assert set(re.findall(r"\b([a-z_]+)\(", expression)) <= FUNCTIONS, expression
         for function in ("rate", "increase"):
-            assert expression.count(f"{function}(") == len(re.findall(rf"\b{function}\([^()]*\[\$__\w+\]\)", expression))
+            assert expression.count(f"{function}(") == len(
+                re.findall(rf"\b{function}\([^()]*\[\$__\w+\]\)", expression)
+            )
 
 
 def test_the_dashboard_has_what_grafana_needs_to_import_it() -> None:
@@ -95,9 +97,7 @@ def test_the_dashboard_has_what_grafana_needs_to_import_it() -> None:
             assert target["datasource"] == panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= 24
-        cells = {
-            (place["x"] + across, place["y"] + down) for across in range(place["w"]) for down in range(place["h"])
-        }
+        cells = {(place["x"] + across, place["y"] + down) for across in range(place["w"]) for down in range(place["h"])}
         assert not cells & taken, f"{panel['title']} lies over another panel"
         taken |= cells
 
