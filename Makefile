@@ -7,7 +7,7 @@ CONFIG ?= jobs/configs/demo.yaml
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup prune test test-slow lint types bench clean
+.PHONY: help setup prune test test-slow lint types docs-check bench clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -18,7 +18,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("diffprune needs Python 3.11 or newer, found " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-build-isolation --editable '.[dev]'
 	@touch $(READY)
 
 prune: $(READY) ## Run the whole job: on the demo data, or CONFIG=my.yaml
@@ -35,6 +37,9 @@ lint: $(READY)
 
 types: $(READY)
 	@$(BIN)/mypy
+
+docs-check: $(READY) ## Check every command, config and snippet of README and docs
+	@$(BIN)/python -m pytest tests/test_docs.py
 
 bench: $(READY) ## Measure speed (tests/benchmarks)
 	@$(BIN)/python -m tests.benchmarks

@@ -18,6 +18,7 @@ from pipeline.report.page import write_report
 from pipeline.run import RunFolder
 from pipeline.selection.compare import compare
 from pipeline.selection.select import select
+from pipeline.selection.summary import read_summary
 from pipeline.selection.tasks import thread_map
 from pipeline.stages import summary
 from pipeline.stages.directions import compute_directions
@@ -91,22 +92,32 @@ def _select(job: Job) -> None:
     if not summary.selection_is_current(job):
         select(job.folder, job.config.select, seed=job.config.seed, map_tasks=thread_map)
     summary.note_selection(job)
+    chosen = read_summary(job.folder, job.config.select.name)
+    _say("select", f"{chosen.kept:,} of {chosen.total:,} pairs kept")
 
 
 def _emit(job: Job) -> None:
+    config = job.config
     done = emit(
         job.folder,
-        job.config,
+        config,
         job.inventory,
         map_tasks=ordered_map(job, "emit", "shards"),
         command=" ".join(["diffprune", *sys.argv[1:]]) if sys.argv[0].endswith("diffprune") else "",
     )
+    written = f"{done.tars:,} tars" if config.emit.materialize else "keep lists"
+    _say("emit", f"{written} in {job.folder.selection(config.select.name)}")
     for warning in done.warnings:
-        Console(stderr=True).print(f"emit: {warning}", markup=False, highlight=False, soft_wrap=True)
+        _say("emit", warning)
 
 
 def _report(job: Job) -> None:
-    write_report(job.folder, job.config, selection=job.config.select.name)
+    _say("report", write_report(job.folder, job.config, selection=job.config.select.name))
+
+
+def _say(stage: str, what: str) -> None:
+    """One line for a stage that is over too soon for a progress bar."""
+    Console(stderr=True).print(f"{stage}: {what}", markup=False, highlight=False, soft_wrap=True)
 
 
 _STAGES: dict[str, Callable[[Job], None]] = {
