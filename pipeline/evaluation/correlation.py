@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import rankdata
 
 Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
 
 #: Resamples of a bootstrap interval, and its coverage.
 RESAMPLES = 1000
@@ -30,44 +31,43 @@ class Interval:
 
 
 def spearman(left: Floats, right: Floats) -> float:
-    """Rank correlation; NaN where either is constant or not finite."""
-    if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        return float("nan")
-    a, b = rankdata(left), rankdata(right)
-    a, b = a - a.mean(), b - b.mean()
-    length = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / length if length else float("nan")
+    """Rank correlation of two vectors `[n]`; NaN where either is constant or not finite."""
+    return float(spearman_rows(left[None], right[None])[0])
 
 
-def bootstrapped(statistic: Callable[[NDArray[np.int64]], float], n: int, seed: int = 0) -> Interval:
+def spearman_rows(left: Floats, right: Floats) -> Floats:
+    """Rank correlation of each row of `left [..., n]` with the same row of `right`, `[...]`."""
+    finite = np.isfinite(left).all(-1) & np.isfinite(right).all(-1)
+    a, b = rankdata(left, axis=-1), rankdata(right, axis=-1)
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    length = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    usable = finite & (length > 0)
+    return np.where(usable, (a * b).sum(-1) / np.where(usable, length, 1.0), np.nan)
+
+
+def bootstrapped(statistic: Callable[[Rows], Floats], n: int, seed: int = 0) -> Interval:
     """A statistic of `n` items with its percentile bootstrap interval.
 
     Args:
-        statistic: takes the numbers of the items, with repeats.
+        statistic: takes the numbers of the items of many resamples, `[..., n]` with repeats, and gives `[...]`.
         n: how many items there are.
         seed: decides the resamples.
     """
-    everyone = np.arange(n)
-    value = statistic(everyone)
+    value = float(statistic(np.arange(n)))
     if n < 3 or not np.isfinite(value):
         return Interval(value, float("nan"), float("nan"))
-    found = bootstrap(
-        (everyone,),
-        lambda items: statistic(np.asarray(items, np.int64)),
-        n_resamples=RESAMPLES,
-        confidence_level=COVERAGE,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(value, float(found.low), float(found.high))
+    drawn = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+    found = statistic(drawn)
+    # A resample in which all items tie has no rank correlation.
+    low, high = np.nanquantile(found, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def mean_spearman(predicted: Floats, true: Floats, seed: int = 0) -> Interval:
     """Mean over runs of the rank correlation of `predicted [runs, n]` with `true [runs, n]`, items resampled."""
 
-    def statistic(items: NDArray[np.int64]) -> float:
-        return float(np.mean([spearman(p[items], t[items]) for p, t in zip(predicted, true, strict=True)]))
+    def statistic(items: Rows) -> Floats:
+        return _over_runs([spearman_rows(p[items], t[items]) for p, t in zip(predicted, true, strict=True)])
 
     return bootstrapped(statistic, predicted.shape[1], seed)
 
@@ -75,8 +75,12 @@ def mean_spearman(predicted: Floats, true: Floats, seed: int = 0) -> Interval:
 def difference_of_spearman(first: Floats, second: Floats, true: Floats, seed: int = 0) -> Interval:
     """By how much the first prediction correlates better than the second, each `[runs, n]`, on the same resamples."""
 
-    def statistic(items: NDArray[np.int64]) -> float:
-        pairs = zip(first, second, true, strict=True)
-        return float(np.mean([spearman(a[items], t[items]) - spearman(b[items], t[items]) for a, b, t in pairs]))
+    def statistic(items: Rows) -> Floats:
+        runs = zip(first, second, true, strict=True)
+        return _over_runs([spearman_rows(a[items], t[items]) - spearman_rows(b[items], t[items]) for a, b, t in runs])
 
     return bootstrapped(statistic, true.shape[1], seed)
+
+
+def _over_runs(found: list[Floats]) -> Floats:
+    return np.asarray(np.mean(found, 0), np.float64)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.func import jvp
 
 from pipeline.evaluation.small_run import SmallRun
 from pipeline.influence import Settings
+from pipeline.influence.forward_mode import push_forward
 from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.local import preconditioner
 from pipeline.influence.optimizer import RunState, advanced
@@ -136,9 +136,11 @@ def _by_unrolling(run: SmallRun, recorded: Sequence[int], settings: Settings, ch
             moved = advanced(RunState(step, params, first, second), g, rate, replay.rule)
             return moved.params, moved.first, moved.second
 
-        _, change = jvp(after, (state.params, state.first, state.second, gradient), (*change, slope))
+        state_now = (state.params, state.first, state.second, gradient)
+        _, moved = push_forward(after, state_now, (*change, slope))
         # A parameter without any gradient has a square root of zero under Adam, whose slope is infinite.
-        change = tuple(tree_map(lambda v: v.nan_to_num(0, 0, 0), tree) for tree in change)  # type: ignore[assignment]
+        first, second, third = (tree_map(lambda v: v.nan_to_num(0, 0, 0), tree) for tree in moved)
+        change = (first, second, third)
     return change[0]
 
 

@@ -15,8 +15,9 @@ from pipeline.evaluation.small_run import SmallRun
 from pipeline.influence import UTILITY_SIGN, Batches, ProbePlan, Scorer, Settings, prepare_run
 from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.passes import Passes
-from pipeline.influence.trees import dot
-from pipeline.types import PairBatch
+from pipeline.influence.trees import dot, plus
+from pipeline.influence.unrolled import nearest_checkpoint
+from pipeline.types import Checkpoint, PairBatch, Tree
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Estimate:
         utilities: float64 `[n]`, higher is keep.
         directions: cost of the directions, in forward passes over the `n` pairs.
         scoring: cost of scoring the pairs, in forward passes over them.
+        steepness: largest `eta * lambda_max` at a checkpoint (stable below 2), where the form looks at it.
     """
 
     utilities: Floats
     directions: float
     scoring: float
+    steepness: float | None = None
 
 
 def forms_of(estimators: Sequence[EstimatorName], settings: Settings) -> list[Form]:
@@ -69,37 +72,68 @@ def forms_of(estimators: Sequence[EstimatorName], settings: Settings) -> list[Fo
     return forms
 
 
-def estimate(run: SmallRun, recorded: Sequence[int], reference: PairBatch, form: Form) -> Estimate:
-    """The utilities that a form gives the pairs of a run.
+class Estimator:
+    """Computes the forms on one run.
 
     Args:
         run: the run.
         recorded: the steps of its recorded checkpoints, ascending.
         reference: R; the pairs of the run are B, its target is V.
-        form: the estimator.
     """
-    checkpoints = run.states if form.every_step else [run.states[step] for step in recorded]
-    batches = Batches(reference, run.data, run.target)
-    with FlopCounterMode(display=False) as counter:
-        plans = prepare_run(
-            run.model,
-            checkpoints,
-            batches,
-            form.settings,
-            dataset_size=len(run.data),
-            replay=run.replay() if form.settings.replay == "exact" else None,
-        )
-        # R is embedded once however many pairs are scored.
-        scorer = Scorer(run.model, list(zip(checkpoints, plans, strict=True)), reference, form.settings)
-    directions = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        if form.own_batches:
-            scores = _against_own_batches(run, plans, form.settings)
-        else:
-            scores = scorer.score(run.data).terms.sum(1)
-    unit = flops_of_a_pass(run)
-    utilities = UTILITY_SIGN[form.settings.estimator] * np.asarray(scores.double().numpy(), np.float64)
-    return Estimate(utilities, directions / unit, counter.get_total_flops() / unit)
+
+    def __init__(self, run: SmallRun, recorded: Sequence[int], reference: PairBatch) -> None:
+        self.run = run
+        self.recorded = list(recorded)
+        self.reference = reference
+        self.batches = Batches(reference, run.data, run.target)
+        self._unit = flops_of_a_pass(run)
+        self._replayed: tuple[list[ProbePlan], int] | None = None
+
+    def estimate(self, form: Form) -> Estimate:
+        """The utilities that a form gives the pairs of the run, and its cost."""
+        run, settings = self.run, form.settings
+        plans, directions = self._plans(form)
+        checkpoints = run.states if form.every_step else [run.states[step] for step in self.recorded]
+        with FlopCounterMode(display=False) as counter:  # R is embedded once however many pairs are scored
+            parts = [] if form.own_batches else list(zip(checkpoints, plans, strict=True))
+            scorer = Scorer(run.model, parts, self.reference, settings)
+        directions += counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            if form.own_batches:
+                scores = _against_own_batches(run, plans, settings)
+            else:
+                scores = scorer.score(run.data).terms.sum(1)
+        utilities = UTILITY_SIGN[settings.estimator] * np.asarray(scores.double().numpy(), np.float64)
+        facts = [plan.facts["eta_lambda_max"] for plan in plans if "eta_lambda_max" in plan.facts]
+        scoring = counter.get_total_flops() / self._unit
+        return Estimate(utilities, directions / self._unit, scoring, max(facts, default=None))
+
+    def _plans(self, form: Form) -> tuple[list[ProbePlan], int]:
+        """The plans of a form and the operations they took; the exact replay is done once for all its forms."""
+        if form.settings.replay == "checkpoints":
+            return self._prepared(form.settings, [self.run.states[step] for step in self.recorded])
+        if self._replayed is None:
+            self._replayed = self._prepared(form.settings, self.run.states)
+        plans, flops = self._replayed
+        return (plans if form.every_step else gathered(plans, self.recorded)), flops
+
+    def _prepared(self, settings: Settings, checkpoints: Sequence[Checkpoint]) -> tuple[list[ProbePlan], int]:
+        run = self.run
+        replay = run.replay() if settings.replay == "exact" else None
+        with FlopCounterMode(display=False) as counter:
+            plans = prepare_run(
+                run.model, checkpoints, self.batches, settings, dataset_size=len(run.data), replay=replay
+            )
+        return plans, counter.get_total_flops()
+
+
+def gathered(plans: Sequence[ProbePlan], recorded: Sequence[int]) -> list[ProbePlan]:
+    """Plans of every step from 0 on, each direction moved to the recorded step nearest to its own."""
+    sums: list[Tree] = [{} for _ in recorded]
+    for step, plan in enumerate(plans[:-1]):  # no step follows the last state
+        near = nearest_checkpoint(recorded, step)
+        sums[near] = plus(sums[near], plan.vectors["v"])
+    return [ProbePlan(plans[0].probes, {"v": total}) for total in sums]
 
 
 def _against_own_batches(run: SmallRun, plans: list[ProbePlan], settings: Settings) -> torch.Tensor:

@@ -151,7 +151,7 @@ def _clip_factors(gradient: Tree, limit: float | None) -> Tensor | None:
     """What each training's gradient is multiplied with, `[M]` (as `clip_grad_norm_`); None where nothing is clipped."""
     if limit is None:
         return None
-    squares = torch.stack([value.flatten(1).square().sum(1) for value in gradient.values()])
+    squares = torch.stack([value.reshape(len(value), -1).square().sum(1) for value in gradient.values()])
     return (limit / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1)
 
 

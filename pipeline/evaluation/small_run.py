@@ -65,14 +65,14 @@ class SmallRun:
     def retrained(self, without: Tensor) -> Tree:
         """Parameters after training without some pairs, stacked `[M, ...]`; `without` is bool `[M, n]`."""
         parts = []
-        for rows in without.split(STACK):
+        for rows in torch.split(without, STACK):
             masks = self._masks(len(rows)).masked_fill(rows, 0)
             parts.append(train_masked(self.model, self.start, self.data, masks, self.recipe))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def losses(self, without: Tensor) -> Tensor:
         """Mean target loss after training without some pairs, float64 `[M]`; `without` is bool `[M, n]`."""
-        return torch.cat([self.target_losses(self.retrained(rows)) for rows in without.split(STACK)])
+        return torch.cat([self.target_losses(self.retrained(rows)) for rows in torch.split(without, STACK)])
 
     def target_losses(self, stacked: Tree) -> Tensor:
         """Mean target loss under each of the stacked parameters, float64 `[M]`."""

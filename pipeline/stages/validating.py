@@ -11,20 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from pipeline import text
 from pipeline.config import Config
 from pipeline.data.decode import uid_to_id
 from pipeline.data.sampling import load_pairs
 from pipeline.engine.tasks import run_tasks
 from pipeline.errors import ConfigError
-from pipeline.evaluation.agreement import Line, Measured, raw_rows, table
+from pipeline.evaluation.agreement import Measured, raw_rows, table
 from pipeline.evaluation.cleaning import losses_without, suspects, with_swapped_captions
-from pipeline.evaluation.correlation import Interval
 from pipeline.evaluation.deletion import deletions, random_deletions
-from pipeline.evaluation.estimates import estimate, forms_of, reference_of
+from pipeline.evaluation.estimates import Estimator, forms_of, reference_of
 from pipeline.evaluation.lds import Bools, outcomes, random_halves
 from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
 from pipeline.evaluation.quality import Detection, detect, read_truth
@@ -35,6 +31,7 @@ from pipeline.replay.schedule import TrainingSettings, recorded_steps
 from pipeline.stages.directions import draw_batches
 from pipeline.stages.job import OVERDRAW, Job
 from pipeline.stages.training import take_inventory
+from pipeline.stages.validation_tables import show
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
@@ -136,7 +133,8 @@ def measure(item: _Seed) -> dict[str, Any]:
     recorded = _recorded(config, n)
     reference = reference_of(run.data, config.reference.pairs, config.seed)
     settings = settings_of(config)
-    estimates = {form.name: estimate(run, recorded, reference, form) for form in forms_of(sizes.estimators, settings)}
+    estimator = Estimator(run, recorded, reference)
+    estimates = {form.name: estimator.estimate(form) for form in forms_of(sizes.estimators, settings)}
     fast = small_run(config, job.model(item.seed), data, target, item.seed, pairs.others, dtype=torch.float32)
     result: dict[str, Any] = {
         "utilities": {name: found.utilities.tolist() for name, found in estimates.items()},
@@ -144,6 +142,7 @@ def measure(item: _Seed) -> dict[str, Any]:
         "changes": left_out_changes(run, left_out_pairs(n, sizes.leave_out, config.seed)).tolist(),
         "outcomes": outcomes(fast, random_halves(n, sizes.halves, config.seed)).tolist(),
         "pairs": n,
+        "steepness": max((e.steepness for e in estimates.values() if e.steepness is not None), default=None),
         "losses": [float(run.target_losses({k: v[None] for k, v in run.states[at].params.items()})) for at in (0, -1)],
     }
     if sizes.deletions:
@@ -152,11 +151,11 @@ def measure(item: _Seed) -> dict[str, Any]:
     if wrong is not None and wrong.any():
         count = int(wrong.sum())
         chance = suspects(np.random.default_rng([config.seed, item.seed]).random(n), count)
-        sets = [np.zeros(n, dtype=bool), wrong, chance]
-        sets += [suspects(found.utilities, count) for found in estimates.values()]
+        removed = [np.zeros(n, dtype=bool), wrong, chance]
+        removed += [suspects(found.utilities, count) for found in estimates.values()]
         names = ["(nothing)", "(known wrong)", "(random)", *estimates]
         result["wrong"] = wrong.tolist()
-        result["cleaned"] = dict(zip(names, losses_without(fast, sets).tolist(), strict=True))
+        result["cleaned"] = dict(zip(names, losses_without(fast, removed).tolist(), strict=True))
     return result
 
 
@@ -196,10 +195,11 @@ def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> N
             "lines": [_plain(asdict(line)) for line in lines],
             "cleaning": {name: _plain(found.to_dict()) for name, found in cleaning.items()},
             "target_loss": [seed["losses"] for seed in seeds],
+            "eta_lambda_max": [seed["steepness"] for seed in seeds],
         },
     )
     storage.write_bytes(storage.join(folder, "validation.svg"), plot(lines))
-    _show(lines, cleaning, seeds)
+    show(lines, cleaning, seeds)
 
 
 _SCHEMA = pa.schema(
@@ -228,43 +228,3 @@ def _cleaning(measured: Measured, seeds: list[dict[str, Any]]) -> dict[str, Dete
         return {}
     wrong = np.array(seeds[0]["wrong"], dtype=bool)
     return {name: detect(values.mean(0), wrong, int(wrong.sum())) for name, values in measured.utilities.items()}
-
-
-def _show(lines: list[Line], cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> None:
-    console = Console()
-    shown = Table(title="rank correlation with retraining (95 % intervals)", title_justify="left", box=None)
-    for heading in ("estimator", "passes", "LOO", "LOO, mean", "LDS, one run", "LDS, all runs", "behind unrolled"):
-        shown.add_column(heading, justify="left" if heading == "estimator" else "right")
-    for line in lines:
-        found = [_interval(value) for value in (line.loo, line.loo_mean, line.lds_one, line.lds, line.ahead)]
-        passes = f"{text.number(line.directions, 2)} + {text.number(line.scoring, 2)}"
-        shown.add_row(line.estimator, passes, *found)
-    console.print(shown)
-    if cleaning:
-        shown = Table(title="wrong captions found by low utility", title_justify="left", box=None)
-        for heading in ("estimator", "AUROC", "average precision", "precision", "target loss without suspects"):
-            shown.add_column(heading, justify="left" if heading == "estimator" else "right")
-        for name in seeds[0]["cleaned"]:
-            losses = np.array([seed["cleaned"][name] for seed in seeds])
-            judged = cleaning.get(name)
-            figures = ("", "", "") if judged is None else (judged.auroc, judged.average_precision, judged.precision)
-            cells = [value if isinstance(value, str) else f"{value:.3f}" for value in figures]
-            shown.add_row(name, *cells, f"{losses.mean():.4f} ± {losses.std(ddof=min(1, len(losses) - 1)):.4f}")
-        console.print(shown)
-    found = [deletion for seed in seeds for deletion in seed.get("deletions", [])]
-    if found:
-        shown = Table(title="deletion of a tenth, estimated", title_justify="left", box=None)
-        for heading in ("method", "predicted / true change: correlation", "distance (1 = no estimate)"):
-            shown.add_column(heading, justify="left" if heading == "method" else "right")
-        for method in dict.fromkeys(deletion["method"] for deletion in found):
-            own = [deletion for deletion in found if deletion["method"] == method]
-            pairs = np.array([[deletion["predicted"], deletion["true"]] for deletion in own])
-            distance = np.mean([deletion["distance"] for deletion in own])
-            shown.add_row(method, f"{np.corrcoef(pairs.T)[0, 1]:.3f}", f"{distance:.3f}")
-        console.print(shown)
-
-
-def _interval(value: Interval | None) -> str:
-    if value is None:
-        return ""
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"

@@ -1,0 +1,75 @@
+"""What a validation prints: agreement with retraining, cleaning, deletion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import text
+from pipeline.evaluation.agreement import Line
+from pipeline.evaluation.correlation import Interval
+from pipeline.evaluation.quality import Detection
+
+
+def show(lines: list[Line], cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> None:
+    """Print the tables that there is something for; `seeds` are the raw numbers of each seed."""
+    console = Console()
+    console.print(_agreement(lines))
+    if cleaning:
+        console.print(_cleaning(cleaning, seeds))
+    if deletions := [deletion for seed in seeds for deletion in seed.get("deletions", [])]:
+        console.print(_deletions(deletions))
+
+
+def _agreement(lines: list[Line]) -> Table:
+    shown = _table(
+        "rank correlation with retraining (95 % intervals)",
+        ("estimator", "passes", "LOO", "LOO, mean", "LDS, one run", "LDS, all runs", "behind unrolled"),
+    )
+    for line in lines:
+        found = [_interval(value) for value in (line.loo, line.loo_mean, line.lds_one, line.lds, line.ahead)]
+        passes = f"{text.number(line.directions, 2)} + {text.number(line.scoring, 2)}"
+        shown.add_row(line.estimator, passes, *found)
+    return shown
+
+
+def _cleaning(cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> Table:
+    shown = _table(
+        "wrong captions found by low utility",
+        ("estimator", "AUROC", "average precision", "precision", "target loss without suspects"),
+    )
+    for name in seeds[0]["cleaned"]:
+        losses = np.array([seed["cleaned"][name] for seed in seeds])
+        judged = cleaning.get(name)
+        figures = () if judged is None else (judged.auroc, judged.average_precision, judged.precision)
+        cells = [f"{value:.3f}" for value in figures] or [""] * 3
+        shown.add_row(name, *cells, f"{losses.mean():.4f} ± {losses.std(ddof=min(1, len(losses) - 1)):.4f}")
+    return shown
+
+
+def _deletions(found: list[dict[str, Any]]) -> Table:
+    shown = _table(
+        "deletion of a tenth, estimated",
+        ("method", "correlation of predicted and true change", "distance (1 = no estimate)"),
+    )
+    for method in dict.fromkeys(deletion["method"] for deletion in found):
+        own = [deletion for deletion in found if deletion["method"] == method]
+        both = np.array([[deletion["predicted"], deletion["true"]] for deletion in own])
+        correlation = float(np.corrcoef(both.T)[0, 1]) if len(own) > 2 else float("nan")
+        distances = np.array([deletion["distance"] for deletion in own])
+        shown.add_row(method, text.number(correlation, 2), f"{distances.mean():.3f}")
+    return shown
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    shown = Table(title=title, title_justify="left", box=None)
+    for number, heading in enumerate(headings):
+        shown.add_column(heading, justify="right" if number else "left")
+    return shown
+
+
+def _interval(value: Interval | None) -> str:
+    return "" if value is None else f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.evaluation.agreement import LEADER, Measured, table
+from pipeline.evaluation.cleaning import suspects, with_swapped_captions
+from pipeline.evaluation.correlation import bootstrapped, mean_spearman, spearman
+from pipeline.evaluation.deletion import deletions
+from pipeline.evaluation.estimates import Estimator, forms_of
+from pipeline.evaluation.lds import lds, predicted_outcomes, random_halves
+from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
+from pipeline.evaluation.small_run import SmallRun
+from pipeline.evaluation.validation_plot import plot
+from pipeline.influence import Batches, Settings, prepare_run
+from tests.evaluation.runs import make_run
+
+ROWS = np.arange(24)
+
+#: With a small epsilon AdamW's first steps are signs of the gradient, which no derivative foretells.
+SMOOTH = 1.0
+EXACT = {form.name: form for form in forms_of(["unrolled"], Settings())}
+
+
+def utilities(run: SmallRun, name: str) -> np.ndarray:
+    return Estimator(run, [1, run.steps], run.data).estimate(EXACT[name]).utilities
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.005), ("adamw", 0.01)])
+def test_exact_replay_foretells_leave_one_out_in_its_own_units(optimizer: str, rate: float) -> None:
+    run = make_run(optimizer, batch=12, steps=6, rate=rate, eps=SMOOTH)
+    predicted = utilities(run, "unrolled (own batches)")
+    true = left_out_changes(run, ROWS)
+    assert spearman(predicted, true) > 0.98
+    assert np.polyfit(predicted, true, 1)[0] == pytest.approx(1, abs=0.1)
+
+
+def test_with_full_batches_every_step_ranks_as_own_batches() -> None:
+    run = make_run(steps=4, rate=0.005)
+    assert spearman(utilities(run, "unrolled (every step)"), utilities(run, "unrolled (own batches)")) > 0.999
+
+
+def test_gathered_directions_are_those_of_the_recorded_checkpoints() -> None:
+    run = make_run("adamw", batch=12, steps=4, rate=0.01)
+    estimator, form = Estimator(run, [2, 4], run.data), EXACT["unrolled (replayed)"]
+    batches = Batches(run.data, run.data, run.target)
+    checkpoints = [run.states[2], run.states[4]]
+    expected = prepare_run(run.model, checkpoints, batches, form.settings, dataset_size=24, replay=run.replay())
+    found, _ = estimator._plans(form)
+    for one, other in zip(found, expected, strict=True):
+        for name, value in other.vectors["v"].items():
+            torch.testing.assert_close(one.vectors["v"][name], value, rtol=1e-6, atol=1e-10)
+
+
+def test_momentum_and_clipping_are_those_of_torch() -> None:
+    run = make_run(batch=12, steps=5, rate=0.05, momentum=0.9, grad_clip=0.5)
+    run.model.load_state_dict(run.start.params)
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(5):
+        batch = run.batch(step)
+        features = run.model(batch.images, batch.tokens)
+        logits = features.scale * features.image @ features.text.T
+        loss = (logits.logsumexp(1) + logits.logsumexp(0)).mean() / 2 - logits.diagonal().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.5)
+        optimizer.step()
+    for name, value in run.model.named_parameters():
+        torch.testing.assert_close(run.states[-1].params[name], value.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_lds_of_an_oracle_is_one() -> None:
+    halves = random_halves(20, 30, seed=3)
+    assert (halves.sum(1) == 10).all()
+    assert len(np.unique(halves, axis=0)) == 30
+    effects = np.random.default_rng(0).normal(size=20)
+    results = predicted_outcomes(effects, halves) * 2 - 7
+    assert lds(effects, halves, results) == pytest.approx(1)
+    assert lds(-effects, halves, results) == pytest.approx(-1)
+
+
+def test_bootstrap_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(40):
+        x = rng.normal(size=(1, 60))
+        y = 0.6 * x + 0.8 * rng.normal(size=(1, 60))
+        found = mean_spearman(x, y, seed=trial)
+        covered += found.low <= 6 / np.pi * np.arcsin(0.6 / 2) <= found.high
+        assert found.low <= found.value <= found.high
+    assert covered >= 34
+
+
+def test_what_cannot_be_ranked_is_nan() -> None:
+    assert np.isnan(spearman(np.ones(4), np.arange(4.0)))
+    assert np.isnan(spearman(np.array([1.0, np.nan]), np.arange(2.0)))
+    assert np.isnan(bootstrapped(lambda items: np.ones(items.shape[:-1]), 2).low)
+
+
+def test_left_out_pairs_and_their_changes_are_seeded() -> None:
+    rows = left_out_pairs(24, 5, 0)
+    assert rows.tolist() == left_out_pairs(24, 5, 0).tolist()
+    assert len(set(rows.tolist())) == 5
+    run = make_run(steps=4)
+    each, together = left_out_changes(run, rows[:1]), left_out_changes(run, rows)
+    assert each[0] == pytest.approx(together[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_deletion_by_unrolling_comes_near_the_retrained_model(optimizer: str) -> None:
+    run = make_run(optimizer, batch=12, steps=5, rate=0.005, eps=SMOOTH)
+    sets = np.zeros((3, 24), dtype=bool)
+    sets[[0, 0, 1, 1, 2, 2], [1, 2, 7, 8, 20, 3]] = True
+    found = {(item.method, row): item for row, item in enumerate(deletions(run, [2, 5], Settings(), sets))}
+    best = [item for (method, _), item in found.items() if method == "unrolled (every step)"]
+    plain = [item for (method, _), item in found.items() if method == "tracin"]
+    assert len(best) == len(plain) == 2
+    for item, other in zip(best, plain, strict=True):
+        assert item.distance < 0.35
+        assert item.distance < other.distance < 1.1
+        assert item.true == other.true
+
+
+def test_swapped_captions_are_known() -> None:
+    data = make_run().data
+    swapped, wrong = with_swapped_captions(data, 0.25, seed=0)
+    assert wrong.sum() == 6
+    assert sorted(swapped.captions.tolist()) == sorted(data.captions.tolist())
+    changed = (swapped.tokens != data.tokens).any(1).numpy()
+    assert not (changed & ~wrong).any()
+
+
+def test_suspects_are_the_lowest() -> None:
+    assert suspects(np.array([3.0, -1.0, 2.0, -5.0]), 2).tolist() == [False, True, False, True]
+
+
+def test_table_and_plot_of_a_known_case() -> None:
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=(2, 30))
+    halves = random_halves(30, 40, 0)
+    measured = Measured(
+        utilities={LEADER: effects, "random": rng.normal(size=(2, 30))},
+        costs={LEADER: (5.0, 3.0), "random": (0.0, 1.0)},
+        rows=np.arange(12),
+        changes=effects[:, :12],
+        halves=halves,
+        outcomes=predicted_outcomes(effects, halves),
+    )
+    best, chance = table(measured)
+    assert best.loo.value == pytest.approx(1)
+    assert best.lds.value == pytest.approx(1)
+    assert best.ahead is None
+    assert best.lds.above(chance.lds)
+    assert chance.ahead is not None
+    assert chance.ahead.low > 0
+    assert plot([best, chance]) == plot([best, chance])
