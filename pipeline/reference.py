@@ -1,10 +1,14 @@
-"""The reference pages of the documentation, made from the code they describe: config keys, files, score columns."""
+"""The reference pages of the documentation, made from the code they describe: config keys, files, score columns.
+
+`python -m pipeline.reference [FOLDER]` writes them (into `docs` by default).
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -21,6 +25,7 @@ from pipeline.config import Config
 from pipeline.data.reasons import Reason
 from pipeline.emit.manifest import SelectionFolder
 from pipeline.run import RunFolder
+from pipeline.store import storage
 from pipeline.store.scores import score_schema
 
 
@@ -199,3 +204,17 @@ def _reasons() -> list[tuple[Reason, str]]:
 def _cell(text: str) -> str:
     """Text that cannot end a table cell."""
     return text.replace("|", "\\|")
+
+
+#: The pages by file name, with what writes them.
+PAGES = {"configuration.md": configuration_reference, "outputs.md": outputs_reference}
+
+
+def write_pages(folder: str = "docs") -> None:
+    """Write the pages into a folder."""
+    for name, page in PAGES.items():
+        storage.write_bytes(storage.join(folder, name), page().encode())
+
+
+if __name__ == "__main__":
+    write_pages(*sys.argv[1:])
