@@ -86,9 +86,11 @@ class ScorerSpec:
         cpus, gpus = _assigned()
         model = build_model(config.proxy.model, loss=config.proxy.loss)
         manifest = Manifest.read(RunFolder(config.out).checkpoint_manifest)
-        checkpoints = [entry.load(model) for entry in manifest.checkpoints]
-        for checkpoint in checkpoints:
+        checkpoints = []
+        for entry in manifest.checkpoints:
+            checkpoint = entry.load(model)
             checkpoint.adam = checkpoint.momentum = None  # the plans have what they need of it
+            checkpoints.append(checkpoint)
         scorer = Scorer(
             model,
             [(checkpoint, load_plan(config.out, number)) for number, checkpoint in enumerate(checkpoints)],
