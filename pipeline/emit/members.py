@@ -148,7 +148,7 @@ def read_samples(url: str, indices: Sequence[int]) -> Iterator[Sample]:
             yield Sample(index, key, cast("list[tuple[str, Buffer]]", members))
             done += 1
     if done < len(indices):
-        raise _too_few(url, indices[done])
+        raise too_few(url, indices[done])
 
 
 def read_keys(url: str) -> list[str]:
@@ -176,7 +176,7 @@ def locate_samples(url: str, indices: Sequence[int]) -> list[tuple[int, int]] | 
     except UnusualTarError:
         return None
     if len(spans) < len(indices):
-        raise _too_few(url, indices[len(spans)])
+        raise too_few(url, indices[len(spans)])
     return spans
 
 
@@ -248,5 +248,6 @@ def _pax_records(content: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def _too_few(url: str, index: int) -> InputError:
+def too_few(url: str, index: int) -> InputError:
+    """The error for a shard with fewer samples than `index` + 1."""
     return InputError(f"{url}: expected a sample number {index}, found the end of the tar before it")

@@ -109,16 +109,27 @@ class KeptRow:
     index: int
 
 
-def read_keep(source: Input, first: int = 0, last: int | None = None) -> list[KeptRow]:
+@dataclass(slots=True, frozen=True)
+class KeptColumns:
+    """Rows of one input shard's keep list, column by column."""
+
+    source: Input
+    uids: list[str]
+    keys: list[str]
+    indices: list[int]
+
+    def rows(self) -> list[KeptRow]:
+        """The same, row by row."""
+        columns = zip(self.uids, self.keys, self.indices, strict=True)
+        return [KeptRow(self.source, uid, key, index) for uid, key, index in columns]
+
+
+def read_keep(source: Input, first: int = 0, last: int | None = None) -> KeptColumns:
     """Rows `first` to `last` of an input shard's keep list."""
     with storage.open_read(source.keep) as handle:
-        table = pq.read_table(handle, columns=["uid", "key", "index"]).slice(
-            first, None if last is None else last - first
-        )
-    return [
-        KeptRow(source, uid, key, index)
-        for uid, key, index in zip(*(column.to_pylist() for column in table.columns), strict=True)
-    ]
+        table = pq.ParquetFile(handle).read(columns=["uid", "key", "index"], use_threads=False)
+    table = table.slice(first, None if last is None else last - first)
+    return KeptColumns(source, *(table[name].to_pylist() for name in ("uid", "key", "index")))
 
 
 def kept_samples(rows: Sequence[KeptRow]) -> Iterator[tuple[KeptRow, Sample]]:
@@ -137,10 +148,15 @@ def kept_samples(rows: Sequence[KeptRow]) -> Iterator[tuple[KeptRow, Sample]]:
 def check_key(row: KeptRow, sample: Sample) -> None:
     """Raise `InputError` unless the sample has the key that the keep list says."""
     if sample.key != row.key and printable(sample.key) != row.key:
-        raise InputError(
-            f"{row.source.url}: sample {row.index}: expected the key {row.key!r} of {row.source.keep}, found "
-            f"{printable(sample.key)!r}; the shard has changed since it was scored"
-        )
+        raise changed(row.source, row.index, row.key, printable(sample.key))
+
+
+def changed(source: Input, index: int, expected: str, found: str) -> InputError:
+    """The error for a shard that has another key at a place than its keep list."""
+    return InputError(
+        f"{source.url}: sample {index}: expected the key {expected!r} of {source.keep}, found {found!r}; the shard "
+        "has changed since it was scored"
+    )
 
 
 def printable(name: str) -> str:

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.emit import shuffle
+from pipeline.emit.blocks import Block, read_block
 from pipeline.emit.files import large_file
 from pipeline.emit.members import Sample
-from pipeline.emit.plan import KeptRow, Plan, kept_samples, printable, read_keep
-from pipeline.emit.tar import TarWriter
+from pipeline.emit.plan import Input, KeptRow, Plan, kept_samples, printable, read_keep
+from pipeline.emit.tar import TarWriter, json_of
 from pipeline.store import storage
 
 #: Raised whenever the same inputs would give other bytes.
@@ -86,24 +87,28 @@ def write_shard(plan: Plan, shard: int) -> ShardStats:
     if done is not None:
         return done
     begin, end = plan.bounds(shard)
-    pairs = _in_order(plan, begin, end) if plan.seed is None else shuffle.gather(plan, begin, end)
+    parts = _in_order(plan, begin, end) if plan.seed is None else shuffle.gather(plan, begin, end)
     sources: dict[str, list[Any]] = {name: [] for name in SOURCE_SCHEMA.names}
     json_added = json_without_uid = 0
     with large_file(plan.tar(shard)) as path, open(path, "wb") as handle:
         writer = TarWriter(handle)
-        for row, sample in pairs:
-            key = plan.target_key(row.source, sample.key)
-            has_json = False
-            for ending, content in sample.members:
-                writer.add(key + ending, content)
-                has_json = has_json or ending.lower() == ".json"
-            if not has_json:
-                writer.add(f"{key}.json", b'{"uid": "%s"}' % row.uid.encode())
-                json_added += 1
-            elif row.uid == _derived_uid(row):
-                json_without_uid += 1
-            for name, value in zip(sources, (row.uid, printable(key), row.source.url, row.key, row.index), strict=True):
-                sources[name].append(value)
+        for part in parts:
+            if isinstance(part, Block):
+                owners, uids, source_keys, indices = part.sources, part.uids, part.keys, part.indices
+                keys, has_json = part.keys, part.write(writer)
+            else:
+                row, sample = part
+                key = plan.target_key(row.source, sample.key)
+                owners, uids, source_keys, indices = [row.source], [row.uid], [row.key], [row.index]
+                keys, has_json = [printable(key)], [_add_sample(writer, key, sample, row.uid)]
+            json_added += has_json.count(False)
+            json_without_uid += sum(
+                has and uid == _derived_uid(source, key)
+                for has, uid, source, key in zip(has_json, uids, owners, source_keys, strict=True)
+            )
+            columns: list[list[Any]] = [uids, keys, [source.url for source in owners], source_keys, indices]
+            for name, values in zip(sources, columns, strict=True):
+                sources[name] += values
         writer.close()
         size = writer.position
     with storage.atomic_writer(plan.sources(shard)) as handle:
@@ -119,7 +124,7 @@ def remove_tars(folder: str) -> None:
         storage.remove(url)
 
 
-def _in_order(plan: Plan, begin: int, end: int) -> Iterator[tuple[KeptRow, Sample]]:
+def _in_order(plan: Plan, begin: int, end: int) -> Iterator[Block | tuple[KeptRow, Sample]]:
     """Kept pairs `begin` to `end` in the order of the inputs."""
     starts = plan.starts
     first = int(np.searchsorted(starts, begin, side="right")) - 1
@@ -127,7 +132,23 @@ def _in_order(plan: Plan, begin: int, end: int) -> Iterator[tuple[KeptRow, Sampl
         start = int(starts[number])
         if start >= end:
             return
-        yield from kept_samples(read_keep(plan.inputs[number], max(0, begin - start), end - start))
+        kept = read_keep(plan.inputs[number], max(0, begin - start), end - start)
+        block = None if plan.suffix_keys else read_block(kept)
+        if block is None:
+            yield from kept_samples(kept.rows())
+        else:
+            yield block
+
+
+def _add_sample(writer: TarWriter, key: str, sample: Sample, uid: str) -> bool:
+    """Append a sample; a json with the uid is added if there is none. Returns whether it had one."""
+    has_json = False
+    for ending, content in sample.members:
+        writer.add(key + ending, content)
+        has_json = has_json or ending.lower() == ".json"
+    if not has_json:
+        writer.add(*json_of(key, uid))
+    return has_json
 
 
 def finished(plan: Plan, shard: int) -> ShardStats | None:
@@ -153,6 +174,6 @@ def _remove_strangers(plan: Plan) -> None:
             storage.remove(url)
 
 
-def _derived_uid(row: KeptRow) -> str:
+def _derived_uid(source: Input, key: str) -> str:
     """The uid that a pair without one of its own has."""
-    return hashlib.blake2b(f"{row.source.name}/{row.key}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(f"{source.name}/{key}".encode(), digest_size=16).hexdigest()

@@ -26,7 +26,7 @@ def prepare(plan: Plan, number: int) -> None:
     if storage.exists(_list(plan, number)):
         return
     source = plan.inputs[number]
-    rows = read_keep(source)
+    rows = read_keep(source).rows()
     start = int(plan.starts[number])
     places = plan.permutation.place(np.arange(start, start + source.kept))
     order = np.argsort(places)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Sequence
 from typing import IO
+
+import numpy as np
+import numpy.typing as npt
 
 #: Tars come in blocks of this many bytes.
 BLOCK = 512
 #: Two zero blocks end a tar; tools pad it to whole records of 20 blocks.
 RECORD = 20 * BLOCK
+#: Longer names need a header of their own.
+NAME_BYTES = 100
 #: Pieces handed to the system at a time, and their bytes.
 MAX_PIECES = 512
 MAX_BYTES = 4 << 20
@@ -31,13 +37,13 @@ def header(name: str, size: int) -> bytes:
     Equals what `tarfile` writes in GNU format; spelled out because it is made for each member of each kept pair.
     """
     encoded = name.encode("utf-8", "surrogateescape")
-    if len(encoded) > 100 or size > _LARGEST_SIZE:
+    if len(encoded) > NAME_BYTES or size > _LARGEST_SIZE:
         info = tarfile.TarInfo(name)
         info.size = size
         return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
     digits = b"%011o" % size
     checksum = _CHECKSUM_BASE + sum(encoded) + sum(digits)
-    return b"".join((encoded, _ZEROS[: 100 - len(encoded)], _AFTER_NAME, digits, _AFTER_SIZE % checksum, _TAIL))
+    return b"".join((encoded, _ZEROS[: NAME_BYTES - len(encoded)], _AFTER_NAME, digits, _AFTER_SIZE % checksum, _TAIL))
 
 
 _AFTER_NAME = b"0000644\x00" + 2 * b"0000000\x00"
@@ -47,11 +53,27 @@ _TAIL = bytes(100) + b"ustar  \x00" + bytes(BLOCK - 265)
 _CHECKSUM_BASE = sum(_AFTER_NAME) + sum(b"000000000000") + 8 * ord(" ") + sum(_TAIL)
 
 
+def headers(names: npt.NDArray[np.uint8], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """`header` of many members: names `[m, w]` (w at most 100), filled up with zeros, and sizes `[m]`; `[m, 512]`."""
+    result = np.repeat(np.frombuffer(header("", 0), np.uint8)[None], len(names), axis=0)
+    result[:, : names.shape[1]] = names
+    digits = (sizes[:, None] >> np.arange(30, -1, -3)) & 7
+    result[:, 124:135] += digits.astype(np.uint8)
+    checksum = _CHECKSUM_BASE + 11 * ord("0") + names.sum(axis=1, dtype=np.int64) + digits.sum(axis=1)
+    result[:, 148:154] = ord("0") + ((checksum[:, None] >> np.arange(15, -1, -3)) & 7)
+    return result
+
+
 def member(name: str, content: Buffer) -> tuple[Buffer, ...]:
     """What a member is in a tar: header, content, and zeros up to a whole block."""
     size = len(content)
     fill = -size % BLOCK
     return (header(name, size), content, _ZEROS[:fill]) if fill else (header(name, size), content)
+
+
+def json_of(key: str, uid: str) -> tuple[str, bytes]:
+    """Name and content of the json of a pair that has none."""
+    return f"{key}.json", b'{"uid": "%s"}' % uid.encode()
 
 
 class TarWriter:
@@ -71,8 +93,12 @@ class TarWriter:
     def add(self, name: str, content: Buffer) -> None:
         """Append a member."""
         pieces = member(name, content)
+        self.add_pieces(pieces, sum(map(len, pieces)))
+
+    def add_pieces(self, pieces: Sequence[Buffer], size: int) -> None:
+        """Append what whole members are in a tar, `size` bytes together."""
         self._pieces += pieces
-        self._waiting += sum(map(len, pieces))
+        self._waiting += size
         if self._waiting >= MAX_BYTES or len(self._pieces) >= MAX_PIECES:
             self.flush()
 

@@ -28,6 +28,9 @@ KEEP_SCHEMA = pa.schema(
     ]
 )
 
+#: Uids and utilities hardly get smaller, and would take most of the time.
+_COMPRESSION = {"uid": "none", "key": "zstd", "index": "zstd", "utility": "none"}
+
 #: Sources that are counted one by one; beyond, the smallest are summed up as `OTHER_SOURCES`.
 MAX_SOURCES = 10_000
 OTHER_SOURCES = "(others)"
@@ -85,7 +88,7 @@ def _carry_out(plan: SelectionPlan, folder: str | None, shards: Sequence[ScoreSh
     account = Account()
     for shard in shards:
         with OpenShard(plan.recipe, shard) as opened:
-            columns = ["uid", "key", "index", "utility", "source"] if folder is not None else []
+            columns = ["uid", "key", "utility", "source"] if folder is not None else []
             kept = _kept(plan, opened, columns, account)
             if folder is None:
                 count = sum(len(rows) for _, rows in kept)
@@ -119,11 +122,15 @@ def taken_rows(plan: SelectionPlan, judged: Judged, shard: int) -> npt.NDArray[n
 
 def _write(handle: IO[bytes], kept: Iterable[tuple[Span, npt.NDArray[np.int64]]]) -> int:
     count = 0
-    with pq.ParquetWriter(handle, KEEP_SCHEMA, compression="zstd", compression_level=1, use_dictionary=False) as writer:
+    with pq.ParquetWriter(handle, KEEP_SCHEMA, compression=_COMPRESSION, use_dictionary=False) as writer:
         for span, rows in kept:
             places = pa.array(rows)
-            arrays = [span.arrow(name).cast(KEEP_SCHEMA.field(name).type).take(places) for name in KEEP_SCHEMA.names]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=KEEP_SCHEMA))
+            # Score files have a row per sample, in input order: a row's number is its index.
+            index = pa.array((rows + span.start).astype(np.int32))
+            uid, key, utility = (
+                span.arrow(name).cast(KEEP_SCHEMA.field(name).type).take(places) for name in ("uid", "key", "utility")
+            )
+            writer.write_table(pa.Table.from_arrays([uid, key, index, utility], schema=KEEP_SCHEMA))
             count += len(rows)
     return count
 

@@ -6,14 +6,16 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.reader import read_shard
-from pipeline.emit.members import locate_samples, map_file, read_samples, sample_in
-from pipeline.emit.tar import TarWriter, header
+from pipeline.emit.layout import Layout, find_layout
+from pipeline.emit.members import locate_samples, map_file, read_keys, read_samples, sample_in
+from pipeline.emit.tar import TarWriter, header, headers
 from pipeline.errors import InputError
 from tests.helpers import write_tar
 
@@ -29,6 +31,18 @@ def all_samples(url: str) -> list[Any]:
     return [
         (sample.index, sample.key, [(name, bytes(content)) for name, content in sample.members])
         for sample in read_samples(url, list(range(count)))
+    ]
+
+
+def samples_of(layout: Layout, content: bytes) -> list[tuple[str, list[tuple[str, bytes, bool]]]]:
+    names = [bytes(row).rstrip(b"\0").decode() for row in layout.names]
+    members = [
+        (name, content[data : data + size], bool(json))
+        for name, data, size, json in zip(names, layout.data, layout.sizes, layout.json, strict=True)
+    ]
+    return [
+        (layout.keys[start].decode(), members[start:stop])
+        for start, stop in zip(layout.first[:-1], layout.first[1:], strict=True)
     ]
 
 
@@ -53,6 +67,11 @@ def test_samples_are_the_readers_in_every_form_of_tar(
     for (_, _, contents), sample in zip(plain, read, strict=True):
         if sample.image is not None:
             assert {name.lower(): content for name, content in contents}[f".{sample.image_type}"] == sample.image
+    layout = find_layout(buffer.getvalue())
+    assert layout is None or samples_of(layout, buffer.getvalue()) == [
+        (key, [(key + name, content, name.lower() == ".json") for name, content in contents])
+        for _, key, contents in plain
+    ]
     spans = locate_samples(str(folder / "a.tar"), [index for index, _, _ in plain])
     view = map_file(str(folder / "a.tar"))
     again = [sample_in(view[start:end], index) for index, (start, end) in enumerate(spans or [])]
@@ -65,7 +84,12 @@ def test_a_shard_of_webdatasets_own_writer(tmp_path: Path) -> None:
     with webdataset.TarWriter(path) as writer:
         for number in range(5):
             writer.write({"__key__": f"{number:03d}", "txt": f"caption {number}", "jpg": b"x" * number})
-    assert b"PaxHeader" in Path(path).read_bytes()
+    content = Path(path).read_bytes()
+    assert b"PaxHeader" in content
+    layout = find_layout(content)
+    assert layout is not None
+    assert [key for key, _ in samples_of(layout, content)] == [f"{number:03d}" for number in range(5)]
+    assert samples_of(layout.of(np.array([3, 1])), content) == [samples_of(layout, content)[n] for n in (3, 1)]
     assert [(key, dict(members)[".txt"]) for _, key, members in all_samples(path)] == [
         (f"{number:03d}", f"caption {number}".encode()) for number in range(5)
     ]
@@ -104,6 +128,23 @@ def test_headers_are_tarfiles(name: str, size: int) -> None:
     info = tarfile.TarInfo(name)
     info.size = size
     assert header(name, size) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def test_many_headers_are_as_one() -> None:
+    members = [("a.txt", 0), ("b" * 99, 8**11 - 1), ("c.jpg", 51_234)]
+    names = np.array([name.encode() for name, _ in members]).view(np.uint8).reshape(3, -1)
+    made = headers(names, np.array([size for _, size in members]))
+    assert [row.tobytes() for row in made] == [header(name, size) for name, size in members]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 511, 512, 700, 1536, 4000])
+def test_a_layout_of_a_tar_that_breaks_off_has_whole_members_only(tmp_path: Path, cut: int) -> None:
+    whole = Path(write_tar(tmp_path / "a.tar", [(f"{number}.txt", bytes(600)) for number in range(3)])).read_bytes()
+    content = whole[: 3 * 1536 - cut]
+    (tmp_path / "a.tar").write_bytes(content)
+    layout = find_layout(content)
+    keys = read_keys(str(tmp_path / "a.tar"))
+    assert layout is None or [key for key, _ in samples_of(layout, content)] == keys
 
 
 def test_a_written_tar_is_tarfiles_byte_for_byte(tmp_path: Path) -> None:

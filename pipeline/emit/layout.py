@@ -1,0 +1,149 @@
+"""Where the samples of a plain tar of the usual form lie: what `scan` and `group` find, in a few numpy passes."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.emit.tar import BLOCK, NAME_BYTES, padded
+
+Bytes = npt.NDArray[np.uint8]
+Int64 = npt.NDArray[np.int64]
+
+#: Samples of more members are left to `group`.
+_MOST_MEMBERS = 16
+_REGULAR, _OLD_REGULAR, _FOLDER, _PAX = b"0\x005x"
+_DOT, _SLASH = b"./"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The members of a tar that belong to samples, in order.
+
+    Attributes:
+        names: uint8 `[m, w]`, ASCII, filled up with zeros to the longest (at most 100).
+        keys: what the names of a sample share, bytes `[m]`.
+        data: where the content starts, int64 `[m]`; whole blocks of it are there.
+        sizes: of the content, int64 `[m]`.
+        json: whether the member is its sample's json, bool `[m]`.
+        first: number of the first member of each sample, int64 `[samples + 1]`, the number of members last.
+    """
+
+    names: Bytes
+    keys: npt.NDArray[np.bytes_]
+    data: Int64
+    sizes: Int64
+    json: npt.NDArray[np.bool_]
+    first: Int64
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def of(self, samples: Int64) -> Layout:
+        """The layout of some samples (numbers `[k]`), in that order."""
+        starts = self.first[samples]
+        counts = self.first[samples + 1] - starts
+        first = np.concatenate([[0], np.cumsum(counts)])
+        rows = np.arange(first[-1]) + np.repeat(starts - first[:-1], counts)
+        return Layout(self.names[rows], self.keys[rows], self.data[rows], self.sizes[rows], self.json[rows], first)
+
+
+def find_layout(content: bytes | mmap.mmap) -> Layout | None:
+    """The layout of a tar, of which only headers are touched; None for one that `scan` must look at.
+
+    The usual form has short ASCII names with a key and an ending each, and pax records, if any, that say nothing
+    about name and size (webdataset's own writer puts the time there).
+    """
+    walked = _walk(content)
+    if walked is None:
+        return None
+    places, sizes = walked
+    blocks = np.frombuffer(content, np.uint8, len(content) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    rows = places // BLOCK
+    kinds = blocks[rows, 156]
+    pax = np.flatnonzero(kinds == _PAX)
+    if len(pax) and not _only_times(blocks, places, pax):
+        return None
+    members = np.flatnonzero((kinds == _REGULAR) | (kinds == _OLD_REGULAR))
+    if len(members) + len(pax) + np.count_nonzero(kinds == _FOLDER) < len(kinds):
+        return None
+    if len(members) and places[members[-1]] + BLOCK + padded(int(sizes[members[-1]])) > len(content):
+        return None
+    rows = rows[members]
+    if blocks[rows, 345].any() or (blocks[rows, 135] > ord(" ")).any():
+        return None
+    return _group(blocks[:, :NAME_BYTES][rows], places[members] + BLOCK, sizes[members])
+
+
+def _walk(content: bytes | mmap.mmap) -> tuple[Int64, Int64] | None:
+    """Places of all headers, in order, and the sizes in them; None where a size is not plain octal digits."""
+    places: list[int] = []
+    sizes: list[int] = []
+    offset = 0
+    stop = len(content) - BLOCK
+    try:
+        # Every header of every input passes through here: nothing but the jump to the next one.
+        while offset <= stop:
+            size = int(content[offset + 124 : offset + 135], 8)
+            if size < 0:
+                return None
+            places.append(offset)
+            sizes.append(size)
+            offset += (size + 1023) & -512
+    except ValueError:
+        if any(content[offset : offset + BLOCK]):
+            return None
+    return np.array(places, np.int64), np.array(sizes, np.int64)
+
+
+def _only_times(blocks: Bytes, places: Int64, pax: Int64) -> bool:
+    """Whether pax headers (rows of `places`) have a block of records each that change neither name nor size."""
+    if pax[-1] + 1 == len(places):
+        pax = pax[:-1]
+    if (places[pax + 1] - places[pax] != 2 * BLOCK).any():
+        return False
+    records = blocks[places[pax] // BLOCK + 1].tobytes()
+    return not any(word in records for word in (b" path=", b" size=", b"GNU.sparse"))
+
+
+def _group(names: Bytes, data: Int64, sizes: Int64) -> Layout | None:
+    """`members.group` for names with a key and an ending each, whose endings do not repeat within a key."""
+    count = len(names)
+    if not count:
+        return Layout(names, np.zeros(0, "S1"), data, sizes, np.zeros(0, bool), np.zeros(1, np.int64))
+    # Most names are far shorter than their field: what is done per character is done on the used columns alone.
+    width = int(np.flatnonzero(names.any(axis=0))[-1:].sum()) + 1
+    text = np.ascontiguousarray(names[:, :width])
+    columns = np.arange(width)
+    ends = np.where(text[:, -1] != 0, width, (text == 0).argmax(axis=1))
+    text[columns >= ends[:, None]] = 0
+    slashes = text == _SLASH
+    base: Int64 | int = 0
+    if slashes.any():
+        base = np.where(slashes.any(axis=1), width - slashes[:, ::-1].argmax(axis=1), 0)
+    # `argmax` of no dot at all is 0, which is never above `base`.
+    dots = text == _DOT
+    dot = (dots if isinstance(base, int) else dots & (columns >= base[:, None])).argmax(axis=1)
+    hidden = (names[:, 0] == ord("_")) & (names[:, 1] == ord("_"))
+    if (dot <= base).any() or hidden.any() or text.max() > 127:
+        return None
+    keys = np.where(columns < dot[:, None], text, np.uint8(0)).view(f"S{width}").reshape(-1)
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    first = np.append(starts, count)
+    counts = np.diff(first)
+    most = int(counts.max())
+    if most > _MOST_MEMBERS:
+        return None
+    lower = np.frombuffer(text.tobytes().lower(), f"S{width}")
+    group = np.repeat(np.arange(len(starts)), counts)
+    for lag in range(1, most):
+        if ((lower[lag:] == lower[:-lag]) & (group[lag:] == group[:-lag])).any():
+            return None
+    json = np.flatnonzero(ends - dot == len(".json"))
+    letters = lower.view(np.uint8).reshape(-1, width)[json[:, None], dot[json, None] + np.arange(5)]
+    is_json = np.zeros(count, bool)
+    is_json[json] = (letters == list(b".json")).all(axis=1)
+    return Layout(text, keys, data, sizes, is_json, first)
