@@ -15,6 +15,9 @@ BEFORE, JOB, STAGES, AFTER, TRUST = (
     "Before a run", "The job", "Its stages, one at a time", "During and after a run", "Trust"
 )  # fmt: skip
 
+#: The exit status after Ctrl-C.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="diffprune",
     help="Find out which image-text pairs help a CLIP model, and train on those alone.",
@@ -293,8 +296,7 @@ def invoke(arguments: list[str]) -> int:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}")
         return error.exit_status
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("stopped; the same command goes on from here")
-        return 130
+        result = INTERRUPTED
     except Exception as error:
         if not isinstance(error, _USAGE_ERROR):
             raise
@@ -302,6 +304,8 @@ def invoke(arguments: list[str]) -> int:
         if message:  # empty when the help was asked for by giving no command
             errors.print(f"[bold red]error:[/] {_escape(message)} (see `{_command_path(error)} --help`)")
         return 2
+    if result == INTERRUPTED:  # typer makes this status of a KeyboardInterrupt
+        errors.print("stopped; the same command goes on from here")
     return result if isinstance(result, int) else 0
 
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from pipeline.cli import app, invoke
-from pipeline.config import EstimatorName, load_config
+from pipeline.config import Config, EstimatorName, load_config
 from pipeline.estimators import ESTIMATORS
 from pipeline.influence import Settings, prepare_run
 from tests.helpers import image_bytes, sample_members, uid_of, write_tar
@@ -109,6 +109,48 @@ def test_costs_are_those_of_the_plans(facts) -> None:
     tangents = {(probe.at, vector) for probe in plan.probes for vector in probe.along}
     alone = {probe.at for probe in plan.probes if probe.of != "random"} - {at for at, _ in tangents}
     assert (len(tangents), len(alone)) == (facts.tangents, facts.forwards)
+
+
+@pytest.mark.parametrize(
+    "stage", ["inventory", "train", "directions", "score", "select", "emit", "report", "evaluate", "validate"]
+)
+def test_stages_get_the_config_with_overrides(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.stages import runner
+
+    calls: list[tuple[str, Config]] = []
+    monkeypatch.setattr(runner, "run_stage", lambda name, config, **_: calls.append((name, config)))
+    (tmp_path / "my.yaml").write_text("data: {shards: a.tar}\n")
+    assert invoke([stage, str(tmp_path / "my.yaml"), "--set", "select.keep=0.25", "--out", "elsewhere"]) == 0
+    ((name, config),) = calls
+    assert (name, config.select.keep, config.out) == (stage, 0.25, "elsewhere")
+
+
+def test_flags_reach_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.stages import runner
+
+    calls: list[str] = []
+    monkeypatch.setattr(runner, "run_all", lambda config, retry_failed: calls.append(f"run {retry_failed}"))
+    monkeypatch.setattr(runner, "run_stage", lambda name, config, retry_failed: calls.append(f"{name} {retry_failed}"))
+    monkeypatch.setattr(runner, "show_plan", lambda config: calls.append(f"plan {config.select.name}"))
+    path = tmp_path / "my.yaml"
+    path.write_text("data: {shards: a.tar}\n")
+    for arguments in (["run", "--retry-failed"], ["run"], ["score", "--retry-failed"], ["select", "--dry-run"]):
+        assert invoke([arguments[0], str(path), *arguments[1:]]) == 0
+    assert calls == ["run True", "run False", "score True", "plan default"]
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.stages import runner
+
+    def interrupt(config: Config, retry_failed: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_all", interrupt)
+    (tmp_path / "my.yaml").write_text("data: {shards: a.tar}\n")
+    assert invoke(["run", str(tmp_path / "my.yaml")]) == 130
+    assert "the same command goes on from here" in capfd.readouterr().err
 
 
 def test_inspect_counts_and_shows_pairs(capfd: pytest.CaptureFixture[str], tiny_shards: list[str]) -> None:

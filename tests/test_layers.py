@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("jobs/**/*.py")])
@@ -41,3 +42,13 @@ def test_a_module_is_short_and_says_what_it_knows(path: Path) -> None:
 def test_modules_that_may_be_longer_are() -> None:
     for name in LONGER:
         assert len((ROOT / name).read_text().splitlines()) > LONGEST
+
+
+def test_hooks_before_a_commit_are_valid_and_name_real_tools() -> None:
+    tools = Path(sys.executable).parent
+    config = ROOT / ".pre-commit-config.yaml"
+    subprocess.run([str(tools / "pre-commit"), "validate-config", str(config)], check=True, timeout=60)
+    for hook in yaml.safe_load(config.read_text())["repos"][0]["hooks"]:
+        program = hook["entry"].split()[0]
+        assert program.startswith(".venv/bin/"), program
+        assert (tools / Path(program).name).exists(), program
