@@ -298,6 +298,9 @@ def invoke(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except Exception as error:
+        if _is_of_storage(error):
+            errors.print(f"[bold red]error:[/] storage: {_escape(_one_line(error))}")
+            return 1
         if not isinstance(error, _USAGE_ERROR):
             raise
         message = " ".join(error.format_message().split())
@@ -311,6 +314,18 @@ def invoke(arguments: list[str]) -> int:
 
 #: The base of typer's usage errors; typer may bring its own copy of click, so click's class is not it.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+
+
+#: Packages whose errors are about storage that cannot be reached or used.
+_STORAGE = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google"}
+
+
+def _is_of_storage(error: Exception) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _STORAGE
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _command_path(error: Any) -> str:

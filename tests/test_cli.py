@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 import typer
+from botocore.exceptions import NoCredentialsError
 
 from pipeline.cli import app, invoke
 from pipeline.config import Config, EstimatorName, load_config
@@ -151,6 +152,40 @@ def test_an_interrupt_says_how_to_go_on(
     (tmp_path / "my.yaml").write_text("data: {shards: a.tar}\n")
     assert invoke(["run", str(tmp_path / "my.yaml")]) == 130
     assert "the same command goes on from here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/data/run"),
+            "storage: PermissionError: [Errno 13] Permission denied: '/data/run'",
+        ),
+        (NoCredentialsError(), "storage: NoCredentialsError: Unable to locate credentials"),
+    ],
+)
+def test_storage_that_cannot_be_used_is_one_line(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.engine import status
+
+    def fail(run: str) -> None:
+        raise error
+
+    monkeypatch.setattr(status, "print_status", fail)
+    assert invoke(["status", "s3://bucket/run"]) == 1
+    assert capfd.readouterr().err == f"error: {line}\n"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.engine import status
+
+    def fail(run: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(status, "print_status", fail)
+    with pytest.raises(ZeroDivisionError):
+        invoke(["status", "runs/mine"])
 
 
 def test_inspect_counts_and_shows_pairs(capfd: pytest.CaptureFixture[str], tiny_shards: list[str]) -> None:
