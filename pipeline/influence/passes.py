@@ -38,7 +38,6 @@ class Passes:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
         self.settings = settings
-        self._trim: Callable[[Tensor], Tensor] | None = getattr(model, "trim_tokens", None)
 
     @contextmanager
     def ready(self, differentiable: bool = True) -> Iterator[None]:
@@ -59,10 +58,9 @@ class Passes:
 
     def features(self, state: Tree, batch: PairBatch) -> Features:
         """Features of a batch with the tensors of `state` (parameters and buffers), float32 or wider."""
-        tokens = batch.tokens if self._trim is None else self._trim(batch.tokens)
         device = batch.images.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            out: Features = functional_call(self.model, state, (batch.images, tokens))
+            out: Features = functional_call(self.model, state, (batch.images, batch.tokens))
         return Features(*(value.float() if value.itemsize < 4 else value for value in out))
 
     def jet(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, wanted: Sequence[tuple[str, ...]]) -> Jet:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 # Before open_clip, which imports torchvision:
 from pipeline.models import compat  # noqa: F401  isort: skip
 import open_clip
+from open_clip.transformer import text_global_pool
 from timm.layers import DropPath  # type: ignore[attr-defined]
 
 from pipeline.data.decode import ImageSpec
@@ -44,7 +45,7 @@ class PairModel(nn.Module):
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter | None
     encode_image: Callable[[Tensor], Tensor]
-    encode_text: Callable[[Tensor], Tensor]
+    encode_text: Callable[..., Tensor]
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -75,7 +76,25 @@ class PairModel(nn.Module):
 
 
 class _PairCLIP(PairModel, open_clip.CLIP):  # type: ignore[misc]
-    pass
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """open_clip's text features, without the padding after the batch's longest caption.
+
+        Under causal attention no token sees what comes after it, and the feature is taken at the end-of-text token,
+        so the result is the same (to rounding) at the cost of the longest caption instead of the whole context.
+        """
+        if self.attn_mask is None or self.text_pool_type not in ("argmax", "eos"):
+            whole: Tensor = super().encode_text(text, normalize)
+            return whole
+        length = int(text.ne(0).any(0).nonzero().max()) + 1 if len(text) else 1
+        text = text[:, :length]
+        dtype = self.transformer.get_cast_dtype()
+        x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
+        x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:length, :length]))
+        x = text_global_pool(x, text, self.text_pool_type, eos_token_id=getattr(self, "text_eos_id", None))
+        if self.text_projection is not None:
+            linear = isinstance(self.text_projection, nn.Linear)
+            x = self.text_projection(x) if linear else x @ self.text_projection
+        return nn.functional.normalize(x, dim=-1) if normalize else x
 
 
 class _PairCustomTextCLIP(PairModel, open_clip.CustomTextCLIP):  # type: ignore[misc]

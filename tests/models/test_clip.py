@@ -227,3 +227,15 @@ def test_images_need_not_be_square(tmp_path: Path) -> None:
     model = build_model(str(tmp_path / "wide.json"))
     assert model.image_spec.size == (16, 32)
     assert model(*pairs(model)).image.shape == (4, 16)
+
+
+def test_padding_after_the_longest_caption_is_not_computed_and_not_missed() -> None:
+    model = build_model("tiny-vit", seed=1).double()
+    tokens = model.tokenize(["a cat", "a much longer caption about a dog by the sea"])
+    widths: list[int] = []
+    model.transformer.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+    short, both = model.encode_text(tokens[:1]), model.encode_text(tokens)
+    whole = open_clip.CLIP.encode_text(model, tokens)
+    assert widths == [4, int((tokens[1] != 0).sum()), model.context_length]
+    torch.testing.assert_close(both, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(short, whole[:1], rtol=1e-12, atol=1e-12)
