@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.emit.layout import Layout, find_layout
-from pipeline.emit.members import is_mappable, map_file, too_few
+from pipeline.emit.members import Sample, is_mappable, map_file, too_few
 from pipeline.emit.plan import Input, KeptColumns, changed
 from pipeline.emit.tar import BLOCK, Buffer, TarWriter, headers, json_of, member
 
@@ -47,6 +48,15 @@ class Block:
             writer.add_pieces(pieces, size)
         return has_json
 
+    def samples(self) -> Iterator[Sample]:
+        """The samples one by one."""
+        layout = self.layout
+        names = [bytes(name).rstrip(b"\0").decode() for name in layout.names]
+        spans = list(zip(names, layout.data.tolist(), (layout.data + layout.sizes).tolist(), strict=True))
+        first = layout.first.tolist()
+        for key, index, view, start, stop in zip(self.keys, self.indices, self.views, first, first[1:], strict=False):
+            yield Sample(index, key, [(name[len(key) :], view[data:end]) for name, data, end in spans[start:stop]])
+
 
 def read_block(kept: KeptColumns) -> Block | None:
     """The kept samples of an input shard; None for other shards than usual plain local tars.
@@ -75,7 +85,7 @@ def locate(kept: KeptColumns) -> tuple[Layout, memoryview] | None:
     if missing is not None:
         raise too_few(url, missing)
     found = layout.of(np.array(kept.indices, np.int64))
-    keys = [key.decode() for key in found.keys[found.first[:-1]].tolist()]
+    keys = [key.decode() for key in found.keys.tolist()]
     for index, expected, key in zip(kept.indices, kept.keys, keys, strict=True):
         if key != expected:
             raise changed(kept.source, index, expected, key)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.emit.tar import BLOCK, NAME_BYTES, padded
 
@@ -25,7 +26,7 @@ class Layout:
 
     Attributes:
         names: uint8 `[m, w]`, ASCII, filled up with zeros to the longest (at most 100).
-        keys: what the names of a sample share, bytes `[m]`.
+        keys: of the samples, bytes `[samples]`.
         data: where the content starts, int64 `[m]`; whole blocks of it are there.
         sizes: of the content, int64 `[m]`.
         json: whether the member is its sample's json, bool `[m]`.
@@ -48,7 +49,7 @@ class Layout:
         counts = self.first[samples + 1] - starts
         first = np.concatenate([[0], np.cumsum(counts)])
         rows = np.arange(first[-1]) + np.repeat(starts - first[:-1], counts)
-        return Layout(self.names[rows], self.keys[rows], self.data[rows], self.sizes[rows], self.json[rows], first)
+        return Layout(self.names[rows], self.keys[samples], self.data[rows], self.sizes[rows], self.json[rows], first)
 
 
 def find_layout(content: bytes | mmap.mmap) -> Layout | None:
@@ -76,6 +77,32 @@ def find_layout(content: bytes | mmap.mmap) -> Layout | None:
     if blocks[rows, 345].any() or (blocks[rows, 135] > ord(" ")).any():
         return None
     return _group(blocks[:, :NAME_BYTES][rows], places[members] + BLOCK, sizes[members])
+
+
+def to_columns(layout: Layout) -> dict[str, pa.Array]:
+    """A layout as Arrow columns with a list per sample, for `from_columns`."""
+    offsets = pa.array(layout.first.astype(np.int32))
+    width = layout.names.shape[1]
+    members = {
+        "names": pa.array(layout.names.view(f"S{width}").reshape(-1).tolist(), pa.binary()),
+        "data": pa.array(layout.data),
+        "sizes": pa.array(layout.sizes),
+        "json": pa.array(layout.json),
+    }
+    return {name: pa.ListArray.from_arrays(offsets, values) for name, values in members.items()}
+
+
+def from_columns(table: pa.Table) -> Layout:
+    """The layout in a table with the columns that `to_columns` made, and the samples' keys in `key`."""
+    columns = {name: table[name].combine_chunks() for name in ("names", "data", "sizes", "json")}
+    flat = {name: column.flatten() for name, column in columns.items()}
+    names = np.array(flat["names"].to_pylist(), "S")
+    counts = columns["sizes"].value_lengths().to_numpy(zero_copy_only=False)
+    first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    data, sizes = (flat[name].to_numpy() for name in ("data", "sizes"))
+    json = flat["json"].to_numpy(zero_copy_only=False)
+    keys = np.array([key.encode() for key in table["key"].to_pylist()], "S")
+    return Layout(names.view(np.uint8).reshape(len(names), -1), keys, data, sizes, json, first)
 
 
 def _walk(content: bytes | mmap.mmap) -> tuple[Int64, Int64] | None:
@@ -146,4 +173,4 @@ def _group(names: Bytes, data: Int64, sizes: Int64) -> Layout | None:
     letters = lower.view(np.uint8).reshape(-1, width)[json[:, None], dot[json, None] + np.arange(5)]
     is_json = np.zeros(count, bool)
     is_json[json] = (letters == list(b".json")).all(axis=1)
-    return Layout(text, keys, data, sizes, is_json, first)
+    return Layout(text, keys[starts], data, sizes, is_json, first)

@@ -8,12 +8,15 @@ order. Round two, per pruned tar: fetch its samples, which are neighbours in eve
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.emit.blocks import Block, locate
+from pipeline.emit.layout import Int64, from_columns, to_columns
 from pipeline.emit.members import Sample, locate_samples, map_file, sample_in
-from pipeline.emit.plan import KeptRow, Plan, check_key, kept_samples, read_keep
+from pipeline.emit.plan import KeptColumns, KeptRow, Plan, check_key, kept_samples, read_keep
 from pipeline.emit.tar import Buffer, member
 from pipeline.store import storage
 
@@ -26,48 +29,72 @@ def prepare(plan: Plan, number: int) -> None:
     if storage.exists(_list(plan, number)):
         return
     source = plan.inputs[number]
-    rows = read_keep(source).rows()
+    kept = read_keep(source)
     start = int(plan.starts[number])
     places = plan.permutation.place(np.arange(start, start + source.kept))
     order = np.argsort(places)
-    spans = locate_samples(source.url, [row.index for row in rows])
-    if spans is None:
-        contents = [_plain_tar(sample) for _, sample in kept_samples(rows)]
-        ends = np.cumsum([len(contents[row]) for row in order])
-        begins = ends - [len(contents[row]) for row in order]
-        storage.write_bytes(_part(plan, number), b"".join(contents[row] for row in order))
+    found = None if plan.suffix_keys else locate(kept)
+    columns: dict[str, Any] = {"place": places[order]}
+    if found is not None:
+        columns |= to_columns(found[0].of(order))
     else:
-        begins, ends = np.array(spans, np.int64)[order].T
-    sorted_rows = [rows[row] for row in order]
-    table = pa.table(
-        {
-            "place": places[order],
-            "begin": begins,
-            "end": ends,
-            "uid": [row.uid for row in sorted_rows],
-            "key": [row.key for row in sorted_rows],
-            "index": [row.index for row in sorted_rows],
-        }
-    )
+        columns["begin"], columns["end"] = _spans(plan, number, kept, order)
+    for name, values in (("uid", kept.uids), ("key", kept.keys), ("index", kept.indices)):
+        columns[name] = pa.array(values).take(pa.array(order))
+    table = pa.table(columns)
     with storage.atomic_writer(_list(plan, number)) as handle, pa.ipc.new_file(handle, table.schema) as writer:
         writer.write_table(table)
 
 
-def gather(plan: Plan, begin: int, end: int) -> Iterator[tuple[KeptRow, Sample]]:
+def _spans(plan: Plan, number: int, kept: KeptColumns, order: Int64) -> tuple[Int64, Int64]:
+    """Where the kept samples of any shard begin and end, in `order`: in the shard, or in a part that is written."""
+    spans = locate_samples(kept.source.url, kept.indices)
+    if spans is not None:
+        begins, ends = np.array(spans, np.int64)[order].T
+        return begins, ends
+    contents = [_plain_tar(sample) for _, sample in kept_samples(kept.rows())]
+    ends = np.cumsum([len(contents[row]) for row in order])
+    begins = ends - [len(contents[row]) for row in order]
+    storage.write_bytes(_part(plan, number), b"".join(contents[row] for row in order))
+    return begins, ends
+
+
+def gather(plan: Plan, begin: int, end: int) -> Iterator[Block | tuple[KeptRow, Sample]]:
     """The pairs at places `begin` to `end` of the shuffle, in its order.
 
     Samples of plain local tars stay in the mapped files; the others, at most one pruned tar's worth, are in memory.
     """
     numbers = plan.permutation.number(np.arange(begin, end))
-    sources = np.unique(np.searchsorted(plan.starts, numbers, side="right") - 1)
-    found: dict[int, tuple[KeptRow, Buffer]] = {}
-    for number in sources:
-        found.update(_fetch(plan, int(number), begin, end))
+    inputs = np.unique(np.searchsorted(plan.starts, numbers, side="right") - 1)
+    tables = []
+    for number in inputs:
+        table = _open_list(_list(plan, int(number)))
+        first, last = np.searchsorted(table["place"].to_numpy(), [begin, end])
+        tables.append(table.slice(first, last - first))
+    if all("sizes" in table.column_names for table in tables):
+        yield _block(plan, inputs.tolist(), tables)
+        return
+    found: dict[int, tuple[KeptRow, Buffer | Sample]] = {}
+    for number, table in zip(inputs, tables, strict=True):
+        found.update(_fetch(plan, int(number), table))
     for place in range(begin, end):
         row, content = found.pop(place)
-        sample = sample_in(content, row.index)
+        sample = content if isinstance(content, Sample) else sample_in(content, row.index)
         check_key(row, sample)
         yield row, sample
+
+
+def _block(plan: Plan, inputs: list[int], tables: list[pa.Table]) -> Block:
+    """The pairs of lists with layouts as one block, in order of their places."""
+    counts = [table.num_rows for table in tables]
+    merged = pa.concat_tables(tables)
+    order = np.argsort(merged["place"].to_numpy())
+    owner = np.repeat(np.arange(len(inputs)), counts)[order].tolist()
+    views = [map_file(plan.inputs[number].url) for number in inputs]
+    taken = merged.select(["uid", "key", "index"]).take(pa.array(order))
+    uids, keys, indices = (taken[name].to_pylist() for name in ("uid", "key", "index"))
+    layout = from_columns(merged).of(order)
+    return Block([plan.inputs[inputs[n]] for n in owner], uids, keys, indices, layout, [views[n] for n in owner])
 
 
 def clean_up(plan: Plan) -> None:
@@ -77,12 +104,14 @@ def clean_up(plan: Plan) -> None:
         fs.rm(path, recursive=True)
 
 
-def _fetch(plan: Plan, number: int, begin: int, end: int) -> Iterator[tuple[int, tuple[KeptRow, Buffer]]]:
-    """The samples of an input shard that go to places `begin` to `end`, with these, as bytes of a plain tar."""
+def _fetch(plan: Plan, number: int, table: pa.Table) -> Iterator[tuple[int, tuple[KeptRow, Buffer | Sample]]]:
+    """The samples in rows of an input shard's list, with their places: as bytes of a plain tar where they are so."""
     source = plan.inputs[number]
-    table = _open_list(_list(plan, number))
-    first, last = np.searchsorted(table["place"].to_numpy(), [begin, end])
-    columns = table.slice(first, last - first).to_pydict()
+    columns = table.to_pydict()
+    rows = [KeptRow(source, *row) for row in zip(columns["uid"], columns["key"], columns["index"], strict=True)]
+    if "sizes" in columns:
+        yield from zip(columns["place"], zip(rows, _block(plan, [number], [table]).samples(), strict=True), strict=True)
+        return
     part = _part(plan, number)
     if storage.exists(part):
         fs, path = storage.filesystem(part)
@@ -90,8 +119,8 @@ def _fetch(plan: Plan, number: int, begin: int, end: int) -> Iterator[tuple[int,
         view = memoryview(fs.cat_file(path, start=offset, end=columns["end"][-1]))
     else:
         offset, view = 0, map_file(source.url)
-    for place, start, stop, uid, key, index in zip(*columns.values(), strict=True):
-        yield place, (KeptRow(source, uid, key, index), view[start - offset : stop - offset])
+    for place, start, stop, row in zip(columns["place"], columns["begin"], columns["end"], rows, strict=True):
+        yield place, (row, view[start - offset : stop - offset])
 
 
 def _open_list(url: str) -> pa.Table:

@@ -41,8 +41,8 @@ def samples_of(layout: Layout, content: bytes) -> list[tuple[str, list[tuple[str
         for name, data, size, json in zip(names, layout.data, layout.sizes, layout.json, strict=True)
     ]
     return [
-        (layout.keys[start].decode(), members[start:stop])
-        for start, stop in zip(layout.first[:-1], layout.first[1:], strict=True)
+        (key.decode(), members[start:stop])
+        for key, start, stop in zip(layout.keys, layout.first[:-1], layout.first[1:], strict=True)
     ]
 
 

@@ -104,6 +104,21 @@ def test_bytes_do_not_depend_on_the_workers_or_how_the_input_is_stored(
     assert files_of(tmp_path / "out0") == files_of(tmp_path / "out1")
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_inputs_may_be_stored_in_several_ways(tmp_path: Path, seed: int | None) -> None:
+    """A name beyond ASCII, or a compressed shard, sends a sample another way than its neighbours."""
+    plain = write_shards(tmp_path / "in", shards=3)
+    reshard(plan_of(make_run(tmp_path / "run", plain), tmp_path / "plain", seed=seed))
+    mixed = list(plain)
+    mixed[1] = write_shards(tmp_path / "in2", shards=3, suffix=".tar.gz")[1]
+    with tarfile.open(mixed[2], "a") as tar:
+        tar.addfile(tarfile.TarInfo("__é__"))
+    reshard(plan_of(make_run(tmp_path / "run2", mixed), tmp_path / "mixed", seed=seed))
+    names = [f"{number:05d}.tar" for number in range(3)]
+    wanted, found = files_of(tmp_path / "plain"), files_of(tmp_path / "mixed")
+    assert [found[name] for name in names if name in wanted] == [wanted[name] for name in names if name in wanted]
+
+
 def test_the_source_of_each_pair_is_recorded(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", write_shards(tmp_path / "in"))
     reshard(plan_of(made, tmp_path / "out", seed=1, suffix_keys=True))
