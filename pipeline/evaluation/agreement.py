@@ -45,9 +45,11 @@ class Line:
         scoring: cost of scoring with one run, likewise.
         loo: rank correlation with leave-one-out in the same run, mean over runs.
         loo_mean: the same with utilities and changes averaged over the runs first.
+        lds_same: LDS of a run's utilities with the outcomes of the same seed, mean over runs.
         lds_one: LDS of one run's utilities, mean over runs (outcomes averaged over seeds).
         lds: LDS of the utilities averaged over all runs.
-        ahead: by how much the LDS of `unrolled (checkpoints)` is above this one's, all runs; None without it.
+        ahead_same: by how much `lds_same` of `unrolled (checkpoints)` is above this one's; None without it.
+        ahead: the same of `lds`.
     """
 
     estimator: str
@@ -55,8 +57,10 @@ class Line:
     scoring: float
     loo: Interval
     loo_mean: Interval
+    lds_same: Interval
     lds_one: Interval
     lds: Interval
+    ahead_same: Interval | None
     ahead: Interval | None
 
 
@@ -74,9 +78,12 @@ def table(measured: Measured) -> list[Line]:
         mean = utilities.mean(0, keepdims=True)
         left_out = utilities[:, measured.rows]
         predicted = predicted_outcomes(mean, measured.halves)
-        ahead = None
+        by_run = predicted_outcomes(utilities, measured.halves)
+        ahead_same = ahead = None
         if leader is not None and name != LEADER:
             best = predicted_outcomes(leader.mean(0, keepdims=True), measured.halves)
+            best_by_run = predicted_outcomes(leader, measured.halves)
+            ahead_same = difference_of_spearman(best_by_run, by_run, measured.outcomes)
             ahead = difference_of_spearman(best, predicted, outcome)
         lines.append(
             Line(
@@ -85,8 +92,10 @@ def table(measured: Measured) -> list[Line]:
                 scoring=measured.costs[name][1],
                 loo=mean_spearman(left_out, measured.changes),
                 loo_mean=mean_spearman(mean[:, measured.rows], measured.changes.mean(0, keepdims=True)),
-                lds_one=mean_spearman(predicted_outcomes(utilities, measured.halves), each),
+                lds_same=mean_spearman(by_run, measured.outcomes),
+                lds_one=mean_spearman(by_run, each),
                 lds=mean_spearman(predicted, outcome),
+                ahead_same=ahead_same,
                 ahead=ahead,
             )
         )

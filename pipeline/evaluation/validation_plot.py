@@ -12,7 +12,7 @@ from pipeline.evaluation.agreement import Line
 
 _PANELS = (
     ("loo", "leave-one-out, same run"),
-    ("lds_one", "random halves (LDS), one run"),
+    ("lds_same", "random halves (LDS), same run"),
     ("lds", "random halves (LDS), all runs"),
 )
 

@@ -27,10 +27,10 @@ def show(lines: list[Line], cleaning: dict[str, Detection], seeds: list[dict[str
 def _agreement(lines: list[Line]) -> Table:
     shown = _table(
         "rank correlation with retraining (95 % intervals)",
-        ("estimator", "passes", "LOO", "LOO, mean", "LDS, one run", "LDS, all runs", "behind unrolled"),
+        ("estimator", "passes", "LOO", "LDS, same run", "behind unrolled", "LDS, all runs", "behind unrolled"),
     )
     for line in lines:
-        found = [_interval(value) for value in (line.loo, line.loo_mean, line.lds_one, line.lds, line.ahead)]
+        found = [_interval(value) for value in (line.loo, line.lds_same, line.ahead_same, line.lds, line.ahead)]
         passes = f"{text.number(line.directions, 2)} + {text.number(line.scoring, 2)}"
         shown.add_row(line.estimator, passes, *found)
     return shown
