@@ -76,6 +76,13 @@ class PairModel(nn.Module):
 
 
 class _PairCLIP(PairModel, open_clip.CLIP):  # type: ignore[misc]
+    transformer: Any
+    token_embedding: Any
+    positional_embedding: Any
+    ln_final: Any
+    attn_mask: Any
+    text_projection: Any
+
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """open_clip's text features, without the padding after the batch's longest caption.
 
