@@ -27,6 +27,7 @@ from pipeline.stages.job import Job, open_job
 from pipeline.stages.mapping import ordered_map
 from pipeline.stages.scoring import score
 from pipeline.stages.training import check_checkpoints, take_inventory, train
+from pipeline.stages.validating import validate
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
 
@@ -127,6 +128,7 @@ _STAGES: dict[str, Callable[[Job], None]] = {
     "select": _select,
     "emit": _emit,
     "report": _report,
+    "validate": validate,
 }
 
 
