@@ -109,12 +109,17 @@ def lead(found: Findings, config: Config) -> str:
     """The one sentence that says what the headline numbers mean."""
     rejected = found.total - found.scored
     text = f"Of {plural(found.total, 'pair')}, {count(found.kept)} are kept for training"
-    if found.cut.sharp:
+    by = config.select.by
+    if by != "utility":
+        text += f", chosen by {by}, with utility from the estimator"
+    elif found.cut.sharp:
         text += f": those with a utility of {number(found.cut.lowest_kept)} or more, by the estimator"
     else:
         text += ", chosen by the estimator"
     text += f" {config.score.estimator}. "
-    if found.pruned:
+    if found.pruned and by != "utility":
+        text += f"{count(found.pruned)} that rank lower are pruned. "
+    elif found.pruned:
         text += f"{count(found.pruned)} are pruned because others are expected to help the target more. "
     if rejected:
         text += f"{count(rejected)} could not be scored and are left out."

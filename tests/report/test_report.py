@@ -212,3 +212,12 @@ def test_browser_shows_it_at_every_width(made: Made, tmp_path: Path) -> None:
         corner = Image.open(picture).convert("L").getpixel((2, 880))
         assert isinstance(corner, int)
         assert (corner < 64) == dark
+
+
+def test_the_lead_names_the_formula_that_chose(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    by = "rank(utility) + rank(similarity)"
+    config = made.config.model_copy(update={"select": made.config.select.model_copy(update={"by": by})})
+    page = Path(write_report(made.run, config)).read_text(encoding="utf-8")
+    assert f"chosen by {by}, with utility from the estimator" in page
+    assert by not in Path(write_report(made.run, made.config)).read_text(encoding="utf-8")
