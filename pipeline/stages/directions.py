@@ -101,7 +101,7 @@ def draw_batches(job: Job) -> Batches:
 
 
 def _load(job: Job, shards: list[ShardInfo], positions: Positions, count: int, key: str) -> PairBatch:
-    pairs, _ = load_pairs(shards, positions, job.decoder(job.model()), job.config.data.caption, job.threads)
+    pairs, _ = load_pairs(shards, positions, job.decoder, job.config.data.caption, job.threads)
     if len(pairs) < 2:
         raise InputError(f"{key}: expected {count} readable pairs, found {len(pairs)}")
     return pairs[:count]

@@ -106,7 +106,7 @@ def _train(training: _Training) -> list[Any]:
     pairs, _ = training_pairs(job)
     cache = pairs()
     rows = np.flatnonzero(np.isin(cache.positions, training.positions))
-    held_out = load_held_out(config.evaluate.shards, job.decoder(job.model()), config.data.caption, job.threads)
+    held_out = load_held_out(config.evaluate.shards, job.decoder, config.data.caption, job.threads)
     device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
     value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, training.seed, device)
     return [held_out.metric, len(rows), value]
@@ -170,29 +170,35 @@ def _scored_positions(job: Job) -> Positions:
     return np.flatnonzero(np.isfinite(score_column(job, "utility")))
 
 
-def judge(job: Job) -> dict[str, Detection]:
-    """How well low utility, and beside it low similarity, finds the wrong captions of `evaluate.truth`, if given."""
-    config = job.config
-    if config.evaluate is None or config.evaluate.truth is None:
-        return {}
-    truth = read_truth(config.evaluate.truth)
-    uids = _uids(job)
-    known = np.array([uid in truth for uid in uids], dtype=bool)
-    wrong = np.array([truth.get(uid, False) for uid in uids], dtype=bool)
-    pruned = job.samples - read_summary(job.folder, config.select.name).kept
-    return {name: detect(score_column(job, name)[known], wrong[known], pruned) for name in ("utility", "similarity")}
+@dataclass(frozen=True)
+class Judgement:
+    """How well a selection and its scores find the wrong captions of `evaluate.truth`.
+
+    Attributes:
+        by: the ranking by `utility` and, beside it, by `similarity`.
+        pruned: pairs with a known truth that are not kept.
+        wrong: how many of these have a wrong caption.
+    """
+
+    by: dict[str, Detection]
+    pruned: int
+    wrong: int
 
 
-def judge_pruned(job: Job) -> tuple[int, int] | None:
-    """Of the pairs with known truth: how many were not kept, and how many of those have a wrong caption."""
+def judge(job: Job) -> Judgement | None:
+    """Judge the selection and the scores; None where no truth is given."""
     config = job.config
     if config.evaluate is None or config.evaluate.truth is None:
         return None
     truth = read_truth(config.evaluate.truth)
-    kept = np.zeros(job.samples, dtype=bool)
-    kept[kept_positions(job, config.select.name)] = True
-    out = [truth[uid] for uid, stays in zip(_uids(job), kept, strict=True) if not stays and uid in truth]
-    return len(out), sum(out)
+    uids = _uids(job)
+    known = np.array([uid in truth for uid in uids], dtype=bool)
+    wrong = np.array([truth.get(uid, False) for uid in uids], dtype=bool)
+    out = np.ones(job.samples, dtype=bool)
+    out[kept_positions(job, config.select.name)] = False
+    suspects = int(out.sum())
+    by = {name: detect(score_column(job, name)[known], wrong[known], suspects) for name in ("utility", "similarity")}
+    return Judgement(by, int((out & known).sum()), int((out & wrong).sum()))
 
 
 def _uids(job: Job) -> list[str]:

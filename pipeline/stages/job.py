@@ -85,8 +85,10 @@ class Job:
         proxy = self.config.proxy
         return build_model(proxy.model, pretrained=proxy.pretrained, loss=proxy.loss, seed=self.config.seed + run)
 
-    def decoder(self, model: PairModel) -> Decoder:
-        """Decoder of pairs into the input of `model`."""
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Decoder of pairs into the proxy's input; building the proxy for it is the dear part, so it is made once."""
+        model = self.model()
         return Decoder(model.image_spec, model.tokenize, self.config.data.max_pixels, self.config.data.source)
 
     @cached_property

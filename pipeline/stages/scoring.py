@@ -14,11 +14,12 @@ from pipeline.store.fingerprint import Fingerprint
 def score(job: Job, *, retry_failed: bool = False) -> Outcome:
     """Score every shard that is not committed yet. Failed shards are in the outcome; too many raise `StageError`."""
     config = job.config
+    fingerprint = scores_fingerprint(job)
     outcome = score_shards(
-        ScorerSpec(config, scores_fingerprint(job)),
+        ScorerSpec(config, fingerprint),
         job.inventory,
         job.folder,
-        scores_fingerprint(job),
+        fingerprint,
         config.engine,
         retry_failed=retry_failed,
     )
@@ -32,4 +33,4 @@ def scores_fingerprint(job: Job) -> Fingerprint:
     if mark is None:
         raise StageError(f"no finished directions in {job.folder.root}: run `diffprune directions CONFIG` first")
     batches = load_batches(job.folder.root)
-    return score_fingerprint(job.config, mark["checkpoints"], batches, job.model().image_spec)
+    return score_fingerprint(job.config, mark["checkpoints"], batches, job.decoder.spec)

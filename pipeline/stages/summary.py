@@ -18,8 +18,9 @@ from pipeline import text
 from pipeline.emit.summary import account
 from pipeline.engine.scoring import Outcome
 from pipeline.evaluation.subsets import Result
+from pipeline.selection.scan import committed_shards
 from pipeline.selection.summary import read_summary, summary_file
-from pipeline.stages.evaluating import judge, judge_pruned
+from pipeline.stages.evaluating import judge
 from pipeline.stages.job import Job
 from pipeline.stages.scoring import scores_fingerprint
 from pipeline.store import marks, storage
@@ -61,19 +62,13 @@ def timed(job: Job, stage: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds = round(time.monotonic() - start, 2)
-    before = _read(job).get("seconds", {}).get(stage, 0.0)
-    merge(job, {"seconds": {stage: max(seconds, before)}})
+    taken = _read(job).get("seconds", {})
+    _note(job, {"seconds": {**taken, stage: max(seconds, taken.get(stage, 0.0))}})
 
 
-def merge(job: Job, values: dict[str, Any]) -> None:
-    """Add values to `summary.json`; nested dictionaries are joined."""
-    summary = _read(job)
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(summary.get(key), dict) and key == "seconds":
-            summary[key].update(value)
-        else:
-            summary[key] = value
-    storage.write_json(job.folder.summary, summary)
+def _note(job: Job, values: dict[str, Any]) -> None:
+    """Put values into `summary.json`, in place of earlier ones of the same name."""
+    storage.write_json(job.folder.summary, {**_read(job), **values})
 
 
 def _read(job: Job) -> dict[str, Any]:
@@ -96,7 +91,7 @@ def note_scores(job: Job, outcome: Outcome | None = None) -> None:
             seconds[phase] = seconds.get(phase, 0.0) + value
     failed = [str(aside) for aside in outcome.failed] if outcome else []
     busy = seconds.get("score", 0.0)
-    merge(
+    _note(
         job,
         {
             "scores": {
@@ -117,15 +112,14 @@ def note_selection(job: Job) -> None:
     """Note the counts of the selection, and how well it found the wrong captions where the truth is known."""
     values: dict[str, Any] = {"counts": account(read_summary(job.folder, job.config.select.name))}
     judged = judge(job)
-    if judged:
-        pruned, wrong = judge_pruned(job) or (0, 0)
+    if judged is not None:
         values["quality"] = {
-            "auroc": judged["utility"].auroc,
-            "precision": wrong / pruned if pruned else None,
-            "base_rate": judged["utility"].base_rate,
-            "by": {name: found.to_dict() for name, found in judged.items()},
+            "auroc": judged.by["utility"].auroc,
+            "precision": judged.wrong / judged.pruned if judged.pruned else None,
+            "base_rate": judged.by["utility"].base_rate,
+            "by": {name: found.to_dict() for name, found in judged.by.items()},
         }
-    merge(job, values)
+    _note(job, values)
 
 
 def show(job: Job, results: list[Result], console: Console | None = None) -> None:
@@ -190,8 +184,6 @@ def selection_is_current(job: Job) -> bool:
     """Whether the selection on storage was made from the present scores with the present settings."""
     if not storage.exists(summary_file(job.folder, job.config.select.name)):
         return False
-    from pipeline.selection.scan import committed_shards
-
     done = read_summary(job.folder, job.config.select.name)
     _, scores = committed_shards(job.folder)
     return (

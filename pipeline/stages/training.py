@@ -88,7 +88,7 @@ class TrainingPairs:
             return build_cache(
                 job.cache_folder,
                 job.inventory,
-                job.decoder(job.model()),
+                job.decoder,
                 self.config.data.caption,
                 self.positions,
                 job.threads,

@@ -99,7 +99,7 @@ class _Pairs:
         """Pairs of the small run, then those of the warm-up."""
         count = self.sizes.pairs + (self.sizes.warm_pairs if self.sizes.warm_steps else 0)
         positions = self.job.draw(int(count * OVERDRAW) + 16, PAIRS_SEED, self.job.held_out_positions)
-        decoder = self.job.decoder(self.job.model())
+        decoder = self.job.decoder
         return load_pairs(self.job.inventory, positions, decoder, self.job.config.data.caption, self.job.threads)[0]
 
     @property
