@@ -174,6 +174,8 @@ def _add_results(table: Table, results: list[Result]) -> None:
     for other in (result for result in results if result is not kept):
         gap = kept.mean - other.mean
         noise = (kept.std**2 + other.std**2) ** 0.5
+        if noise != noise:  # one seed has no spread, so there is no verdict
+            continue
         verdict = (
             "better than" if gap > noise else "worse than" if gap < -noise else "no different, within the spread, from"
         )
