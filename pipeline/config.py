@@ -341,6 +341,9 @@ class ValidateConfig(Section):
     """Pairs of the small run that is retrained."""
     leave_out: PositiveInt = 64
     """Pairs left out, one at a time."""
+    partial: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Also take only this share of each pair away (0.1, say): an estimator that foretells that and not the removal of
+    the whole pair is right to first order, and the pair too large a step for it; null does not."""
     halves: PositiveInt = 64
     """Random halves trained on for the linear datamodelling score."""
     seeds: PositiveInt = 3
@@ -349,7 +352,7 @@ class ValidateConfig(Section):
     """Steps of every training."""
     warm_steps: Annotated[int, Field(ge=0)] = 0
     """AdamW steps on other pairs that all trainings start after: from scratch a short run learns too little to tell
-    pairs apart."""
+    pairs apart. An AdamW run goes on with the moments of these steps."""
     warm_pairs: PositiveInt = 1024
     """Pairs of those steps, none of which is in the small run."""
     warm_lr: Annotated[float, Field(gt=0)] = 4e-3

@@ -71,7 +71,7 @@ ESTIMATORS: tuple[EstimatorFacts, ...] = (
     ),
     EstimatorFacts(
         "z0",
-        "ΔL_V Δl_z / |Δθ|²",
+        "⟨ĝ_V, ĝ_z⟩, ĝ from loss differences between checkpoints",
         0,
         1,
         "target; two checkpoints",

@@ -23,6 +23,7 @@ class Measured:
         costs: of each estimator: forward passes over the pairs for its directions, and for scoring.
         rows: the pairs that were left out one at a time, `[k]`.
         changes: of the target loss without them, `[s, k]`.
+        partial: the same without a share of each only, or None.
         halves: bool `[h, n]`.
         outcomes: of training on each half, `[s, h]`.
     """
@@ -33,6 +34,7 @@ class Measured:
     changes: Floats
     halves: Bools
     outcomes: Floats
+    partial: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Line:
         scoring: cost of scoring with one run, likewise.
         loo: rank correlation with leave-one-out in the same run, mean over runs.
         loo_mean: the same with utilities and changes averaged over the runs first.
+        loo_partial: as `loo` with a share of each pair taken away; None where that was not measured.
         lds_same: LDS of a run's utilities with the outcomes of the same seed, mean over runs.
         lds_one: LDS of one run's utilities, mean over runs (outcomes averaged over seeds).
         lds: LDS of the utilities averaged over all runs.
@@ -57,6 +60,7 @@ class Line:
     scoring: float
     loo: Interval
     loo_mean: Interval
+    loo_partial: Interval | None
     lds_same: Interval
     lds_one: Interval
     lds: Interval
@@ -92,6 +96,7 @@ def table(measured: Measured) -> list[Line]:
                 scoring=measured.costs[name][1],
                 loo=mean_spearman(left_out, measured.changes),
                 loo_mean=mean_spearman(mean[:, measured.rows], measured.changes.mean(0, keepdims=True)),
+                loo_partial=None if measured.partial is None else mean_spearman(left_out, measured.partial),
                 lds_same=mean_spearman(by_run, measured.outcomes),
                 lds_one=mean_spearman(by_run, each),
                 lds=mean_spearman(predicted, outcome),
@@ -109,6 +114,8 @@ def raw_rows(measured: Measured) -> Iterable[dict[str, object]]:
         for seed in range(len(utilities)):
             for item, row in enumerate(measured.rows.tolist()):
                 yield _row("leave-one-out", name, seed, row, utilities[seed, row], measured.changes[seed, item])
+                if measured.partial is not None:
+                    yield _row("partial", name, seed, row, utilities[seed, row], measured.partial[seed, item])
             for item in range(len(measured.halves)):
                 yield _row("lds", name, seed, item, halves[seed, item], measured.outcomes[seed, item])
 

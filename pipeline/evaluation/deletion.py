@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,8 +132,8 @@ def _by_unrolling(run: SmallRun, recorded: Sequence[int], settings: Settings, ch
             rest = BatchLoss(passes, batch[kept], names).gradient(everything)
             slope = plus(slope, plus(rest, gradient, -1.0))
 
-        def after(params: Tree, first: Tree, second: Tree, g: Tree, step: int = step, rate: float = rate) -> Any:
-            moved = advanced(RunState(step, params, first, second), g, rate, replay.rule)
+        def after(params: Tree, first: Tree, second: Tree, g: Tree, at: RunState = state, rate: float = rate) -> Any:
+            moved = advanced(replace(at, params=params, first=first, second=second), g, rate, replay.rule)
             return moved.params, moved.first, moved.second
 
         state_now = (state.params, state.first, state.second, gradient)

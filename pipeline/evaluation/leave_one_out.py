@@ -15,9 +15,12 @@ def left_out_pairs(n: int, count: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(n, size=min(count, n), replace=False)).astype(np.int64)
 
 
-def left_out_changes(run: SmallRun, rows: NDArray[np.int64]) -> Floats:
-    """Change of the target loss from training without each of `rows`, `[k]`; positive for pairs that help."""
+def left_out_changes(run: SmallRun, rows: NDArray[np.int64], removal: float = 1.0) -> Floats:
+    """Change of the target loss from training without each of `rows`, `[k]`; positive for pairs that help.
+
+    With a `removal` below 1 only that share of each pair is taken away: what an estimator of first order foretells.
+    """
     without = torch.zeros(len(rows) + 1, len(run.data), dtype=torch.bool)
     without[torch.arange(len(rows)) + 1, torch.from_numpy(rows)] = True
-    losses = run.losses(without)
+    losses = run.losses(without, removal)
     return np.asarray((losses[1:] - losses[0]).numpy(), np.float64)

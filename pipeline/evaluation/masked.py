@@ -101,18 +101,36 @@ def train_masked(
     masks: Tensor,
     recipe: Recipe,
     at_step: Callable[[int, Tree, Tree, Tree], None] | None = None,
+    removal: float = 1.0,
 ) -> Tree:
     """Train one model per row of `masks [M, n]` (1 = the pair is in) and return their parameters, stacked `[M, ...]`.
 
-    `at_step(t, params, exp_avg, exp_avg_sq)` is called after every step `t` with the stacked state.
+    Adam's moments are those of `start`, or empty where it has none.
+
+    Args:
+        model: run at each row's parameters.
+        start: where every training begins.
+        data: the pairs.
+        masks: `[M, n]`.
+        recipe: how they are trained.
+        at_step: `at_step(t, params, exp_avg, exp_avg_sq)` is called after every step `t` with the stacked state.
+        removal: 1 leaves the masked pairs out; less mixes in as much of the gradient without them, and the whole
+            batch's for the rest.
     """
-    stacked = {name: value.expand(len(masks), *value.shape).clone() for name, value in start.params.items()}
-    first = {name: torch.zeros_like(value) for name, value in stacked.items()}
-    second = {name: torch.zeros_like(value) for name, value in stacked.items()}
+    count = len(masks)
+    stacked = _repeated(start.params, count)
+    zeros = {name: torch.zeros_like(value) for name, value in start.params.items()}
+    adam = start.adam
+    first = _repeated(zeros if adam is None else adam.exp_avg, count)
+    second = _repeated(zeros if adam is None else adam.exp_avg_sq, count)
+    updates = 0 if adam is None else adam.steps
 
     def loss(params: Tree, keep: Tensor, images: Tensor, tokens: Tensor, captions: Tensor) -> Tensor:
         features = functional_call(model, {**params, **start.buffers}, (images, tokens))
-        return masked_loss(features, keep, captions, recipe)
+        without = masked_loss(features, keep, captions, recipe)
+        if removal == 1:
+            return without
+        return removal * without + (1 - removal) * masked_loss(features, torch.ones_like(keep), captions, recipe)
 
     gradients = vmap(grad(loss), in_dims=(0, 0, None, None, None))
     torch.backends.mha.set_fastpath_enabled(False)
@@ -121,15 +139,20 @@ def train_masked(
         with sdpa_kernel(SDPBackend.MATH):
             gradient = gradients(stacked, masks[:, rows], batch.images, batch.tokens, batch.captions)
         with torch.no_grad():
-            _advance(stacked, first, second, gradient, step, recipe)
+            _advance(stacked, first, second, gradient, updates + step, recipe.rates[step - 1], recipe)
         if at_step is not None:
             at_step(step, stacked, first, second)
     return stacked
 
 
-def _advance(params: Tree, first: Tree, second: Tree, gradient: Tree, step: int, recipe: Recipe) -> None:
-    """One step of SGD or AdamW (Loshchilov & Hutter, Algorithm 2), on stacked parameters."""
-    rate = recipe.rates[step - 1]
+def _repeated(tree: Tree, count: int) -> Tree:
+    return {name: value.expand(count, *value.shape).clone() for name, value in tree.items()}
+
+
+def _advance(
+    params: Tree, first: Tree, second: Tree, gradient: Tree, updates: int, rate: float, recipe: Recipe
+) -> None:
+    """The moments' step number `updates` of SGD or AdamW (Loshchilov & Hutter, Algorithm 2), on stacked parameters."""
     factor = _clip_factors(gradient, recipe.grad_clip)
     for name, value in params.items():
         g = gradient[name]
@@ -143,8 +166,8 @@ def _advance(params: Tree, first: Tree, second: Tree, gradient: Tree, step: int,
             continue
         first[name].lerp_(g, 1 - recipe.beta1)
         second[name].mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
-        denominator = (second[name] / (1 - recipe.beta2**step)).sqrt_().add_(recipe.eps)
-        value.addcdiv_(first[name], denominator, value=-rate / (1 - recipe.beta1**step))
+        denominator = (second[name] / (1 - recipe.beta2**updates)).sqrt_().add_(recipe.eps)
+        value.addcdiv_(first[name], denominator, value=-rate / (1 - recipe.beta1**updates))
 
 
 def _clip_factors(gradient: Tree, limit: float | None) -> Tensor | None:
@@ -162,7 +185,7 @@ def checkpoint_of(
     adam = None
     if recipe.optimizer == "adamw":
         adam = AdamState(
-            steps=step,
+            steps=step + (start.adam.steps if start.adam is not None else 0),
             exp_avg={name: value[row].clone() for name, value in first.items()},
             exp_avg_sq={name: value[row].clone() for name, value in second.items()},
             beta1=recipe.beta1,

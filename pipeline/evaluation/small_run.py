@@ -62,17 +62,23 @@ class SmallRun:
         """The pairs of the step from `step` to `step + 1`."""
         return self.data[self.recipe.order[step]]
 
-    def retrained(self, without: Tensor) -> Tree:
-        """Parameters after training without some pairs, stacked `[M, ...]`; `without` is bool `[M, n]`."""
+    def retrained(self, without: Tensor, removal: float = 1.0) -> Tree:
+        """Parameters after training without some pairs, stacked `[M, ...]`.
+
+        Args:
+            without: bool `[M, n]`.
+            removal: how much of them is taken away (`train_masked`).
+        """
         parts = []
         for rows in torch.split(without, STACK):
             masks = self._masks(len(rows)).masked_fill(rows, 0)
-            parts.append(train_masked(self.model, self.start, self.data, masks, self.recipe))
+            parts.append(train_masked(self.model, self.start, self.data, masks, self.recipe, removal=removal))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def losses(self, without: Tensor) -> Tensor:
-        """Mean target loss after training without some pairs, float64 `[M]`; `without` is bool `[M, n]`."""
-        return torch.cat([self.target_losses(self.retrained(rows)) for rows in torch.split(without, STACK)])
+    def losses(self, without: Tensor, removal: float = 1.0) -> Tensor:
+        """Mean target loss after training without some pairs, float64 `[M]`; arguments as for `retrained`."""
+        parts = torch.split(without, STACK)
+        return torch.cat([self.target_losses(self.retrained(rows, removal)) for rows in parts])
 
     def target_losses(self, stacked: Tree) -> Tensor:
         """Mean target loss under each of the stacked parameters, float64 `[M]`."""
@@ -110,7 +116,7 @@ def small_run(
     """A run with the proxy's settings on `data`, `validation.steps` long; its data order is that of run number `run`.
 
     Batches larger than the data become all of the data; `proxy.augment` is left out. With `others`, it starts after
-    `validation.warm_steps` on these. `model` is changed.
+    `validation.warm_steps` on these, and an AdamW run goes on with the moments of those steps. `model` is changed.
     """
     size = min(config.proxy.batch_size, len(data))
     update = {"batch_size": size, "steps": config.validation.steps, "workers": 1, "subset": 1.0}
@@ -135,21 +141,24 @@ def small_run(
     )
     start = Checkpoint(0, 0.0, run, params, buffers)
     for warm in rest:
-        start.params = _warmed_up(small, start, warm, recipe, config, run)
+        start = _warmed_up(small, start, warm, recipe, config)
     return SmallRun(small, start, data, target, recipe)
 
 
 def _warmed_up(
-    model: torch.nn.Module, start: Checkpoint, others: PairBatch, recipe: Recipe, config: Config, run: int
-) -> Tree:
-    """Parameters after `validation.warm_steps` of AdamW on other pairs; the small run's own optimizer starts anew."""
+    model: torch.nn.Module, start: Checkpoint, others: PairBatch, recipe: Recipe, config: Config
+) -> Checkpoint:
+    """The start of a run after `validation.warm_steps` of AdamW on other pairs, with Adam's moments for an AdamW run.
+
+    Without them the first steps would nearly be the signs of the gradient, as no run's later steps are.
+    """
     validation = config.validation
     settings = TrainingSettings(
         steps=validation.warm_steps,
         batch_size=min(WARM_BATCH, len(others)),
         lr=validation.warm_lr,
         seed=config.seed + 1,
-        run=run,
+        run=start.run,
     )
     own = replace(
         recipe,
@@ -157,10 +166,15 @@ def _warmed_up(
         rates=[float(rate) for rate in learning_rates(settings)],
         optimizer="adamw",
         weight_decay=settings.weight_decay,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        eps=settings.eps,
         grad_clip=None,
     )
     masks = torch.ones(1, len(others), dtype=next(iter(start.params.values())).dtype)
-    return {name: value[0].clone() for name, value in train_masked(model, start, others, masks, own).items()}
+    reached: list[Checkpoint] = []
+
+    def keep(step: int, params: Tree, first: Tree, second: Tree) -> None:
+        if step == validation.warm_steps:
+            reached.append(checkpoint_of(0, step, 0.0, params, first, second, start, own))
+
+    train_masked(model, start, others, masks, own, at_step=keep)
+    (found,) = reached
+    return replace(found, step=0, adam=found.adam if recipe.optimizer == "adamw" else None)

@@ -37,25 +37,35 @@ class StepRule:
 
 @dataclass(frozen=True)
 class RunState:
-    """Parameters and optimizer state after `step` steps: `first` is Adam's first moment or SGD's momentum."""
+    """A run's state between two steps.
+
+    Attributes:
+        step: steps of the run so far.
+        params: the parameters.
+        first: Adam's first moment, or SGD's momentum.
+        second: Adam's second moment.
+        updates: steps that the moments have seen: more than `step` in a run that went on with another's moments.
+    """
 
     step: int
     params: Tree
     first: Tree
     second: Tree
+    updates: int
 
     @staticmethod
     def of(checkpoint: Checkpoint, device: torch.device) -> RunState:
         """The state that a checkpoint records; moments that it lacks are zero, as before the first step."""
         params = {name: value.to(device) for name, value in checkpoint.params.items()}
         zeros = tree_map(torch.zeros_like, params)
-        first, second = zeros, zeros
+        first, second, updates = zeros, zeros, checkpoint.step
         if checkpoint.adam is not None:
+            updates = checkpoint.adam.steps
             first = {name: checkpoint.adam.exp_avg[name].to(device) for name in params}
             second = {name: checkpoint.adam.exp_avg_sq[name].to(device) for name in params}
         elif checkpoint.momentum is not None:
             first = {name: checkpoint.momentum[name].to(device) for name in params}
-        return RunState(checkpoint.step, params, first, second)
+        return RunState(checkpoint.step, params, first, second, updates)
 
 
 def clip_factor(gradient: Tree, rule: StepRule) -> float:
@@ -81,10 +91,10 @@ def advanced(state: RunState, gradient: Tree, rate: float, rule: StepRule) -> Ru
             continue
         first[name] = rule.beta1 * state.first[name] + (1 - rule.beta1) * g
         second[name] = rule.beta2 * state.second[name] + (1 - rule.beta2) * g * g
-        corrections = 1 - rule.beta1 ** (state.step + 1), 1 - rule.beta2 ** (state.step + 1)
+        corrections = 1 - rule.beta1 ** (state.updates + 1), 1 - rule.beta2 ** (state.updates + 1)
         spread = torch.sqrt(second[name] / corrections[1]) + rule.eps
         params[name] = kept - rate / corrections[0] * first[name] / spread
-    return RunState(state.step + 1, params, first, second)
+    return RunState(state.step + 1, params, first, second, state.updates + 1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def carried_back(after: Adjoint, before: RunState, gradient: Tree, rate: float, 
             before.first[name],
             before.second[name],
             g,
-            before.step,
+            before.updates,
             rate,
             rule,
         )
@@ -131,17 +141,17 @@ def carried_back(after: Adjoint, before: RunState, gradient: Tree, rate: float, 
 
 
 def _through_adam(
-    u: Tensor, a1: Tensor, a2: Tensor, m: Tensor, v: Tensor, g: Tensor, step: int, rate: float, rule: StepRule
+    u: Tensor, a1: Tensor, a2: Tensor, m: Tensor, v: Tensor, g: Tensor, updates: int, rate: float, rule: StepRule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives with respect to the gradient and the two moments before the step."""
     m = rule.beta1 * m + (1 - rule.beta1) * g
     v = rule.beta2 * v + (1 - rule.beta2) * g * g
-    rate = rate / (1 - rule.beta1 ** (step + 1))
-    root = torch.sqrt(v / (1 - rule.beta2 ** (step + 1)))
+    rate = rate / (1 - rule.beta1 ** (updates + 1))
+    root = torch.sqrt(v / (1 - rule.beta2 ** (updates + 1)))
     spread = root + rule.eps
     of_m = a1 - u * rate / spread
     # d root / d v = 1 / (2 root correction); a parameter that never had a gradient has root 0 and moves by m alone.
-    slope = torch.where(root > 0, 0.5 / (root * (1 - rule.beta2 ** (step + 1))), torch.zeros_like(root))
+    slope = torch.where(root > 0, 0.5 / (root * (1 - rule.beta2 ** (updates + 1))), torch.zeros_like(root))
     slope = torch.where(slope.isfinite(), slope, torch.zeros_like(slope))
     of_v = a2 + u * rate * m / spread.square() * slope
     of_g = (1 - rule.beta1) * of_m + 2 * (1 - rule.beta2) * g * of_v

@@ -11,9 +11,12 @@ from pipeline.influence.local import LocalView
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.self_influence import diff_in_self, gradient_norm, tracin_self
 from pipeline.influence.settings import WHOLE_RUN, Batches, Settings
-from pipeline.influence.trees import norm, plus, without_zeros
+from pipeline.influence.trees import dot, norm, plus, without_zeros
 from pipeline.influence.unrolled import Replay, unrolled_exactly, unrolled_from_checkpoints
 from pipeline.types import Checkpoint, Tree
+
+#: Checkpoints around one from which `z0` guesses a gradient there: half of them before it, half after.
+_NEIGHBOURS = 4
 
 
 def prepare(
@@ -107,22 +110,33 @@ def prepare_run(
 def zeroth_order(
     model: nn.Module, checkpoints: Sequence[Checkpoint], batches: Batches, settings: Settings, weight: float
 ) -> list[ProbePlan]:
-    """Z0-Inf: between consecutive checkpoints `<g_V, G_z>` is taken as `dL_V dl_z / |dtheta|^2`.
+    """Z0-Inf (arXiv 2510.11832): `<g_V, G_z>` with gradients guessed from losses, mean over the checkpoints.
 
-    Each gradient is known only along the way between the two, where it is the difference of losses over its length.
-    Summed over the intervals and ordered by checkpoint, each needs the pair's loss once.
+    At a checkpoint `t` a gradient is taken as the sum over neighbouring checkpoints `a` of
+    `(l(a) - l(t)) (theta_a - theta_t) / |theta_a - theta_t|^2`, divided by `_NEIGHBOURS`, as in the authors' code
+    (`z_self_inf_finite_diff`; their train-test form divides by the squared distances once more and is not followed).
+    The product is linear in the losses of the pair, so each checkpoint needs one forward pass.
     """
     if len(checkpoints) < 2:
         raise InputError("z0 takes differences between checkpoints: expected at least two per run, found one")
     views = [LocalView(model, checkpoint, batches, settings) for checkpoint in checkpoints]
     losses = [float(view.target_loss.value(view.state)) for view in views]
-    slopes = [0.0]
-    for (before, loss_before), (after, loss_after) in zip(
-        zip(views, losses, strict=True), list(zip(views, losses, strict=True))[1:], strict=False
-    ):
-        way = norm(plus(after.params, before.params, -1.0))
-        slopes.append((loss_after - loss_before) / way**2 if way else 0.0)
-    return [ProbePlan([Probe(weight * (here - ahead))]) for here, ahead in zip(slopes, [*slopes[1:], 0.0], strict=True)]
+    weights = [0.0] * len(views)
+    share = weight / len(views)
+    for here, view in enumerate(views):
+        ways: dict[int, Tree] = {}
+        for there in range(max(0, here - _NEIGHBOURS // 2), min(len(views), here + _NEIGHBOURS // 2 + 1)):
+            way = plus(views[there].params, view.params, -1.0)
+            if norm(way):
+                ways[there] = way
+        gradient: Tree = {}
+        for there, way in ways.items():
+            gradient = plus(gradient, way, (losses[there] - losses[here]) / norm(way) ** 2 / _NEIGHBOURS)
+        for there, way in ways.items():
+            slope = share * float(dot(gradient, way)) / norm(way) ** 2 / _NEIGHBOURS
+            weights[there] += slope
+            weights[here] -= slope
+    return [ProbePlan([Probe(weight)]) for weight in weights]
 
 
 def along_gradient(here: LocalView, vector: Tree, weight: float) -> ProbePlan:

@@ -18,6 +18,7 @@ from pipeline.data.sampling import load_pairs
 from pipeline.engine.tasks import run_tasks
 from pipeline.errors import ConfigError
 from pipeline.evaluation.agreement import Measured, raw_rows, table
+from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import losses_without, suspects, with_swapped_captions
 from pipeline.evaluation.deletion import deletions, random_deletions
 from pipeline.evaluation.estimates import Estimator, forms_of, reference_of
@@ -136,15 +137,18 @@ def measure(item: _Seed) -> dict[str, Any]:
     estimator = Estimator(run, recorded, reference)
     estimates = {form.name: estimator.estimate(form) for form in forms_of(sizes.estimators, settings)}
     fast = small_run(config, job.model(item.seed), data, target, item.seed, pairs.others, dtype=torch.float32)
+    rows = left_out_pairs(n, sizes.leave_out, config.seed)
     result: dict[str, Any] = {
         "utilities": {name: found.utilities.tolist() for name, found in estimates.items()},
         "costs": {name: [found.directions, found.scoring] for name, found in estimates.items()},
-        "changes": left_out_changes(run, left_out_pairs(n, sizes.leave_out, config.seed)).tolist(),
+        "changes": left_out_changes(run, rows).tolist(),
         "outcomes": outcomes(fast, random_halves(n, sizes.halves, config.seed)).tolist(),
         "pairs": n,
         "steepness": max((e.steepness for e in estimates.values() if e.steepness is not None), default=None),
         "losses": [float(run.target_losses({k: v[None] for k, v in run.states[at].params.items()})) for at in (0, -1)],
     }
+    if sizes.partial is not None:
+        result["partial"] = left_out_changes(run, rows, sizes.partial).tolist()
     if sizes.deletions:
         sets = random_deletions(n, sizes.deletions + 1, DELETED, config.seed)
         result["deletions"] = [asdict(found) for found in deletions(run, recorded, settings, sets)]
@@ -177,8 +181,11 @@ def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> N
         changes=np.array([seed["changes"] for seed in seeds]),
         halves=random_halves(n, sizes.halves, config.seed),
         outcomes=np.array([seed["outcomes"] for seed in seeds]),
+        partial=None if sizes.partial is None else np.array([seed["partial"] for seed in seeds]),
     )
     lines = table(measured)
+    wrong = np.array(seeds[0]["wrong"], dtype=bool) if "wrong" in seeds[0] else None
+    runs = list(by_runs(measured, wrong)) if len(seeds) > 1 else []
     rows = list(raw_rows(measured))
     for number, seed in enumerate(seeds):
         for item, found in enumerate(seed.get("deletions", [])):
@@ -186,20 +193,21 @@ def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> N
                         | {key: found[key] for key in ("predicted", "true", "distance")})  # fmt: skip
         for name, loss in seed.get("cleaned", {}).items():
             rows.append({"measure": "cleaned", "estimator": name, "seed": number, "item": 0, "true": loss})
-    cleaning = _cleaning(measured, seeds)
+    cleaning = _cleaning(measured, wrong)
     with storage.atomic_writer(storage.join(folder, "results.parquet")) as handle:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), handle, compression="zstd")
     storage.write_json(
         storage.join(folder, "table.json"),
         {
             "lines": [_plain(asdict(line)) for line in lines],
+            "runs": [_plain(asdict(line)) for line in runs],
             "cleaning": {name: _plain(found.to_dict()) for name, found in cleaning.items()},
             "target_loss": [seed["losses"] for seed in seeds],
             "eta_lambda_max": [seed["steepness"] for seed in seeds],
         },
     )
-    storage.write_bytes(storage.join(folder, "validation.svg"), plot(lines))
-    show(lines, cleaning, seeds)
+    storage.write_bytes(storage.join(folder, "validation.svg"), plot(lines, runs))
+    show(lines, runs, cleaning, seeds)
 
 
 _SCHEMA = pa.schema(
@@ -222,9 +230,8 @@ def _plain(row: Any) -> Any:
     return None if isinstance(row, float) and not math.isfinite(row) else row
 
 
-def _cleaning(measured: Measured, seeds: list[dict[str, Any]]) -> dict[str, Detection]:
+def _cleaning(measured: Measured, wrong: Bools | None) -> dict[str, Detection]:
     """How well low utility (mean over the runs) finds the wrong pairs, precision at their true number."""
-    if "wrong" not in seeds[0]:
+    if wrong is None:
         return {}
-    wrong = np.array(seeds[0]["wrong"], dtype=bool)
     return {name: detect(values.mean(0), wrong, int(wrong.sum())) for name, values in measured.utilities.items()}

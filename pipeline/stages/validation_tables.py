@@ -10,14 +10,17 @@ from rich.table import Table
 
 from pipeline import text
 from pipeline.evaluation.agreement import Line
+from pipeline.evaluation.by_runs import RunsLine
 from pipeline.evaluation.correlation import Interval
 from pipeline.evaluation.quality import Detection
 
 
-def show(lines: list[Line], cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> None:
+def show(lines: list[Line], runs: list[RunsLine], cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> None:
     """Print the tables that there is something for; `seeds` are the raw numbers of each seed."""
     console = Console()
     console.print(_agreement(lines))
+    if runs:
+        console.print(_by_runs(runs))
     if cleaning:
         console.print(_cleaning(cleaning, seeds))
     if deletions := [deletion for seed in seeds for deletion in seed.get("deletions", [])]:
@@ -27,12 +30,37 @@ def show(lines: list[Line], cleaning: dict[str, Detection], seeds: list[dict[str
 def _agreement(lines: list[Line]) -> Table:
     shown = _table(
         "rank correlation with retraining (95 % intervals)",
-        ("estimator", "passes", "LOO", "LDS, same run", "behind unrolled", "LDS, all runs", "behind unrolled"),
+        (
+            "estimator",
+            "passes",
+            "LOO",
+            "LOO, in part",
+            "LOO, all runs",
+            "LDS, same run",
+            "behind unrolled",
+            "LDS, all runs",
+            "behind unrolled",
+        ),
     )
     for line in lines:
-        found = [_interval(value) for value in (line.loo, line.lds_same, line.ahead_same, line.lds, line.ahead)]
         passes = f"{text.number(line.directions, 2)} + {text.number(line.scoring, 2)}"
-        shown.add_row(line.estimator, passes, *found)
+        found = (line.loo, line.loo_partial, line.loo_mean, line.lds_same, line.ahead_same, line.lds, line.ahead)
+        shown.add_row(line.estimator, passes, *(_interval(value) for value in found))
+    return shown
+
+
+def _by_runs(lines: list[RunsLine]) -> Table:
+    numbers = sorted({line.runs for line in lines})
+    shown = _table(
+        "utilities averaged over some of the runs: LDS, and AUROC of low utility for wrong captions",
+        ("estimator", "", *(f"{number} run{'s' * (number > 1)}" for number in numbers)),
+    )
+    for name in dict.fromkeys(line.estimator for line in lines):
+        own = [line for line in lines if line.estimator == name]
+        shown.add_row(name, "LDS", *(f"{line.lds:.2f} ± {line.lds_std:.2f}" for line in own))
+        rates = [f"{line.auroc:.2f} ± {line.auroc_std:.2f}" for line in own if line.auroc is not None]
+        if rates:
+            shown.add_row("", "AUROC", *rates)
     return shown
 
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline.evaluation.agreement import LEADER, Measured, table
+from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import suspects, with_swapped_captions
 from pipeline.evaluation.correlation import bootstrapped, mean_spearman, spearman
 from pipeline.evaluation.deletion import deletions
@@ -154,4 +158,56 @@ def test_table_and_plot_of_a_known_case() -> None:
     assert best.lds.above(chance.lds)
     assert chance.ahead is not None
     assert chance.ahead.low > 0
-    assert plot([best, chance]) == plot([best, chance])
+    assert best.loo_partial is None
+    runs = list(by_runs(measured, effects.mean(0) < 0))
+    assert plot([best, chance], runs) == plot([best, chance], runs)
+    assert plot([best, chance], [])
+
+
+def test_averaging_runs_helps_where_their_errors_differ() -> None:
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=40)
+    halves = random_halves(40, 60, 0)
+    runs = effects + 2 * rng.normal(size=(5, 40))
+    runs[1] *= 100  # a run of another scale counts no more than the others
+    measured = Measured(
+        utilities={"noisy": runs},
+        costs={"noisy": (0.0, 1.0)},
+        rows=np.arange(3),
+        changes=np.zeros((5, 3)),
+        halves=halves,
+        outcomes=np.repeat(predicted_outcomes(effects, halves)[None], 5, 0),
+    )
+    lines = list(by_runs(measured, effects < 0))
+    assert [line.runs for line in lines] == [1, 2, 3, 4, 5]
+    assert all(before.lds < after.lds for before, after in pairwise(lines))
+    assert lines[-1].auroc is not None
+    assert lines[0].auroc is not None
+    assert lines[-1].auroc > lines[0].auroc + 0.1
+    assert lines[-1].lds_std == 0
+    assert all(line.auroc is None for line in by_runs(measured, None))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_derivative_foretells_a_partial_removal_best(optimizer: str) -> None:
+    run = make_run(optimizer, batch=12, steps=6, rate=0.05, eps=SMOOTH)
+    predicted = utilities(run, "unrolled (own batches)")
+    off = []
+    for removal in (1.0, 0.01):
+        found = left_out_changes(run, ROWS, removal) / removal
+        off.append(float(np.linalg.norm(found - predicted) / np.linalg.norm(predicted)))
+    assert off[1] < 0.01 < off[0]
+
+
+def test_an_adamw_run_goes_on_with_the_moments_it_starts_from() -> None:
+    long = make_run("adamw", batch=12, steps=6, rate=0.01, eps=SMOOTH)
+    half = replace(long, recipe=replace(long.recipe, order=long.recipe.order[3:], rates=long.recipe.rates[3:]))
+    half.start = replace(long.states[3], step=0)
+    for before, after in zip(long.states[3:], half.states, strict=True):
+        assert before.adam is not None
+        assert after.adam is not None
+        assert (after.step, after.adam.steps) == (before.step - 3, before.adam.steps)
+        for name, value in before.params.items():
+            torch.testing.assert_close(after.params[name], value, rtol=1e-12, atol=1e-14)
+    true = left_out_changes(half, ROWS, 0.01) / 0.01
+    assert utilities(half, "unrolled (own batches)") == pytest.approx(true, rel=0.05, abs=1e-3 * np.abs(true).max())

@@ -162,22 +162,30 @@ def test_an_operator_without_forward_derivative_is_named_and_the_forward_form_ru
         Scorer(model, list(zip(renamed, central, strict=True)), batches.reference, settings)
 
 
-def test_z0_needs_two_checkpoints_and_telescopes():
+def test_z0_needs_two_checkpoints_and_equals_the_product_of_guessed_gradients():
     settings = Settings(estimator="z0")
     model, checkpoints, batches, pairs = make_case(settings)
     with pytest.raises(InputError, match="at least two"):
         prepare_run(model, checkpoints[:1], batches, settings, dataset_size=N)
+    checkpoints = [
+        replace(checkpoints[0], step=step, params={n: v + step * torch.sin(step * v) / 50 for n, v in p.items()})
+        for step, p in enumerate([checkpoints[0].params] * 4, start=1)
+    ]
     plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
     found = Scorer(model, list(zip(checkpoints, plans, strict=True)), batches.reference, settings).score(pairs)
     views = [Explicit(model, c, settings) for c in checkpoints]
-    losses = [view.pairs(pairs, batches.reference, 0) for view in views]
-    targets = [view.batch(batches.target, 0) for view in views]
-    expected = sum(
-        (targets[k + 1] - targets[k])
-        * (losses[k + 1] - losses[k])
-        / (views[k + 1].theta - views[k].theta).square().sum()
-        for k in range(2)
-    )
+    of_pairs = [view.pairs(pairs, batches.reference, 0) for view in views]
+    of_target = [view.batch(batches.target, 0)[None] for view in views]
+
+    def guessed(losses, here):
+        total = 0
+        for there in range(4):
+            if there != here and abs(there - here) <= 2:
+                way = views[there].theta - views[here].theta
+                total = total + torch.outer(losses[there] - losses[here], way) / way.square().sum() / 4
+        return total
+
+    expected = sum((guessed(of_pairs, t) @ guessed(of_target, t).T)[:, 0] for t in range(4)) / 4
     assert_close(found.terms.sum(1), expected, 1e-9)
 
 
