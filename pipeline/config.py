@@ -6,6 +6,7 @@ The only module that knows YAML. A config is checked as a whole before any work;
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -364,6 +365,22 @@ class ValidateConfig(Section):
     `evaluate.truth` known wrong captions are judged instead."""
 
 
+class TrackConfig(Section):
+    """Where the trainings of the proxy and of `evaluate` log their losses and results, beside TensorBoard's files in
+    the run's folder."""
+
+    wandb: str | None = None
+    """A project of Weights & Biases (`pip install 'diffprune[wandb]'`, then `wandb login` or `WANDB_MODE=offline`);
+    null logs nothing there."""
+
+    @field_validator("wandb")
+    @classmethod
+    def _installed(cls, value: str | None) -> str | None:
+        if value is not None and importlib.util.find_spec("wandb") is None:
+            raise ValueError("expected null, as wandb is not installed (pip install 'diffprune[wandb]')")
+        return value
+
+
 class ReportConfig(Section):
     """The report page."""
 
@@ -388,6 +405,7 @@ class Config(Section):
     emit: EmitConfig = EmitConfig()
     evaluate: EvaluateConfig | None = None
     validation: ValidateConfig = ValidateConfig()
+    track: TrackConfig = TrackConfig()
     report: ReportConfig = ReportConfig()
 
 

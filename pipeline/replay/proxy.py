@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DiffpruneError
@@ -22,6 +21,7 @@ from pipeline.replay.workers import Alone, Workers
 from pipeline.run import RunFolder
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
+from pipeline.tracking import Board
 
 #: Called after each step with the steps taken, the loss before the last of them and the rate that it used.
 Progress = Callable[[int, float, float], None]
@@ -97,7 +97,7 @@ def train_proxy(
                 "exact": trainer.model.trains_as_it_evaluates,
             }
             write_plan(files, settings, trainer.order, trainer.rates, facts)
-        board = _tensorboard(folder, run, trainer)
+        board = None if workers.rank else Board(folder, config, f"run-{run:03d}", trainer.step + 1)
         try:
             session.train(losses, board, progress)
         except DiffpruneError as error:
@@ -137,7 +137,7 @@ class _Session:
         self.trainer.restore(load_checkpoint(self.files.resume_point(step), self.trainer.model))
         return list(mark["losses"])
 
-    def train(self, losses: list[float], board: SummaryWriter | None, progress: Progress | None) -> None:
+    def train(self, losses: list[float], board: Board | None, progress: Progress | None) -> None:
         """Take the steps that are left and commit the run."""
         trainer, steps = self.trainer, self.trainer.settings.steps
         while trainer.step < steps:
@@ -150,8 +150,7 @@ class _Session:
             if step % self.resume_every == 0 and step < steps:
                 self._keep_resume_point(step, losses)
             if board is not None:
-                board.add_scalar("loss", losses[-1], step)
-                board.add_scalar("learning_rate", rate, step)
+                board.log(step, loss=losses[-1], learning_rate=rate)
             self._show_progress(step, losses[-1], rate)
             if progress is not None:
                 progress(step, losses[-1], rate)
@@ -189,11 +188,3 @@ def _remove_outdated(folder: RunFolder, files: RecordFolder) -> None:
         storage.remove(mark)
     for url in storage.list_files(files.root, ".safetensors"):
         storage.remove(url)
-
-
-def _tensorboard(folder: RunFolder, run: int, trainer: Trainer) -> SummaryWriter | None:
-    """Scalars of a local run for TensorBoard, going on at the trainer's step; object stores cannot be appended to."""
-    if trainer.workers.rank or not storage.is_local(folder.root):
-        return None
-    logs = storage.join(storage.local_path(folder.root), "tensorboard", f"run-{run:03d}")
-    return SummaryWriter(logs, purge_step=trainer.step + 1)
