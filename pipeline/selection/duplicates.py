@@ -1,9 +1,13 @@
 """Which pairs repeat others: exactly, by content hash, or nearly, by image embedding (SemDeDup, arXiv 2303.09540).
 
 Of pairs that repeat each other the one that ranks highest stays. Near-duplicates are searched within the parts of
-clusters; a pair close to a border is compared in the part beyond it, too. A pair goes when a better one above the
-cosine threshold stays in the same part; that one may in turn go for a better one in another part, so each pair that
-goes is linked by near-duplicates to one that stays.
+clusters; a pair close to a border visits the part beyond it, too, and is compared with the residents there. A pair goes
+when a better one above the cosine threshold stays in the same part; that one may in turn go for a better one in another
+part, so each pair that goes is linked by near-duplicates to one that stays.
+
+Most comparisons are settled in `SKETCH` dimensions. With `P` an orthonormal projection and `r` what it leaves of a
+vector's length, the cosine of unit vectors is at most `Px . Py + r_x r_y` (Cauchy and Schwarz on the rest), so only
+pairs with this bound above the threshold are compared in full: nothing is lost.
 """
 
 from __future__ import annotations
@@ -14,19 +18,25 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.selection.clusters import unit
 from pipeline.selection.keys import parse_uids
 from pipeline.selection.recipe import DUPLICATE, Judged, OpenShard, Recipe
 from pipeline.selection.regroup import Int64, Rows, best_first, bring_back, evaluate_buckets, place_rows, regroup
-from pipeline.selection.scan import ScoreShard
+from pipeline.selection.scan import Bool, ScoreShard
 from pipeline.selection.tasks import MapTasks
 
 #: Pairs of a bucket of content hashes (36 bytes each).
 BUCKET_PAIRS = 1 << 22
-#: Rows compared at a time.
-BLOCK = 1024
-#: Cosines of unit vectors in float32 are off by about this much.
-ROUNDING = 1e-6
+#: Rows compared at a time with this many times as many.
+BLOCK, WIDTH = 1024, 4
+#: Dimensions in which pairs are compared first; fewer than this many rows are compared in full at once.
+SKETCH, FEW = 64, 512
+#: With more than one in so many pairs above the bound, comparing all in full is faster.
+DENSE = 256
+#: Cosines of unit vectors in float32, and their bounds, are off by less than this.
+ROUNDING, BOUND_ROUNDING = 1e-6, 1e-5
 
+Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 
@@ -60,29 +70,62 @@ def exact_duplicates(rows: Rows) -> UInt8:
 
 
 def near_duplicates(rows: Rows, cosine: float) -> UInt8:
-    """1 for each row [n] within `cosine` of a better row of its part that stays, else 0."""
+    """1 for each row [n] within `cosine` of a better row of its part that stays, else 0.
+
+    Rows that are not `home` are visitors of their part; two visitors are not compared.
+    """
     result = np.zeros(len(rows), dtype=np.uint8)
     order = best_first(rows)
     for part in np.unique(rows["part"]):
         members = order[rows["part"][order] == part]
-        result[members[_greedy(rows["embedding"][members].astype(np.float32), cosine - ROUNDING)]] = 1
+        vectors = unit(rows["embedding"][members].astype(np.float32))
+        result[members[_greedy(vectors, rows["home"][members], cosine - ROUNDING)]] = 1
     return result
 
 
-def _greedy(vectors: npt.NDArray[np.float32], cosine: float) -> npt.NDArray[np.bool_]:
+def _greedy(vectors: Float32, home: Bool, cosine: float) -> Bool:
     """Which of the unit vectors [n, d], best first, lie above `cosine` of one before them that was not dropped."""
     dropped = np.zeros(len(vectors), dtype=bool)
+    sketches = _sketches(vectors) if len(vectors) >= FEW and vectors.shape[1] > 2 * SKETCH else None
     for start in range(0, len(vectors), BLOCK):
-        block = vectors[start : start + BLOCK]
-        for other in range(0, start, 4 * BLOCK):
-            stop = min(other + 4 * BLOCK, start)
-            near = block @ vectors[other:stop].T > cosine
-            dropped[start : start + len(block)] |= (near & ~dropped[other:stop]).any(axis=1)
-        near = np.tril(block @ block.T > cosine, -1)
-        for place in np.flatnonzero(near.any(axis=1)):
-            if not dropped[start + place]:
-                dropped[start + place] = (near[place] & ~dropped[start : start + len(block)]).any()
+        block = np.arange(start, min(start + BLOCK, len(vectors)))
+        before = np.flatnonzero(~dropped[: block[-1] + 1])
+        found = [
+            _near(vectors, sketches, left, right[place : place + WIDTH * BLOCK], cosine)
+            for left, right in ((block[home[block]], before), (block[~home[block]], before[home[before]]))
+            for place in range(0, len(right) or 1, WIDTH * BLOCK)
+        ]
+        worse, better = (np.concatenate([pair[side] for pair in found]) for side in (0, 1))
+        order = np.argsort(worse, kind="stable")
+        places, starts = np.unique(worse[order], return_index=True)
+        for place, others in zip(places, np.split(better[order], starts)[1:], strict=True):
+            dropped[place] = not dropped[others].all()
     return dropped
+
+
+def _near(vectors: Float32, sketches: Float32 | None, left: Int64, right: Int64, cosine: float) -> tuple[Int64, Int64]:
+    """The pairs of one of `left` and one of `right` before it whose cosine is above `cosine`."""
+    above = None if sketches is None else sketches[left] @ sketches[right].T > cosine - BOUND_ROUNDING
+    if above is None or np.count_nonzero(above) * DENSE > above.size:
+        row, column = np.nonzero(vectors[left] @ vectors[right].T > cosine)
+    else:
+        row, column = np.nonzero(above)
+        near = np.einsum("ij,ij->i", vectors[left[row]], vectors[right[column]]) > cosine
+        row, column = row[near], column[near]
+    first, second = left[row], right[column]
+    earlier = second < first
+    return first[earlier], second[earlier]
+
+
+def _sketches(vectors: Float32) -> Float32:
+    """What bounds the cosines of unit vectors [n, d] by their inner products: projections on about their leading
+    subspace (one step of a randomised subspace iteration) and the length of what is left [n, SKETCH + 1]."""
+    start = np.random.default_rng(0).normal(size=(vectors.shape[1], SKETCH)).astype(np.float32)
+    basis, _ = np.linalg.qr(vectors.T @ (vectors @ start))
+    inside = vectors @ basis
+    left = (vectors**2).sum(axis=1) - (inside**2).sum(axis=1)
+    # The two sums differ by rounding: what is added is more than that, and the bound stays one.
+    return np.column_stack([inside, np.sqrt(np.maximum(left, 0) + np.float32(1e-6))])
 
 
 def _content_rows(buckets: int, opened: OpenShard, judged: Judged) -> tuple[Rows, Int64]:

@@ -107,11 +107,11 @@ def _part_rows(
     parts = opened.layer("part", judged.span)[judged.places() - judged.span.start][chosen]
     place, probe = np.nonzero(parts >= 0) if visitors else (np.arange(len(chosen)), np.zeros(len(chosen), np.int64))
     chosen, part = chosen[place], parts[place, probe]
-    extra: list[tuple[Any, ...]] = [("part", "i4"), ("embedding", "f2", (vectors.shape[1],))]
+    extra: list[tuple[Any, ...]] = [("part", "i4"), ("home", "?"), ("embedding", "f2", (vectors.shape[1],))]
     if scale is not None:
         extra += [("value", "f4"), ("tier", "i4")]
     rows = place_rows(judged, opened.shard.index, chosen, extra)
-    rows["part"], rows["embedding"] = part, vectors[chosen]
+    rows["part"], rows["home"], rows["embedding"] = part, probe == 0, vectors[chosen]
     if scale is not None:
         rows["value"] = (judged.value[chosen] - scale[0]) / scale[1]
         rows["tier"] = tier[chosen]

@@ -14,6 +14,19 @@ SCHEMA_VERSION = 1
 #: Rows per row group: small enough that a filter on `utility` or `status` skips most of a file.
 ROW_GROUP_ROWS = 4096
 
+#: Columns of few distinct values. Others are written without a dictionary, which would only add its indices to them
+#: and make embeddings several times slower to read.
+_REPEATING = ["shard", "status", "error", "width", "height", "caption_length", "source"]
+
+#: How score files are written.
+PARQUET_OPTIONS: dict[str, Any] = {
+    "row_group_size": ROW_GROUP_ROWS,
+    "compression": "zstd",
+    "compression_level": 3,
+    "use_dictionary": _REPEATING,
+    "write_page_index": True,
+}
+
 _COLUMNS: list[tuple[str, pa.DataType, bool, str]] = [
     ("uid", pa.string(), False, "the pair's identity, 32 hex digits"),
     ("key", pa.string(), False, "name of the sample within its shard"),
@@ -90,13 +103,5 @@ def serialise(table: pa.Table, *, estimator: str, fingerprint: str) -> bytes:
     """A score file's bytes. Equal tables give equal bytes, whoever writes them and when."""
     metadata = {"estimator": estimator, "fingerprint": fingerprint, "schema_version": str(SCHEMA_VERSION)}
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.combine_chunks().replace_schema_metadata(metadata),
-        sink,
-        row_group_size=ROW_GROUP_ROWS,
-        compression="zstd",
-        compression_level=3,
-        write_page_index=True,
-        store_schema=True,
-    )
+    pq.write_table(table.combine_chunks().replace_schema_metadata(metadata), sink, **PARQUET_OPTIONS)
     return bytes(sink.getvalue().to_pybytes())

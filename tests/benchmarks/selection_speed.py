@@ -29,7 +29,7 @@ from pipeline.selection.plan import plan_selection
 from pipeline.selection.select import select
 from pipeline.selection.tasks import thread_map
 from pipeline.store import storage
-from pipeline.store.scores import ROW_GROUP_ROWS
+from pipeline.store.scores import PARQUET_OPTIONS
 
 KEEP = 0.3
 
@@ -57,7 +57,7 @@ def write_scores(run: RunFolder, pairs: int, per_file: int) -> None:
             "source": pa.array(np.where(failed, "a.example", "b.example")),
         }
         url = run.score_file(number)
-        pq.write_table(pa.table(columns), url, row_group_size=ROW_GROUP_ROWS, compression="zstd")
+        pq.write_table(pa.table(columns), url, **PARQUET_OPTIONS)
         mark = {
             "shard": number, "url": f"{number}.tar", "rows": count, "ok": 0, "reasons": {}, "end_error": "", "bytes": 0,
             "checksum": "", "seconds": {}, "finished": 0.0, "worker": "", "fingerprint": "", "parts": {},

@@ -79,16 +79,23 @@ def test_planted_near_duplicates_are_found_and_the_best_stays(tmp_path, monkeypa
     assert kept(run, "again") == kept(run)
 
 
-def test_greedy_removal_matches_the_definition():
+@pytest.mark.parametrize("dense", [1, 256, 10**9])  # never, sometimes and always compared in full
+@pytest.mark.parametrize(("dim", "spread"), [(8, 0.2), (256, 0.05), (256, 0.6)])
+def test_greedy_removal_matches_the_definition(monkeypatch, dim, spread, dense):
+    monkeypatch.setattr(duplicates, "DENSE", dense)
     rng = np.random.default_rng(2)
-    vectors = clusters.unit(blobs(rng, rng.normal(size=(40, 8)), 60, 0.2).astype(np.float32))[rng.permutation(2400)]
-    similarity = vectors @ vectors.T
+    spectrum = np.arange(1, dim + 1) ** -0.7
+    points = blobs(rng, rng.normal(size=(40, dim)), 60, spread * spectrum)
+    vectors = clusters.unit(points.astype(np.float32))[rng.permutation(2400)]
+    home = rng.random(2400) < 0.6
+    near = vectors @ vectors.T > 0.95
+    near &= home[:, None] | home
     stays: list[int] = []
     for n in range(len(vectors)):
-        if not (similarity[n, stays] > 0.95).any():
+        if not near[n, stays].any():
             stays.append(n)
-    assert np.flatnonzero(~duplicates._greedy(vectors, 0.95)).tolist() == stays
-    assert len(stays) < 2000
+    assert np.flatnonzero(~duplicates._greedy(vectors, home, 0.95)).tolist() == stays
+    assert 40 < len(stays) < 2350
 
 
 def test_embeddings_of_a_joined_run(tmp_path):
