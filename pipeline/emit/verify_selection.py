@@ -16,7 +16,7 @@ from pipeline.emit.manifest import SelectionFolder, build_manifest, read_manifes
 from pipeline.emit.uids import UID_DTYPE, Uids, read_uids, write_uids
 from pipeline.errors import DiffpruneError
 from pipeline.run import RunFolder
-from pipeline.selection.scan import committed_shards
+from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.summary import SelectionSummary
 from pipeline.store import storage
 
@@ -30,7 +30,7 @@ def check_selection(run: RunFolder, inventory: Sequence[ShardInfo], selection: S
     """Problems of a finished selection and of what was handed over of it, pruned tars apart."""
     folder = SelectionFolder(run.selection(selection.name))
     try:
-        if committed_shards(run)[1] != selection.scores:
+        if input_fingerprint(run, selection.config["join"]) != selection.scores:
             yield f"{folder.root}: stale: selected from other scores than those there now; run `diffprune select`"
     except DiffpruneError as error:
         yield str(error)

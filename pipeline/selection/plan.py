@@ -17,7 +17,7 @@ from pipeline.selection.keys import order_keys, value_of
 from pipeline.selection.prepare import Progress
 from pipeline.selection.quotas import Counts, count_of, share_out
 from pipeline.selection.recipe import HARMFUL, Recipe
-from pipeline.selection.scan import ScoreShard, committed_shards
+from pipeline.selection.scan import ScoreShard, committed_shards, input_fingerprint
 from pipeline.selection.tasks import MapTasks
 
 
@@ -72,8 +72,9 @@ def plan_selection(
     when a count cannot be met, `InputError` for joined runs over other pairs.
     """
     tell = progress or (lambda _: None)
-    shards, fingerprint = committed_shards(run)
+    shards, _ = committed_shards(run)
     recipe = prepare.make_recipe(config, shards[0], seed, scratch)
+    fingerprint = input_fingerprint(run, config.join)
     recipe = prepare.work_out(run, recipe, shards, tell, map_tasks)
     recipe, clusters = structure.find_structure(config, recipe, shards, tell, map_tasks)
     tell("counting")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,16 @@ def committed_shards(run: RunFolder) -> tuple[list[ScoreShard], str]:
     lines = "\n".join(f"{mark.shard} {mark.fingerprint} {mark.checksum}" for mark in marks)
     shards = [ScoreShard(mark.shard, run.score_file(mark.shard), mark.url, mark.rows) for mark in marks]
     return shards, storage.checksum(lines.encode())
+
+
+def input_fingerprint(run: RunFolder, join: Mapping[str, str]) -> str:
+    """One fingerprint of all scores that a selection of `run` with these joined runs is made from.
+
+    Raises `StageError` where one of the runs has none.
+    """
+    found = committed_shards(run)[1]
+    joined = [f"{name} {committed_shards(RunFolder(root))[1]}" for name, root in sorted(join.items())]
+    return storage.checksum("\n".join([found, *joined]).encode()) if joined else found
 
 
 class ScoreFile:

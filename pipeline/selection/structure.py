@@ -46,7 +46,7 @@ def find_structure(
         tell("assigning clusters")
         margin = duplicates.border_margin(cosine) if cosine is not None else 0.0
         batches = _Batches.of(write_parts(recipe, shards, clusters, margin, map_tasks))
-        recipe = recipe.with_layer("part").with_layer("cluster")
+        recipe = replace(recipe.with_layer("part").with_layer("cluster"), clusters=len(clusters.complexity))
         if cosine is not None:
             tell("finding near-duplicates")
             rows = partial(_part_rows, batches, True, None)
@@ -67,7 +67,7 @@ def find_structure(
             bring_back(regrouped, "preference", -np.inf, "f4", map_tasks)
             recipe = recipe.with_layer("preference")
     if config.balance.by == "cluster" and clusters is not None:
-        recipe = replace(recipe, grouping="cluster", clusters=len(clusters.complexity))
+        recipe = replace(recipe, grouping="cluster")
     elif config.balance.by == "caption":
         tell("counting captions")
         recipe = replace(recipe, grouping="caption", captions=frequent_captions(recipe, shards, map_tasks))

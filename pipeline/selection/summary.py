@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config import SelectConfig
@@ -29,7 +29,8 @@ class SelectionSummary:
     `scored` are the pairs a fraction is taken of; `threshold` the ranked value of the last pair kept (none where
     several groups have their own); `shortfall` the pairs that a fraction asks for beyond those that can be kept;
     `harmful_kept` the significantly harmful ones that the quota needed. `scores` is a fingerprint of all score files
-    used. `seconds` is the time of each pass. `folder` is empty for a dry run.
+    used. `seconds` is the time of each pass; `clusters` are those of the embeddings, where any were found. `folder` is
+    empty for a dry run.
     """
 
     name: str
@@ -49,6 +50,7 @@ class SelectionSummary:
     sources: list[SourceKept]
     shards: list[ShardKept]
     seconds: dict[str, float]
+    clusters: list[GroupPlan] = field(default_factory=list)
 
 
 def summarise(
@@ -74,6 +76,7 @@ def summarise(
         sources=sources,
         shards=account.shards,
         seconds={name: round(value, 3) for name, value in seconds.items()},
+        clusters=[GroupPlan(f"cluster {number}", *counts) for number, counts in enumerate(account.clusters.T.tolist())],
     )
 
 
@@ -97,6 +100,7 @@ def read_summary(run: RunFolder, name: str) -> SelectionSummary:
     except FileNotFoundError:
         raise StageError(f"{url}: expected a finished selection {name!r}; make it with `diffprune select`") from None
     content["groups"] = [GroupPlan(**entry) for entry in content["groups"]]
+    content["clusters"] = [GroupPlan(**entry) for entry in content.get("clusters", [])]
     content["sources"] = [SourceKept(**entry) for entry in content["sources"]]
     content["shards"] = [ShardKept(**entry) for entry in content["shards"]]
     return SelectionSummary(**content, folder=run.selection(name))

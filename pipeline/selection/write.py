@@ -48,17 +48,20 @@ class ShardKept:
 
 @dataclass
 class Account:
-    """What is kept where: per shard in order, and (pairs, kept) per source."""
+    """What is kept where: per shard in order, (pairs, kept) per source, and where clusters were found [2, clusters]
+    the pairs that can be kept and those that are."""
 
     shards: list[ShardKept] = field(default_factory=list)
     pairs: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
+    clusters: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 0), np.int64))
 
     def add(self, other: Account) -> None:
         """Count what `other` has counted, too."""
         self.shards += other.shards
         self.pairs += other.pairs
         self.kept += other.kept
+        self.clusters = self.clusters + other.clusters
         if len(self.pairs) > MAX_SOURCES:
             for source, _ in self.pairs.most_common()[MAX_SOURCES - 1 :]:
                 if source != OTHER_SOURCES:
@@ -72,7 +75,7 @@ def carry_out(plan: SelectionPlan, folder: str | None, map_tasks: MapTasks) -> A
     A keep list has the kept pairs in input order; the same plan writes the same bytes. One is written for every
     shard, also where nothing of it is kept.
     """
-    total = Account()
+    total = Account(clusters=_no_clusters(plan))
     results: Iterable[Account] = map_tasks(partial(_carry_out, plan, folder), chunks(plan.shards))
     for part in results:
         total.add(part)
@@ -85,7 +88,7 @@ def keep_file(folder: str, shard: int) -> str:
 
 
 def _carry_out(plan: SelectionPlan, folder: str | None, shards: Sequence[ScoreShard]) -> Account:
-    account = Account()
+    account = Account(clusters=_no_clusters(plan))
     for shard in shards:
         with OpenShard(plan.recipe, shard) as opened:
             columns = ["uid", "key", "utility", "source"] if folder is not None else []
@@ -106,10 +109,19 @@ def _kept(
     for span in opened.spans():
         span.load(columns)
         judged = opened.judge(span)
-        rows = judged.places()[taken_rows(plan, judged, opened.shard.index)] - span.start
+        taken = taken_rows(plan, judged, opened.shard.index)
+        rows = judged.places()[taken] - span.start
+        if plan.recipe.clusters:
+            cluster = opened.layer("cluster", span)
+            for counts, places in zip(account.clusters, (judged.places() - span.start, rows), strict=True):
+                counts += np.bincount(cluster[places], minlength=len(counts))
         _count_sources(account.pairs, span.arrow("source"))
         _count_sources(account.kept, span.arrow("source").take(pa.array(rows)))
         yield span, rows
+
+
+def _no_clusters(plan: SelectionPlan) -> npt.NDArray[np.int64]:
+    return np.zeros((2, plan.recipe.clusters), np.int64)
 
 
 def taken_rows(plan: SelectionPlan, judged: Judged, shard: int) -> npt.NDArray[np.bool_]:

@@ -12,14 +12,14 @@ from pipeline import text
 from pipeline.config import Config
 from pipeline.data.shards import expand
 from pipeline.emit.emit import emit
-from pipeline.engine.connect import connect
+from pipeline.engine.connect import alive_nodes, connect
 from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.report.page import write_report
 from pipeline.run import RunFolder
 from pipeline.selection.compare import compare
 from pipeline.selection.select import select
 from pipeline.selection.summary import read_summary
-from pipeline.selection.tasks import thread_map
+from pipeline.selection.tasks import MapTasks, thread_map
 from pipeline.stages import summary
 from pipeline.stages.directions import compute_directions
 from pipeline.stages.evaluating import evaluate
@@ -30,6 +30,9 @@ from pipeline.stages.training import check_checkpoints, take_inventory, train
 from pipeline.stages.validating import validate
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
+
+#: Score files from which on a selection is shared out over the machines of a cluster.
+WORTH_OTHER_MACHINES = 256
 
 #: Rows of a table on the terminal; what comes after is counted.
 LONGEST_TABLE = 20
@@ -91,10 +94,17 @@ def _require_scores(job: Job) -> None:
 def _select(job: Job) -> None:
     _require_scores(job)
     if not summary.selection_is_current(job):
-        select(job.folder, job.config.select, seed=job.config.seed, map_tasks=thread_map)
+        select(job.folder, job.config.select, seed=job.config.seed, map_tasks=_passes(job))
     summary.note_selection(job)
     chosen = read_summary(job.folder, job.config.select.name)
     _say("select", f"{chosen.kept:,} of {chosen.total:,} pairs kept")
+
+
+def _passes(job: Job) -> MapTasks:
+    """How the passes over the score files run: in threads; as Ray tasks where there are many and other machines."""
+    if len(job.inventory) >= WORTH_OTHER_MACHINES and len(alive_nodes()) > 1:
+        return ordered_map(job, "select", "parts", at_least=1)
+    return thread_map
 
 
 def _emit(job: Job) -> None:
@@ -155,13 +165,28 @@ def show_plan(config: Config) -> None:
     _require_scores(job)
     plan = select(job.folder, config.select, seed=config.seed, dry_run=True, map_tasks=thread_map)
     console = Console()
-    rejected = sum(plan.rejected.values())
     console.print(
-        f"{plan.total:,} pairs: {plan.kept:,} kept, {sum(plan.pruned.values()):,} pruned, {rejected:,} rejected"
+        f"{plan.total:,} pairs: {plan.kept:,} kept, {_by_reason('pruned', plan.pruned)}, "
+        f"{_by_reason('rejected', plan.rejected)}",
+        soft_wrap=True,
     )
-    _show_shares("group", [(group.name, group.size, group.kept) for group in plan.groups], console)
+    if plan.threshold is not None:
+        console.print(f"threshold: {config.select.by} >= {plan.threshold:.6g}", markup=False, soft_wrap=True)
+    if plan.shortfall:
+        console.print(f"{plan.shortfall:,} fewer than asked for: no more can be kept")
+    if plan.harmful_kept:
+        console.print(f"{plan.harmful_kept:,} harmful ones are needed to meet the quota")
+    if config.select.balance.by == "caption":
+        _show_shares("caption", [(group.name, group.size, group.kept) for group in plan.groups], console)
+    _show_shares("cluster", [(cluster.name, cluster.size, cluster.kept) for cluster in plan.clusters], console)
     _show_shares("source", [(source.name, source.pairs, source.kept) for source in plan.sources], console)
     _show_shares("shard", [(shard.url, shard.rows, shard.kept) for shard in plan.shards], console)
+
+
+def _by_reason(fate: str, counts: dict[str, int]) -> str:
+    """Such as `9 pruned (quota 7, where 2)`."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+    return f"{sum(counts.values()):,} {fate}" + (f" ({reasons})" if reasons else "")
 
 
 def _show_shares(title: str, entries: list[tuple[str, int, int]], console: Console) -> None:

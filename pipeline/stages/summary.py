@@ -18,7 +18,7 @@ from pipeline import text
 from pipeline.emit.summary import account
 from pipeline.engine.scoring import Outcome
 from pipeline.evaluation.subsets import Result
-from pipeline.selection.scan import committed_shards
+from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.summary import read_summary, summary_file
 from pipeline.stages.evaluating import judge
 from pipeline.stages.job import Job
@@ -187,9 +187,8 @@ def selection_is_current(job: Job) -> bool:
     if not storage.exists(summary_file(job.folder, job.config.select.name)):
         return False
     done = read_summary(job.folder, job.config.select.name)
-    _, scores = committed_shards(job.folder)
     return (
         done.config == job.config.select.model_dump(mode="json")
         and done.seed == job.config.seed
-        and done.scores == scores
+        and done.scores == input_fingerprint(job.folder, job.config.select.join)
     )
