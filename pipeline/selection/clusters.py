@@ -1,6 +1,7 @@
 """Clusters of image embeddings: spherical k-means on a seeded sample, then the cluster of every pair.
 
-Clusters too large to be looked at in memory are split into parts. A cluster's complexity is that of Density-Based
+Clusters too large to be looked at in memory are split into parts; near-duplicates are looked for in parts of their own,
+which are larger. A cluster's complexity is that of Density-Based
 Pruning (arXiv 2401.04578): how spread out it is, times how far it is from its neighbours.
 """
 
@@ -18,18 +19,20 @@ from pipeline.errors import StageError
 from pipeline.selection import layers
 from pipeline.selection.keys import seeded_draw
 from pipeline.selection.recipe import Judged, OpenShard, Recipe
-from pipeline.selection.scan import ScoreShard
+from pipeline.selection.scan import Bool, ScoreShard
 from pipeline.selection.tasks import MapTasks, chunks
 
-#: Pairs that a part should have: its pairs of pairs are looked at in memory.
+#: Pairs that a part of a cluster should have: its pairs of pairs are looked at in memory.
 PART_PAIRS = 4096
+#: Clusters that k-means finds at once where only parts are wanted; beyond, these are split.
+MOST_CLUSTERS = 256
 #: Pairs sampled per part, and at most in all (4 bytes per dimension each).
 SAMPLE_PER_PART, MAX_SAMPLE = 256, 1 << 18
 ITERATIONS = 20
 #: Rows whose embeddings are looked at together (4 kB each with 512 dimensions).
 EMBEDDING_ROWS = 1 << 13
 #: Parts that a pair is looked at in, at most: its own and the next nearest ones.
-PROBES = 4
+PROBES = 8
 #: Neighbouring clusters that the distance between clusters is averaged over, and the softmax temperature (the paper's).
 NEIGHBOURS, TEMPERATURE = 20, 0.1
 
@@ -50,8 +53,9 @@ class Clusters:
         return np.asarray(scaled / scaled.sum())
 
 
-def image_embeddings(opened: OpenShard, judged: Judged) -> Float32:
-    """Unit-length image embeddings of the judged rows [k, d], from the run that `recipe.embeddings` names.
+def image_embeddings(opened: OpenShard, judged: Judged, chosen: Bool | None = None) -> Float32:
+    """Unit-length image embeddings [c, d] of the judged rows [k], or of those `chosen` [k], from the run that
+    `recipe.embeddings` names.
 
     The column holds image, then text; a pair without an embedding has zeros, which are near nothing.
     """
@@ -60,9 +64,9 @@ def image_embeddings(opened: OpenShard, judged: Judged) -> Float32:
     size = column.type.list_size
     flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
     whole = np.asarray(flat).reshape(len(column), size)[:, : size // 2]
-    found = (whole if judged.rows is None else whole[judged.rows]).astype(np.float32)
-    valid = np.asarray(column.is_valid().to_numpy(zero_copy_only=False))
-    found[~(valid if judged.rows is None else valid[judged.rows])] = 0
+    rows = judged.places() - span.start if chosen is None else judged.places()[chosen] - span.start
+    found = whole[rows].astype(np.float32)
+    found[~np.asarray(column.is_valid().to_numpy(zero_copy_only=False))[rows]] = 0
     found[~np.isfinite(found).all(axis=1)] = 0
     return unit(found)
 
@@ -74,10 +78,11 @@ def unit(vectors: Float32) -> Float32:
 
 
 def find_clusters(
-    recipe: Recipe, shards: Sequence[ScoreShard], pairs: int, count: int, map_tasks: MapTasks
+    recipe: Recipe, shards: Sequence[ScoreShard], pairs: int, count: int, part_pairs: int, map_tasks: MapTasks
 ) -> Clusters:
-    """`count` clusters (fewer where there are fewer pairs) of the `pairs` that can be kept, from a sample of them."""
-    parts = max(count, -(-pairs // PART_PAIRS))
+    """`count` clusters (fewer where there are fewer pairs) of the `pairs` that can be kept, from a sample of them,
+    and their parts of about `part_pairs`."""
+    parts = max(count, -(-pairs // part_pairs))
     share = min(1.0, min(parts * SAMPLE_PER_PART, MAX_SAMPLE) / max(pairs, 1))
     found = [part for task in map_tasks(partial(_sample, recipe, share), chunks(shards)) for part in task]
     sample = np.concatenate(found) if found else np.empty((0, 1), np.float32)
@@ -90,7 +95,7 @@ def find_clusters(
     for cluster in range(len(centroids)):
         members = sample[nearest[:, 0] == cluster]
         size = len(members) / len(sample) * pairs
-        wanted = min(int(np.ceil(size / PART_PAIRS)), len(members)) if size > 1.5 * PART_PAIRS else 1
+        wanted = min(int(np.ceil(size / part_pairs)), len(members)) if size > 1.5 * part_pairs else 1
         split = _kmeans(members, wanted, recipe.seed) if wanted > 1 else centroids[cluster : cluster + 1]
         parts_of.append(split)
         cluster_of += [cluster] * len(split)
@@ -108,10 +113,10 @@ def assign(vectors: Float32, centroids: Float32, nearest: int) -> tuple[npt.NDAr
 def write_parts(
     recipe: Recipe, shards: Sequence[ScoreShard], clusters: Clusters, margin: float, map_tasks: MapTasks
 ) -> npt.NDArray[np.int64]:
-    """Write the layers `cluster` [n] and `part` [n, PROBES]; returns the sizes of the parts [p].
+    """Write the layers `cluster` [n] and `part` [n, PROBES or 1]; returns how many pairs each part [p] looks at.
 
-    The first entry is a pair's own part. It visits a next nearest one (else -1) when it is nearer to the border than
-    `margin` times the distance of the two centroids: a near-duplicate of it may lie there.
+    The first entry is a pair's own part. It visits a next nearest one (else -1) when it is not farther than `margin`
+    from the border: a near-duplicate of it may lie beyond. With a margin of 0 pairs stay at home.
     """
     sizes = np.zeros(len(clusters.centroids), dtype=np.int64)
     for part in map_tasks(partial(_write_parts, recipe, clusters, margin), chunks(shards)):
@@ -126,9 +131,7 @@ def _sample(recipe: Recipe, share: float, shards: Sequence[ScoreShard]) -> list[
             for judged in opened.judged(EMBEDDING_ROWS):
                 high, low = judged.span.uids()
                 drawn = seeded_draw(high, low, recipe.seed + 1).astype(np.float64) < share * 2.0**64
-                vectors = image_embeddings(opened, judged)
-                chosen = drawn if judged.rows is None else drawn[judged.rows]
-                vectors = vectors[chosen]
+                vectors = image_embeddings(opened, judged, drawn if judged.rows is None else drawn[judged.rows])
                 found.append(vectors[vectors.any(axis=1)])
     return found
 
@@ -138,15 +141,17 @@ def _write_parts(
 ) -> npt.NDArray[np.int64]:
     sizes = np.zeros(len(clusters.centroids), dtype=np.int64)
     for shard in shards:
-        parts = np.full((shard.rows, PROBES), -1, dtype=np.int32)
+        parts = np.full((shard.rows, PROBES if margin > 0 else 1), -1, dtype=np.int32)
         with OpenShard(recipe, shard) as opened:
             for judged in opened.judged(EMBEDDING_ROWS):
                 vectors = image_embeddings(opened, judged)
-                places, similarity = assign(vectors, clusters.centroids, PROBES if margin > 0 else 1)
-                centroids = clusters.centroids[places]
-                apart = np.linalg.norm(centroids - centroids[:, :1], axis=2)
-                near = similarity[:, :1] - similarity <= margin * apart
-                parts[judged.places(), : places.shape[1]] = np.where(near, places, -1)
+                places, similarity = assign(vectors, clusters.centroids, parts.shape[1])
+                own = clusters.centroids[places[:, 0]]
+                parts[judged.places(), 0] = places[:, 0]
+                for probe in range(1, places.shape[1]):
+                    apart = np.linalg.norm(clusters.centroids[places[:, probe]] - own, axis=1)
+                    near = similarity[:, 0] - similarity[:, probe] <= margin * apart
+                    parts[judged.places(), probe] = np.where(near, places[:, probe], -1)
         sizes += np.bincount(parts[parts >= 0], minlength=len(sizes))
         layers.write(recipe.scratch, "part", shard.index, parts)
         layers.write(recipe.scratch, "cluster", shard.index, clusters.cluster[np.maximum(parts[:, 0], 0)])

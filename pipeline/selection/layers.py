@@ -20,9 +20,8 @@ def url(scratch: str, name: str, part: int) -> str:
 
 def write(scratch: str, name: str, part: int, values: npt.NDArray[Any]) -> None:
     """Write a part of a layer atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    storage.write_bytes(url(scratch, name, part), buffer.getvalue())
+    with storage.atomic_writer(url(scratch, name, part)) as handle:
+        np.lib.format.write_array(handle, values, allow_pickle=False)
 
 
 def read(scratch: str, name: str, part: int) -> npt.NDArray[Any]:

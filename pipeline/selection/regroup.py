@@ -46,13 +46,16 @@ class Regrouped:
 
     def load(self, bucket: int) -> Rows:
         """All rows of a bucket, by shard and row."""
-        ends = np.cumsum(self.counts, axis=1)
-        parts = []
-        for place, shard in enumerate(self.shards):
-            count, end = int(self.counts[place, bucket]), int(ends[place, bucket])
+        starts = self.counts[:, :bucket].sum(axis=1)
+        found, filled = np.empty(0, dtype=[("row", "i4")]), 0
+        for shard, start, count in zip(self.shards, starts.tolist(), self.counts[:, bucket].tolist(), strict=True):
             if count:
-                parts.append(layers.read_rows(self.scratch, self.name, shard.index, end - count, end))
-        return np.concatenate(parts) if parts else np.empty(0, dtype=[("row", "i4")])
+                part = layers.read_rows(self.scratch, self.name, shard.index, start, start + count)
+                if not filled:
+                    found = np.empty(int(self.counts[:, bucket].sum()), dtype=part.dtype)
+                found[filled : filled + count] = part
+                filled += count
+        return found
 
 
 def place_rows(judged: Judged, shard: int, chosen: Int64, extra: list[tuple[Any, ...]]) -> Rows:

@@ -11,9 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import SelectConfig
-from pipeline.errors import StageError
 from pipeline.selection import duplicates, redundancy
-from pipeline.selection.clusters import Clusters, find_clusters, image_embeddings, write_parts
+from pipeline.selection.clusters import (
+    MOST_CLUSTERS,
+    PART_PAIRS,
+    Clusters,
+    find_clusters,
+    image_embeddings,
+    write_parts,
+)
 from pipeline.selection.cuts import take_census
 from pipeline.selection.grouping import frequent_captions
 from pipeline.selection.prepare import Progress
@@ -24,7 +30,7 @@ from pipeline.selection.standardise import Moments
 from pipeline.selection.tasks import MapTasks, chunks
 
 #: Pairs of the parts that are loaded together (about 1 kB each with 512 dimensions).
-BATCH_PAIRS = 1 << 17
+BATCH_PAIRS = 1 << 16
 
 
 def find_structure(
@@ -34,30 +40,22 @@ def find_structure(
     if config.dedup.exact:
         tell("finding exact duplicates")
         recipe = duplicates.find_exact(recipe, shards, _pairs(recipe, shards, map_tasks), map_tasks)
-    cosine, fill = config.dedup.cosine, config.fill if config.policy == "significant" else ""
+    if config.dedup.cosine is not None:
+        recipe = _drop_near_duplicates(config.dedup.cosine, recipe, shards, tell, map_tasks)
+    fill = config.fill if config.policy == "significant" else ""
     preferring = config.policy == "infomax" or fill in ("representative", "diverse")
     clusters = None
-    if cosine is not None or preferring or config.balance.by == "cluster":
+    if preferring or config.balance.by == "cluster":
         tell("clustering")
         pairs = _pairs(recipe, shards, map_tasks)
-        if pairs == 0:
-            raise StageError("select: expected pairs that can be kept to cluster, found none")
-        clusters = find_clusters(recipe, shards, pairs, config.balance.clusters, map_tasks)
+        clusters = find_clusters(recipe, shards, pairs, config.balance.clusters, PART_PAIRS, map_tasks)
         tell("assigning clusters")
-        margin = duplicates.border_margin(cosine) if cosine is not None else 0.0
-        batches = _Batches.of(write_parts(recipe, shards, clusters, margin, map_tasks))
+        batches = _Batches.of(write_parts(recipe, shards, clusters, 0.0, map_tasks))
         recipe = replace(recipe.with_layer("part").with_layer("cluster"), clusters=len(clusters.complexity))
-        if cosine is not None:
-            tell("finding near-duplicates")
-            rows = partial(_part_rows, batches, True, None)
-            regrouped = regroup(recipe, shards, "near", batches.count, rows, map_tasks)
-            evaluate_buckets(regrouped, partial(duplicates.near_duplicates, cosine=cosine), map_tasks)
-            bring_back(regrouped, NEAR_DUPLICATE, 0, "u1", map_tasks)
-            recipe = recipe.with_layer(NEAR_DUPLICATE)
         if preferring:
             tell("weighing redundancy")
             scale = _value_moments(recipe, shards, map_tasks)
-            rows = partial(_part_rows, batches, False, scale)
+            rows = partial(_part_rows, batches, scale)
             regrouped = regroup(recipe, shards, "neighbours", batches.count, rows, map_tasks)
             work = {
                 "representative": redundancy.representative,
@@ -72,6 +70,22 @@ def find_structure(
         tell("counting captions")
         recipe = replace(recipe, grouping="caption", captions=frequent_captions(recipe, shards, map_tasks))
     return recipe, clusters
+
+
+def _drop_near_duplicates(
+    cosine: float, recipe: Recipe, shards: Sequence[ScoreShard], tell: Progress, map_tasks: MapTasks
+) -> Recipe:
+    """Write the layer `near-duplicate`."""
+    tell("parting for near-duplicates")
+    pairs = _pairs(recipe, shards, map_tasks)
+    count = min(-(-pairs // duplicates.PART_PAIRS), MOST_CLUSTERS)
+    parts = find_clusters(recipe, shards, pairs, count, duplicates.PART_PAIRS, map_tasks)
+    batches = _Batches.of(write_parts(recipe, shards, parts, duplicates.border_margin(cosine), map_tasks))
+    tell("finding near-duplicates")
+    regrouped = regroup(recipe, shards, "near", batches.count, partial(_part_rows, batches, None), map_tasks)
+    evaluate_buckets(regrouped, partial(duplicates.near_duplicates, cosine=cosine), map_tasks)
+    bring_back(regrouped, NEAR_DUPLICATE, 0, "u1", map_tasks)
+    return recipe.with_layer(NEAR_DUPLICATE)
 
 
 @dataclass(frozen=True)
@@ -94,9 +108,9 @@ def _pairs(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks) ->
 
 
 def _part_rows(
-    batches: _Batches, visitors: bool, scale: tuple[float, float] | None, opened: OpenShard, judged: Judged
+    batches: _Batches, scale: tuple[float, float] | None, opened: OpenShard, judged: Judged
 ) -> tuple[Rows, Int64]:
-    """Rows with their part and embedding; with `visitors` also where they visit; with `scale` (mean, deviation) the
+    """Rows with their embedding, once for each part they are looked at in; with `scale` (mean, deviation) the
     standardised value and the tier, without what is harmful."""
     vectors = image_embeddings(opened, judged)
     chosen = np.arange(len(judged.value))
@@ -105,7 +119,7 @@ def _part_rows(
     if scale is not None and tiers > 1:
         chosen = np.flatnonzero(tier != HARMFUL)
     parts = opened.layer("part", judged.span)[judged.places() - judged.span.start][chosen]
-    place, probe = np.nonzero(parts >= 0) if visitors else (np.arange(len(chosen)), np.zeros(len(chosen), np.int64))
+    place, probe = np.nonzero(parts >= 0)
     chosen, part = chosen[place], parts[place, probe]
     extra: list[tuple[Any, ...]] = [("part", "i4"), ("home", "?"), ("embedding", "f2", (vectors.shape[1],))]
     if scale is not None:

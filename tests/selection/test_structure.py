@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import BalanceConfig, DedupConfig, SelectConfig
 from pipeline.errors import ConfigError
-from pipeline.selection import clusters, duplicates, redundancy
+from pipeline.selection import clusters, duplicates, redundancy, structure
 from tests.selection.scores import kept, pickling_map, ranking, row, select, uid, write_run
 
 DIM = 16
@@ -55,7 +55,9 @@ def test_exact_duplicates_keep_the_best(tmp_path, monkeypatch, bucket):
 
 
 def test_planted_near_duplicates_are_found_and_the_best_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(clusters, "PART_PAIRS", 64)  # large clusters are split, and borders matter
+    monkeypatch.setattr(duplicates, "PART_PAIRS", 64)  # many parts, and borders matter
+    monkeypatch.setattr(structure, "MOST_CLUSTERS", 3)  # found in two levels
+    monkeypatch.setattr(structure, "BATCH_PAIRS", 200)
     rng = np.random.default_rng(1)
     base = blobs(rng, rng.normal(size=(6, DIM)), 60, 0.5)
     copies = base[:100] + rng.normal(size=(100, DIM)) * 0.01
@@ -64,7 +66,7 @@ def test_planted_near_duplicates_are_found_and_the_best_stays(tmp_path, monkeypa
     rows = embedded(vectors, utilities)
     shards, places = in_shards(rows, rng.permutation(len(rows)), 4)
     run = write_run(tmp_path, shards, embedding_size=2 * DIM)
-    config = SelectConfig(keep=1.0, dedup=DedupConfig(cosine=0.99), balance=BalanceConfig(clusters=5))
+    config = SelectConfig(keep=1.0, dedup=DedupConfig(cosine=0.99))
     summary = select(run, config, seed=0)
     stay = {places[place] for place in kept(run)}
     pairs = [(n, 360 + n) for n in range(100)]
