@@ -247,7 +247,8 @@ class BalanceConfig(Section):
     """Share of each group: by its size, the same for all, or (clusters) by how spread out it is and how far from
     others, whatever its size (Density-Based Pruning)."""
     clusters: PositiveInt = 100
-    """Clusters of image embeddings; large ones are split further where near-duplicates or neighbours are looked for."""
+    """Clusters of image embeddings, for quotas, `infomax` and fills; large ones are split where neighbours are looked
+    for."""
 
 
 class SelectConfig(Section):
