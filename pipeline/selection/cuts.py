@@ -3,8 +3,9 @@
 The order is total: higher key first, then lower uid, then lower shard and row. It is searched by radix selection over
 the 160 bits of key and complemented uid: each pass counts the next digit of the pairs that share the prefix found so
 far. As soon as few enough pairs share it they are collected and sorted. Without heavy ties that is two passes over
-the values (the first one is the census), plus the uids of a few row groups. Memory depends on the number of strata,
-not on the number of pairs.
+the values (the first one is the census), plus the uids of a few row groups. A single ranking mostly takes the census
+alone: the pairs about the place where a sample expects the cut are collected on the way. Memory depends on the number
+of strata, not on the number of pairs.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.selection.keys import UInt32, UInt64
+from pipeline.selection.boundaries import ALL, NONE, Boundaries, Int64
+from pipeline.selection.bracket import Bracket, Caught, Places
+from pipeline.selection.keys import KEY_BITS, UInt32, UInt64
 from pipeline.selection.quotas import Counts
-from pipeline.selection.recipe import Judged, OpenShard, Recipe
-from pipeline.selection.scan import Bool, ScoreFile, ScoreShard
+from pipeline.selection.recipe import OpenShard, Recipe
+from pipeline.selection.scan import ScoreFile, ScoreShard
+from pipeline.selection.search import UID_BITS, Search
 from pipeline.selection.tasks import MapTasks, chunks
 
 #: Pairs that are collected and sorted in memory.
 COLLECT = 1 << 21
-KEY_BITS, UID_BITS = 32, 128
-
-Int64 = npt.NDArray[np.int64]
-_ALL, _NONE = -1, 1 << KEY_BITS
-_LAST, _LAST_ROW = np.uint64(2**64 - 1), np.int64(2**63 - 1)
 
 
 @dataclass
 class Census:
-    """What the first pass counts: pairs by fate, the size of each stratum, and the first digit of their keys."""
+    """What the first pass counts: pairs by fate, the size of each stratum, and the first digit of their keys.
+
+    `caught` are the pairs about the place where the cut is expected.
+    """
 
     sizes: Counts
     digits: Counts
@@ -42,6 +44,7 @@ class Census:
     scored: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     pruned: Counter[str] = field(default_factory=Counter)
+    caught: Caught = field(default_factory=Caught)
 
     def add(self, other: Census) -> None:
         """Count what `other` has counted, too."""
@@ -51,46 +54,7 @@ class Census:
         self.scored += other.scored
         self.rejected += other.rejected
         self.pruned += other.pruned
-
-
-@dataclass
-class Boundaries:
-    """The last pair taken of each stratum [s]: its key (-1: every pair is taken, 2^32: none), uid, shard and row."""
-
-    key: Int64
-    high: UInt64
-    low: UInt64
-    shard: Int64
-    row: Int64
-
-    @staticmethod
-    def at_keys(keys: Int64) -> Boundaries:
-        """All pairs whose key is at least `keys` [s]."""
-        count = len(keys)
-        last = np.full(count, _LAST_ROW)
-        return Boundaries(keys.copy(), np.full(count, _LAST), np.full(count, _LAST), last, last.copy())
-
-    def takes(self, judged: Judged, shard: int) -> Bool:
-        """Which of the judged rows [k] of shard number `shard` lie at or before the boundary of their stratum."""
-        stratum = judged.stratum
-        key = int(self.key[0]) if stratum is None else self.key[stratum]
-        taken = np.asarray(judged.keys > key)
-        tied = np.flatnonzero(judged.keys == key)
-        if len(tied) == 0:
-            return taken
-        place = np.zeros(len(tied), np.int64) if stratum is None else stratum[tied].astype(np.int64)
-        whole = (self.high[place] == _LAST) & (self.low[place] == _LAST) & (self.row[place] == _LAST_ROW)
-        if whole.all():
-            taken[tied] = True
-            return taken
-        high, low = judged.span.uids()
-        rows = judged.places()[tied]
-        high, low = high[rows - judged.span.start], low[rows - judged.span.start]
-        before = rows <= self.row[place]
-        for mine, limit in ((np.full(len(tied), shard), self.shard), (low, self.low), (high, self.high)):
-            before = (mine < limit[place]) | ((mine == limit[place]) & before)
-        taken[tied] = before
-        return taken
+        self.caught.add(other.caught, COLLECT)
 
 
 def digit_bits(strata: int) -> int:
@@ -98,10 +62,12 @@ def digit_bits(strata: int) -> int:
     return 16 if strata <= 16 else 8 if strata <= 4096 else 4
 
 
-def take_census(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks) -> Census:
-    """Count all pairs (one pass)."""
+def take_census(
+    recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks, bracket: Bracket | None = None
+) -> Census:
+    """Count all pairs, and collect those in the `bracket` (one pass)."""
     total = _empty_census(recipe.strata)
-    for part in map_tasks(partial(_count, recipe), chunks(shards)):
+    for part in map_tasks(partial(_count, recipe, bracket), chunks(shards)):
         total.add(part)
     return total
 
@@ -110,12 +76,17 @@ def find_boundaries(
     recipe: Recipe, shards: Sequence[ScoreShard], census: Census, ranks: Counts, map_tasks: MapTasks
 ) -> Boundaries:
     """The boundary in each stratum that takes exactly its first `ranks` [s] pairs (0 to the stratum's size)."""
-    found = Boundaries.at_keys(np.where(ranks <= 0, _NONE, _ALL))
+    found = Boundaries.at_keys(np.where(ranks <= 0, NONE, ALL))
     active = np.flatnonzero((ranks > 0) & (ranks < census.sizes))
     if len(active) == 0:
         return found
     bits = digit_bits(recipe.strata)
-    search = _Search(recipe.strata, active, ranks[active], bits)
+    search = Search(recipe.strata, active, ranks[active], bits)
+    caught = census.caught.places(int(ranks[0])) if recipe.strata == 1 else None
+    if caught is not None:
+        search.left -= census.caught.above
+        _settle(shards, search, found, np.zeros(len(caught[0]), np.int64), caught, map_tasks)
+        return found
     histogram = census.digits[active]
     while True:
         inside = search.descend(histogram)
@@ -141,99 +112,11 @@ def count_taken(recipe: Recipe, shards: Sequence[ScoreShard], boundaries: Bounda
     return total
 
 
-class _Search:
-    """Prefixes of the boundaries that are still searched for, `depth` digits of `bits` bits long."""
-
-    def __init__(self, strata: int, active: Int64, left: Int64, bits: int) -> None:
-        self.strata = strata
-        self.active = active
-        self.left = left.astype(np.int64)
-        self.bits = bits
-        self.depth = 0
-        self.key = np.zeros(len(active), dtype=np.uint32)
-        self.high = np.zeros(len(active), dtype=np.uint64)
-        self.low = np.zeros(len(active), dtype=np.uint64)
-
-    def descend(self, histogram: Counts) -> Int64:
-        """Fix the next digit of each prefix from the counts [a, 2^bits]; returns how many pairs share it [a]."""
-        above = np.cumsum(histogram[:, ::-1], axis=1)
-        place = (above < self.left[:, None]).sum(axis=1)
-        rows = np.arange(len(self.active))
-        inside: Int64 = histogram[rows, histogram.shape[1] - 1 - place]
-        self.left = self.left - (above[rows, place] - inside)
-        digit = (histogram.shape[1] - 1 - place).astype(np.uint64)
-        offset = self.depth * self.bits
-        if offset < KEY_BITS:
-            self.key |= (digit << np.uint64(KEY_BITS - offset - self.bits)).astype(np.uint32)
-        elif offset < KEY_BITS + 64:
-            self.high |= digit << np.uint64(KEY_BITS + 64 - offset - self.bits)
-        else:
-            self.low |= digit << np.uint64(KEY_BITS + 128 - offset - self.bits)
-        self.depth += 1
-        return inside
-
-    def settle(self, found: Boundaries, done: Bool) -> None:
-        """Where all pairs of the prefix are taken, the boundary is the prefix's last place."""
-        at = self.active[done]
-        found.key[at] = self.key[done]
-        found.high[at] = ~self.high[done]
-        found.low[at] = ~self.low[done]
-
-    def keep_only(self, mask: Bool) -> None:
-        """Go on with some of the prefixes."""
-        for name in ("active", "left", "key", "high", "low"):
-            setattr(self, name, getattr(self, name)[mask])
-
-    def matching(self, judged: Judged) -> tuple[Int64, Int64]:
-        """Which judged rows share a prefix [c], and which prefix [c]."""
-        lookup = np.full(self.strata, -1, dtype=np.int64)
-        lookup[self.active] = np.arange(len(self.active))
-        offset = self.depth * self.bits
-        shift = np.uint32(max(KEY_BITS - offset, 0))
-        prefix = self.key >> shift
-        if judged.stratum is None:
-            if lookup[0] < 0:
-                return np.empty(0, np.int64), np.empty(0, np.int64)
-            rows = np.flatnonzero((judged.keys >> shift) == prefix[0])
-            which = np.zeros(len(rows), dtype=np.int64)
-        else:
-            which = lookup[judged.stratum]
-            rows = np.flatnonzero((which >= 0) & ((judged.keys >> shift) == prefix[which]))
-            which = which[rows]
-        if offset > KEY_BITS and len(rows):
-            high, low = self.complements(judged, rows)
-            shift_high = np.uint64(max(KEY_BITS + 64 - offset, 0))
-            same = (high >> shift_high) == (self.high[which] >> shift_high)
-            if offset > KEY_BITS + 64:
-                shift_low = np.uint64(KEY_BITS + 128 - offset)
-                same &= (low >> shift_low) == (self.low[which] >> shift_low)
-            rows, which = rows[same], which[same]
-        return rows, which
-
-    def next_digits(self, judged: Judged, rows: Int64) -> Int64:
-        """The next digit of the order of some judged rows [c]."""
-        offset = self.depth * self.bits
-        mask = np.uint64((1 << self.bits) - 1)
-        if offset < KEY_BITS:
-            return ((judged.keys[rows] >> np.uint32(KEY_BITS - offset - self.bits)) & np.uint32(mask)).astype(np.int64)
-        high, low = self.complements(judged, rows)
-        if offset < KEY_BITS + 64:
-            return ((high >> np.uint64(KEY_BITS + 64 - offset - self.bits)) & mask).astype(np.int64)
-        return ((low >> np.uint64(KEY_BITS + 128 - offset - self.bits)) & mask).astype(np.int64)
-
-    @staticmethod
-    def complements(judged: Judged, rows: Int64) -> tuple[UInt64, UInt64]:
-        """Complemented uids of some judged rows: higher means earlier, as for keys."""
-        high, low = judged.span.uids()
-        places = judged.places()[rows] - judged.span.start
-        return ~high[places], ~low[places]
-
-
 def _empty_census(strata: int) -> Census:
     return Census(np.zeros(strata, np.int64), np.zeros((strata, 1 << digit_bits(strata)), np.int64))
 
 
-def _count(recipe: Recipe, shards: Sequence[ScoreShard]) -> Census:
+def _count(recipe: Recipe, bracket: Bracket | None, shards: Sequence[ScoreShard]) -> Census:
     census = _empty_census(recipe.strata)
     bits = digit_bits(recipe.strata)
     for shard in shards:
@@ -245,6 +128,8 @@ def _count(recipe: Recipe, shards: Sequence[ScoreShard]) -> Census:
                     census.sizes[0] += len(judged.keys)
                 else:
                     census.sizes += np.bincount(judged.stratum, minlength=recipe.strata)
+                if bracket is not None:
+                    census.caught.look(bracket, judged, shard.index)
                 census.rows += judged.span.rows
                 census.scored += judged.scored
                 census.rejected += judged.rejected
@@ -263,7 +148,7 @@ def _taken(recipe: Recipe, boundaries: Boundaries, shards: Sequence[ScoreShard])
     return total
 
 
-def _histogram(recipe: Recipe, search: _Search, shards: Sequence[ScoreShard]) -> Counts:
+def _histogram(recipe: Recipe, search: Search, shards: Sequence[ScoreShard]) -> Counts:
     histogram = np.zeros((len(search.active), 1 << search.bits), dtype=np.int64)
     for shard in shards:
         with OpenShard(recipe, shard) as opened:
@@ -284,11 +169,24 @@ def _count_into(histogram: Counts, which: npt.NDArray[np.integer] | None, digits
 
 
 def _collect(
-    recipe: Recipe, shards: Sequence[ScoreShard], search: _Search, found: Boundaries, map_tasks: MapTasks
+    recipe: Recipe, shards: Sequence[ScoreShard], search: Search, found: Boundaries, map_tasks: MapTasks
 ) -> None:
     """Settle the remaining boundaries by collecting the pairs of their prefixes."""
     parts = [part for task in map_tasks(partial(_candidates, recipe, search), chunks(shards)) for part in task]
     which, keys, shard, row = (np.concatenate([part[column] for part in parts]) for column in range(4))
+    _settle(shards, search, found, which, (keys, shard, row), map_tasks)
+
+
+def _settle(
+    shards: Sequence[ScoreShard],
+    search: Search,
+    found: Boundaries,
+    which: Int64,
+    places: Places,
+    map_tasks: MapTasks,
+) -> None:
+    """Settle the remaining boundaries from the pairs of their prefixes: the prefix [c] and place [c] of each."""
+    keys, shard, row = places
     by_prefix = np.argsort(which, kind="stable")
     ends = np.searchsorted(which[by_prefix], np.arange(len(search.active) + 1))
     undecided: list[tuple[int, int, Int64]] = []
@@ -318,7 +216,7 @@ def _collect(
 
 
 def _candidates(
-    recipe: Recipe, search: _Search, shards: Sequence[ScoreShard]
+    recipe: Recipe, search: Search, shards: Sequence[ScoreShard]
 ) -> list[tuple[Int64, UInt32, Int64, Int64]]:
     """Prefix, key, shard and row of the pairs that share a prefix; at least one (empty) part."""
     empty = np.empty(0, np.int64)

@@ -13,6 +13,9 @@ from pipeline.errors import InputError
 UInt32 = npt.NDArray[np.uint32]
 UInt64 = npt.NDArray[np.uint64]
 
+#: Bits of an order key.
+KEY_BITS = 32
+
 _SIGN = np.uint32(0x80000000)
 
 

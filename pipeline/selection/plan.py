@@ -11,8 +11,10 @@ from pipeline.config import Band, SelectConfig, Threshold
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.selection import grouping, prepare, structure
+from pipeline.selection.boundaries import Boundaries
+from pipeline.selection.bracket import guess
 from pipeline.selection.clusters import Clusters
-from pipeline.selection.cuts import Boundaries, Census, count_taken, find_boundaries, take_census
+from pipeline.selection.cuts import COLLECT, Census, count_taken, find_boundaries, take_census
 from pipeline.selection.keys import order_keys, value_of
 from pipeline.selection.prepare import Progress
 from pipeline.selection.quotas import Counts, count_of, share_out
@@ -78,7 +80,9 @@ def plan_selection(
     recipe = prepare.work_out(run, recipe, shards, tell, map_tasks)
     recipe, clusters = structure.find_structure(config, recipe, shards, tell, map_tasks)
     tell("counting")
-    census = take_census(recipe, shards, map_tasks)
+    single = config.keep if isinstance(config.keep, float | int) else None
+    bracket = guess(recipe, shards, single, COLLECT, map_tasks) if single is not None else None
+    census = take_census(recipe, shards, map_tasks, bracket)
     skipped, taken, shortfall = _ranks(config, recipe, census, clusters)
     tell("finding the cut")
     skip = None

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Band, SelectConfig, Threshold
 from pipeline.errors import StageError
-from pipeline.selection import cuts
+from pipeline.selection import bracket, cuts, plan, prepare
+from pipeline.selection.bracket import Bracket, Caught, guess
+from pipeline.selection.keys import order_keys
+from pipeline.selection.scan import committed_shards
 from pipeline.selection.summary import read_summary
 from pipeline.selection.tasks import thread_map
 from pipeline.store import storage
@@ -33,11 +38,13 @@ def build(drawn):
 
 
 @settings(max_examples=40, deadline=None)
-@given(drawn=SHARDS, keep=st.floats(0.01, 1.0), collect=st.sampled_from([1, 1 << 21]))
+@given(drawn=SHARDS, keep=st.floats(0.01, 1.0), collect=st.sampled_from([1, 15, 1 << 21]))
 def test_keeps_exactly_the_first_of_the_total_order(drawn, keep, collect):
     shards = build(drawn)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuts, "COLLECT", collect)  # 1: every digit of the uids has to be searched
+        # 1: every digit of the uids has to be searched; 15: the cut is guessed from a sample, rightly or wrongly
+        patch.setattr(cuts, "COLLECT", collect)
+        patch.setattr(plan, "COLLECT", collect)
         run = write_run(Path(folder), shards)
         summary = select(run, SelectConfig(keep=keep), seed=0)
         order = ranking(shards)
@@ -71,6 +78,59 @@ def test_threshold_keeps_what_is_at_or_above_it(drawn, threshold):
         select(run, SelectConfig(keep=Threshold(threshold=threshold)), seed=0)
         above = [place for place in ranking(shards) if shards[place[0]][place[1]]["utility"] >= threshold]
         assert sorted(above) == kept(run)
+
+
+@pytest.mark.parametrize("keep", [0.3, 1200])
+def test_a_good_guess_takes_one_pass_and_a_bad_one_more(tmp_path, monkeypatch, keep):
+    rng = np.random.default_rng(0)
+    shards = [[row(1000 * shard + place, float(rng.normal())) for place in range(1000)] for shard in range(4)]
+    run = write_run(tmp_path, shards, group_rows=50)
+    monkeypatch.setattr(plan, "COLLECT", 3000)
+    monkeypatch.setattr(bracket, "SHARE", 4)
+    collected = []
+    candidates = cuts._candidates
+    monkeypatch.setattr(cuts, "_candidates", lambda *given: collected.append(1) or candidates(*given))
+    select(run, SelectConfig(keep=keep), seed=0)
+    assert kept(run) == sorted(ranking(shards)[:1200])
+    assert not collected
+    monkeypatch.setattr(plan, "guess", lambda *_: Bracket(5, 6, 100))
+    select(run, SelectConfig(keep=keep), seed=0)
+    assert kept(run) == sorted(ranking(shards)[:1200])
+    assert collected
+
+
+def test_the_guess_holds_the_cut_of_the_ranking_it_sampled(tmp_path):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=4000).astype(np.float32)
+    shards = [[row(place, float(value), width=int(value > 0)) for place, value in enumerate(values)], []]
+    shards_of = committed_shards(write_run(tmp_path, shards, group_rows=100))[0]
+    recipe = prepare.make_recipe(SelectConfig(where="width == 1"), shards_of[0], 0, "")
+    found = guess(recipe, shards_of, 0.25, 1000, map)  # of all that scored, though only the positive can be kept
+    keys = np.sort(order_keys(values))[::-1]
+    assert found is not None
+    assert 0 < found.low < keys[1000] < found.high < 2**32 - 1
+    assert guess(recipe, shards_of, 0.25, 4000, map) == Bracket(0, 2**32 - 1, 4 * 4000 // 2)
+    everything = guess(recipe, shards_of, 1.0, 1000, map)
+    assert everything is not None
+    assert everything.low == 0
+    assert guess(replace(recipe, grouping="cluster", clusters=2), shards_of, 0.25, 1000, map) is None
+
+
+def test_too_many_caught_are_none():
+    caught = Caught(above=3)
+    one = Caught(above=1, parts=[(np.zeros(4, np.uint32), np.zeros(4, np.int64), np.arange(4))], count=4)
+    caught.add(one, 8)
+    assert caught.places(4) is None
+    found = caught.places(5)
+    assert found is not None
+    assert found[2].tolist() == [0, 1, 2, 3]
+    assert caught.places(8) is not None
+    assert caught.places(9) is None
+    caught.add(one, 7)
+    assert caught.above == 5
+    assert caught.places(6) is None
+    caught.add(one, 100)  # never again, since some were let go
+    assert caught.places(9) is None
 
 
 def test_many_equal_values_are_cut_by_uid(tmp_path):
