@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Band, SelectConfig, Threshold
+from pipeline.config import BalanceConfig, Band, SelectConfig, Threshold
 from pipeline.errors import StageError
 from pipeline.selection import bracket, cuts, plan, prepare
 from pipeline.selection.bracket import Bracket, Caught, guess
@@ -21,7 +21,7 @@ from pipeline.selection.scan import committed_shards
 from pipeline.selection.summary import read_summary
 from pipeline.selection.tasks import thread_map
 from pipeline.store import storage
-from tests.selection.scores import kept, pickling_map, ranking, row, select, write_run
+from tests.selection.scores import kept, pickling_map, ranking, row, select, uid, write_run
 
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf, 1e-40, -1e-40, 3.4e38]),
@@ -133,11 +133,30 @@ def test_too_many_caught_are_none():
     assert caught.places(9) is None
 
 
-def test_many_equal_values_are_cut_by_uid(tmp_path):
-    shards = [[row(100 * shard + place, 1.0) for place in range(100)] for shard in range(3)]
+@pytest.mark.parametrize("collect", [1, 20, 1 << 21])
+@pytest.mark.parametrize("uids", [300, 4, 1])
+def test_many_equal_values_are_cut_by_uid_then_place(tmp_path, monkeypatch, collect, uids):
+    monkeypatch.setattr(cuts, "COLLECT", collect)
+    monkeypatch.setattr(plan, "COLLECT", collect)
+    shards = [[row((100 * shard + place) % uids, 1.0) for place in range(100)] for shard in range(3)]
     run = write_run(tmp_path, shards)
     select(run, SelectConfig(keep=137), seed=0)
     assert kept(run) == sorted(ranking(shards)[:137])
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_digits_of_any_width_find_the_same_cut_in_every_group(tmp_path, monkeypatch, bits):
+    monkeypatch.setattr(cuts, "COLLECT", 1)
+    monkeypatch.setattr(cuts, "digit_bits", lambda strata: bits)
+    # two captions with ties each; uids that share their first half, so that the second decides
+    shared = "0" * 16
+    rows = [row(n, float(n % 3), caption_id=n % 2, uid=shared + uid(n)[16:]) for n in range(60)]
+    run = write_run(tmp_path, [rows[:40], rows[40:]])
+    select(run, SelectConfig(keep=0.4, balance=BalanceConfig(by="caption")), seed=0)
+    order = ranking([rows[:40], rows[40:]])
+    for group in (0, 1):
+        mine = [place for place in order if (40 * place[0] + place[1]) % 2 == group]
+        assert sorted(mine[:12]) == [place for place in kept(run) if (40 * place[0] + place[1]) % 2 == group]
 
 
 @pytest.mark.parametrize("keep", [1.0, 1])
