@@ -99,7 +99,11 @@ class ProxyConfig(Section):
     runs: PositiveInt = 1
     """Independent proxy runs (other seeds); their scores are combined and their spread is kept."""
     subset: Fraction = 1.0
-    """The seeded share of the pairs that each run trains on."""
+    """The seeded share of the pairs that each run trains on; consecutive runs complement each other (two halves, three
+    times two thirds)."""
+    within: str | None = None
+    """Folder of a selection over the same shards (`RUN/pruned`, `RUN/selections/NAME`): the runs train only on what it
+    keeps, a second round; null trains on all pairs."""
     epochs: Annotated[float, Field(gt=0)] = 5
     """Passes over the data; ignored when `steps` is given."""
     steps: PositiveInt | None = None
@@ -145,6 +149,8 @@ class ProxyConfig(Section):
             given = getattr(self, name)
             if given is not None and len(given) != len(self.checkpoints or []):
                 raise ValueError(f"{name} must have one entry per checkpoint")
+        if self.within is not None and self.checkpoints is not None:
+            raise ValueError("expected either within or checkpoints: these are trained already")
         return self
 
 
@@ -162,6 +168,9 @@ class ScoreConfig(Section):
     """Parameters that directions live on: `all`, `projections`, or `last-K-blocks`."""
     precondition: Literal["auto", "adam", "none"] = "auto"
     """AdamW's preconditioner in Eq. 9; `auto` uses it where the checkpoint carries Adam's state."""
+    held_out: bool = False
+    """Score each pair only with the proxy runs that did not train on it; needs `proxy.subset` below 1 and runs that
+    leave every pair out once (two with `subset: 0.5`)."""
     batch_size: PositiveInt = 256
     """Pairs per tangent pass; it changes speed and memory, not the scores (to rounding)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -323,8 +332,14 @@ class EvaluateConfig(Section):
     """Training runs per set; mean and standard deviation are reported."""
     steps: PositiveInt | None = None
     """Steps of each training, equal for all sets; null takes the proxy's."""
-    baselines: list[Literal["full", "random", "clip-score"]] = ["full", "random"]
-    """Sets trained beside the kept one."""
+    augment: bool = False
+    """Train the judged models with open_clip's random crops."""
+    baselines: list[Literal["full", "random", "clip-score", "right-only"]] = ["full", "random"]
+    """Sets trained beside the kept one: everything, as many drawn at random or by similarity, and (with `truth`) the
+    pairs whose captions are right."""
+    compare: dict[str, dict[str, Any]] = {}
+    """Other choices of the same size trained beside the kept one, by name: the keys of `select` that differ, such as
+    `{Diff-In alone: {by: utility}}`. With `truth` their rankings are judged, too."""
     shards: Shards | None = None
     """Pairs to measure on; zero-shot accuracy where captions form few classes, else retrieval recall. Never used
     before."""
@@ -332,6 +347,25 @@ class EvaluateConfig(Section):
     """A CSV of `uid`, `clean`, `caption_class`, for judging only: how well low utility finds wrong captions."""
     keeps: list[Fraction] | None = None
     """Sizes for a coreset curve; null evaluates only the selection's own size."""
+
+    @field_validator("compare")
+    @classmethod
+    def _keys_of_select(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, changes in value.items():
+            try:
+                SelectConfig.model_validate(changes)
+            except ValidationError as error:
+                problem = error.errors(include_url=False)[0]
+                key = ".".join(str(part) for part in problem["loc"])
+                expected = "no key of select" if problem["type"] == "extra_forbidden" else problem["msg"]
+                raise ValueError(f"expected keys of select, {name}.{key}: {expected}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _truth_given(self) -> EvaluateConfig:
+        if "right-only" in self.baselines and self.truth is None:
+            raise ValueError("expected truth with the baseline right-only")
+        return self
 
 
 class ValidateConfig(Section):

@@ -99,7 +99,7 @@ def _type_in_words(annotation: Any, limits: list[Any] | tuple[Any, ...] = ()) ->
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         inner_keys = ", ".join(annotation.model_fields)
         return f"`{{{inner_keys}}}`"
-    words = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any value"}
     text = words.get(annotation, getattr(annotation, "__name__", str(annotation)))
     bounds = [bound for limit in limits for bound in _bounds(limit)]
     return f"{text} {' and '.join(bounds)}" if bounds else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -211,7 +212,9 @@ def print_story(story: Story, console: Console | None = None, *, image: str | No
     if pair.terms:
         terms = Table("checkpoint", "term", "share of the score", title="Terms", title_justify="left")
         for name, term in zip(story.checkpoints, pair.terms, strict=True):
-            terms.add_row(name, number(term), percent(term / pair.score) if pair.score else number(None))
+            counts = math.isfinite(term)
+            share = percent(term / pair.score) if pair.score and counts else number(None)
+            terms.add_row(name, number(term) if counts else "trained on the pair", share)
         console.print(terms)
     if story.neighbours:
         near = Table(

@@ -37,11 +37,13 @@ class PairCache:
 
     Attributes:
         positions: int64 `[n]`, the global position of each pair in the inventory.
+        ids: int64 `[n]`, the id of each pair.
     """
 
     def __init__(self, folder: str, rows: int, shapes: dict[str, list[int]]) -> None:
         self._arrays = {name: _map(folder, name, rows, shapes[name]) for name in _TYPES}
         self.positions: Positions = self._arrays["positions"]
+        self.ids: NDArray[np.int64] = self._arrays["ids"]
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -25,6 +25,7 @@ from pipeline.influence import UTILITY_SIGN, Batches, ScoreBatch, Scorer
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import load_batches, load_plan, settings_of
+from pipeline.replay.record import trained_ids
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.commits import commit_scores
@@ -50,6 +51,7 @@ def score_fingerprint(config: Config, checkpoints: list[str], batches: Batches, 
             "checkpoints": checkpoints,
             "score": settings,
             "embeddings": config.score.embeddings,
+            "held_out": config.score.held_out,
             "reference": _pairs_digest(batches.reference),
             "gradient": _pairs_digest(batches.gradient),
             "target": _pairs_digest(batches.target),
@@ -85,7 +87,8 @@ class ScorerSpec:
         config = self.config
         cpus, gpus = _assigned()
         model = build_model(config.proxy.model, loss=config.proxy.loss)
-        manifest = Manifest.read(RunFolder(config.out).checkpoint_manifest)
+        folder = RunFolder(config.out)
+        manifest = Manifest.read(folder.checkpoint_manifest)
         checkpoints = []
         for entry in manifest.checkpoints:
             checkpoint = entry.load(model)
@@ -98,6 +101,9 @@ class ScorerSpec:
             settings_of(config),
             device="cuda" if gpus and torch.cuda.is_available() else "cpu",
             batch_size=config.score.batch_size,
+            trained={run: torch.from_numpy(trained_ids(folder, run)) for run in manifest.runs}
+            if config.score.held_out
+            else None,
         )
         decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
         runs = np.array([checkpoint.run for checkpoint in checkpoints])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config import Config, EvaluateConfig
 from pipeline.evaluation.zeroshot import HeldOut, measure
 from pipeline.models.clip import PairModel
 from pipeline.replay.schedule import TrainingSettings, data_order
@@ -21,12 +21,13 @@ FIRST_RUN = 1000
 
 @dataclass(frozen=True)
 class Result:
-    """One row of `evaluation/results.json`: a set, its size, and the metric over the seeds.
+    """One row of `evaluation/results.json`: a set, what chose it, its size, and the metric over the seeds.
 
     `std` is the standard deviation over seeds (n - 1); NaN with one seed.
     """
 
     set: str
+    series: str
     size: int
     metric: str
     mean: float
@@ -35,10 +36,10 @@ class Result:
     values: list[float]
 
     @staticmethod
-    def of(name: str, size: int, metric: str, values: list[float]) -> Result:
+    def of(name: str, series: str, size: int, metric: str, values: list[float]) -> Result:
         """Mean and spread of `values`."""
         std = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-        return Result(name, size, metric, float(np.mean(values)), std, len(values), values)
+        return Result(name, series, size, metric, float(np.mean(values)), std, len(values), values)
 
 
 def train_and_measure(
@@ -50,17 +51,17 @@ def train_and_measure(
     seed: int,
     device: str = "cpu",
 ) -> float:
-    """Train a new model on cache `rows` with the proxy's settings and measure it.
+    """Train a new model on cache `rows` with the proxy's settings (but `evaluate.augment`) and measure it.
 
     Every set gets the same number of steps (`evaluate.steps`, else the proxy's on all pairs), so that small sets are
     seen more often, not less. Sets smaller than a batch are trained with a batch of their size.
     """
-    proxy = config.proxy
+    proxy, wanted = config.proxy, config.evaluate or EvaluateConfig()
     batch = min(proxy.batch_size, len(rows))
-    steps = (config.evaluate.steps if config.evaluate else None) or proxy.steps
-    steps = steps or max(1, round(proxy.epochs * (len(pairs) // proxy.batch_size)))
+    steps = wanted.steps or proxy.steps or max(1, round(proxy.epochs * (len(pairs) // proxy.batch_size)))
     sized = config.model_copy(update={"proxy": proxy.model_copy(update={"batch_size": batch, "workers": 1})})
-    settings = replace(TrainingSettings.of(sized, len(rows), FIRST_RUN + seed), steps=steps)
+    settings = TrainingSettings.of(sized, len(rows), FIRST_RUN + seed)
+    settings = replace(settings, steps=steps, augment=wanted.augment)
     trainer = Trainer(build(FIRST_RUN + seed), pairs, data_order(np.sort(rows), settings), settings, device)
     while trainer.step < steps:
         trainer.advance()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class Scorer:
         settings: as for `prepare`.
         device: where passes run; weights, vectors and R's features stay there.
         batch_size: pairs per pass.
+        trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
+            then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
     """
 
     def __init__(
@@ -43,14 +45,17 @@ class Scorer:
         settings: Settings,
         device: torch.device | str = "cpu",
         batch_size: int = 256,
+        trained: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.settings = settings
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.passes = Passes(model.to(self.device), settings)
         self.reference = reference.to(self.device)
+        self.trained = {run: to_device({"ids": ids}, self.device)["ids"] for run, ids in (trained or {}).items()}
         last = {checkpoint.run: index for index, (checkpoint, _) in enumerate(checkpoints)}
         self._last = set(last.values())
+        self._runs = list(last)
         with self.passes.ready():
             self._parts = [
                 _CheckpointScorer(self, checkpoint, plan, observed=index in self._last)
@@ -70,21 +75,38 @@ class Scorer:
         )
 
     def _score(self, batch: PairBatch) -> ScoreBatch:
-        near = self.neighbours(batch)
+        held_out = {run: self._held_out(run, batch) for run in self._runs}
+        everyone = self.neighbours(batch)
         terms: list[Tensor] = []
-        observed: list[tuple[Tensor, Features]] = []
+        observed: list[tuple[Tensor, Tensor]] = []
+        features: Features | None = None
         for part in self._parts:
-            term, seen = part.score(batch, near)
-            terms.append(term)
+            rows = held_out[part.run]
+            all_of_them = bool(rows.all())
+            some = batch if all_of_them else batch[rows]
+            term, seen = part.score(some, everyone if all_of_them else self.neighbours(some))
+            terms.append(_spread(term, rows))
             if seen is not None:
-                observed.append(seen)
-        features = observed[-1][1]
+                loss, found = seen
+                observed.append((_spread(loss, rows), _spread(similarities(found), rows)))
+                features = found if all_of_them else None
+        features = features if features is not None else self._parts[-1].features(batch)
+        counting = torch.stack(list(held_out.values()), 1).sum(1)
         return ScoreBatch(
-            terms=torch.stack(terms, 1).cpu(),
-            loss=torch.stack([loss for loss, _ in observed]).mean(0).cpu(),
-            similarity=torch.stack([similarities(f) for _, f in observed]).mean(0).cpu(),
+            terms=(torch.stack(terms, 1) * (len(held_out) / counting)[:, None]).cpu(),
+            counts=torch.stack([held_out[part.run] for part in self._parts], 1).cpu(),
+            loss=torch.stack([loss for loss, _ in observed]).nanmean(0).cpu(),
+            similarity=torch.stack([similarity for _, similarity in observed]).nanmean(0).cpu(),
             embedding=torch.cat([features.image, features.text], 1).half().cpu(),
         )
+
+    def _held_out(self, run: int, batch: PairBatch) -> Tensor:
+        """Bool `[b]`: the pairs that `run` scores."""
+        ids = self.trained.get(run)
+        if ids is None or not len(ids):
+            return torch.ones(len(batch), dtype=torch.bool, device=self.device)
+        places = torch.searchsorted(ids, batch.ids).clamp(max=len(ids) - 1)
+        return ids[places] != batch.ids
 
     def neighbours(self, batch: PairBatch) -> Neighbours:
         """Which members of R are negatives of which pair of the batch."""
@@ -100,6 +122,7 @@ class _CheckpointScorer:
         self.scorer = scorer
         self.plan = plan
         self.observed = observed
+        self.run = checkpoint.run
         device = scorer.device
         self.state = to_device({**checkpoint.params, **checkpoint.buffers}, device)
         self.vectors = {name: to_device(tree, device) for name, tree in plan.vectors.items()}
@@ -130,6 +153,8 @@ class _CheckpointScorer:
     def score(self, batch: PairBatch, near: Neighbours) -> tuple[Tensor, tuple[Tensor, Features] | None]:
         """The term of each pair `[b]`, and where observed its loss and features at the checkpoint itself."""
         total = torch.zeros(len(batch), dtype=self.dtype, device=batch.images.device)
+        if not len(batch):
+            return total, (total, Features(total[:, None], total[:, None], total, total)) if self.observed else None
         jets = {point: self._jet(point, batch) for point in self.wanted}
         for probe in self.probes:
             total = total + probe.weight * self._value(probe, batch, jets, near) ** probe.power
@@ -140,6 +165,10 @@ class _CheckpointScorer:
         features = jets[()][()]
         loss = self._pair_losses(near)(features, self.reference_jets[()][()])
         return total, (loss, features)
+
+    def features(self, batch: PairBatch) -> Features:
+        """Features of a batch at the checkpoint itself."""
+        return self.scorer.passes.features(self.state, batch)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,6 +204,11 @@ class _CheckpointScorer:
         if probe.of == "neg-clip-loss":
             return -pair_losses(here, others, near, settings.family, "row") / here.scale
         return error_norms(here, others, near, settings.family)
+
+
+def _spread(values: Tensor, rows: Tensor) -> Tensor:
+    """Values of the rows where `rows` `[b]` is true, as `[b]` with NaN elsewhere."""
+    return values.new_full((len(rows),), torch.nan).masked_scatter(rows, values)
 
 
 def uniform(ids: Tensor, seed: int) -> Tensor:

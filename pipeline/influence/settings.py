@@ -99,13 +99,17 @@ class ScoreBatch:
     """Scores of `b` pairs at `m` checkpoints, on the CPU.
 
     Attributes:
-        terms: `[b, m]`, in the estimator's own sign, one per checkpoint in the order given; their sum is the score.
-        loss: `[b]`, the loss of the pair against the reference batch, mean over the runs' last checkpoints.
-        similarity: `[b]`, cosine of image and text, mean over the runs' last checkpoints.
-        embedding: float16 `[b, 2 d]`, image then text of unit length, at the last checkpoint.
+        terms: `[b, m]`, in the estimator's own sign, one per checkpoint in the order given; those that count add up
+            to the score, the others are NaN.
+        counts: bool `[b, m]`, whether a term counts: not where only held-out runs do and this one saw the pair.
+        loss: `[b]`, the loss of the pair against the reference batch, mean over the last checkpoints of the runs that
+            count.
+        similarity: `[b]`, cosine of image and text, mean over the same.
+        embedding: float16 `[b, 2 d]`, image then text of unit length, at the last checkpoint of all.
     """
 
     terms: Tensor
+    counts: Tensor
     loss: Tensor
     similarity: Tensor
     embedding: Tensor

@@ -96,7 +96,8 @@ def train_proxy(
                 "workers": workers.size,
                 "exact": trainer.model.trains_as_it_evaluates,
             }
-            write_plan(files, settings, trainer.order, trainer.rates, facts)
+            seen = np.unique(trainer.order)
+            write_plan(files, settings, trainer.order, trainer.rates, cache.ids[seen], facts)
         board = None if workers.rank else Board(folder, config, f"run-{run:03d}", trainer.step + 1)
         try:
             session.train(losses, board, progress)

@@ -42,6 +42,11 @@ class RecordFolder:
         return storage.join(self.root, "order.npy")
 
     @property
+    def trained(self) -> str:
+        """The ids of the pairs that some step saw, int64, ascending (npy)."""
+        return storage.join(self.root, "trained.npy")
+
+    @property
     def rates(self) -> str:
         """Learning rate that each step used, float64 `[steps]` (npy)."""
         return storage.join(self.root, "rates.npy")
@@ -145,10 +150,29 @@ class Record:
         return {name: 0.0 if excluded_from_decay(name, value) else decay for name, value in params.items()}
 
 
+def trained_ids(folder: RunFolder, run: int) -> NDArray[np.int64]:
+    """The ids (`PairBatch.ids`) of the pairs that run number `run` was trained on, ascending.
+
+    Raises `StageError` where the run has no record of them.
+    """
+    url = RecordFolder.of(folder, run).trained
+    if not storage.exists(url):
+        raise StageError(
+            f"{url}: expected the pairs that the run was trained on; `diffprune train CONFIG` records them"
+        )
+    return _read_array(url)
+
+
 def write_plan(
-    files: RecordFolder, settings: TrainingSettings, order: Rows, rates: NDArray[np.float64], facts: dict[str, Any]
+    files: RecordFolder,
+    settings: TrainingSettings,
+    order: Rows,
+    rates: NDArray[np.float64],
+    trained: NDArray[np.int64],
+    facts: dict[str, Any],
 ) -> None:
-    """Write what is known before the first step; `facts` joins the settings in `settings.json`."""
+    """Write what is known before the first step; `trained` are ids of pairs, `facts` joins `settings.json`."""
+    _write_array(files.trained, np.unique(trained))
     small = order.astype(np.int32) if order.max(initial=0) < 2**31 else order
     _write_array(files.order, small)
     _write_array(files.rates, rates)

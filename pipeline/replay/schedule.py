@@ -104,12 +104,34 @@ def learning_rates(settings: TrainingSettings) -> NDArray[np.float64]:
     return np.asarray(settings.lr * np.where(step < warm, rising, falling), np.float64)
 
 
+def runs_per_round(share: float) -> int:
+    """Runs whose subsets complement each other; 0 for runs on all pairs.
+
+    With a share of at most a half their subsets are disjoint; with a larger one each pair is left out by one of them.
+    Shares count as rounded ones: 0.67 is two thirds.
+    """
+    if share >= 1:
+        return 0
+    return math.ceil(1 / (1 - share) - 0.05) if share > 0.5 else max(2, math.floor(1 / share + 0.05))
+
+
+def runs_to_hold_out(share: float) -> int:
+    """The fewest runs of which, for every pair, one did not train on it; 0 where no number of runs does."""
+    return runs_per_round(share) if share > 0.5 else 2
+
+
 def training_rows(available: Rows, share: float, seed: int, run: int) -> Rows:
-    """The seeded share of the available cache rows that a run trains on, sorted."""
+    """The seeded share of the available cache rows that a run trains on, sorted.
+
+    The runs of a round (`runs_per_round`) take windows of one random order, evenly shifted and closed to a ring, so
+    that two runs of a half each train on complementary halves. Every round draws a new order.
+    """
     if share >= 1:
         return np.sort(available)
-    drawn = generator(seed, run, SUBSET).permutation(available)
-    return np.sort(drawn[: round(share * len(available))])
+    n, runs = len(available), runs_per_round(share)
+    drawn = generator(seed, run // runs, SUBSET).permutation(available)
+    size = min(math.floor(share * n), n - -(-n // runs) if share > 0.5 else n // runs)
+    return np.sort(drawn[(np.arange(size) + run % runs * n // runs) % n])
 
 
 def data_order(rows: Rows, settings: TrainingSettings) -> Rows:

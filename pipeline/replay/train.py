@@ -25,6 +25,10 @@ from pipeline.types import AdamState, Checkpoint, PairBatch, Tree
 class Pairs(Protocol):
     """Decoded pairs by row (`pipeline.data.cache.PairCache`)."""
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The id of each pair, `[n]`."""
+
     def __len__(self) -> int: ...
     def batch(self, rows: NDArray[np.int64]) -> PairBatch:
         """The pairs at these rows, in that order."""

@@ -106,5 +106,5 @@ def _details(pair: Pair, scored: bool, checkpoints: Sequence[str]) -> list[tuple
             facts.append((name, number(value)))
     if len(pair.terms) > 1:
         names = checkpoints if len(checkpoints) == len(pair.terms) else [str(i + 1) for i in range(len(pair.terms))]
-        facts += [(f"term, {name}", number(term)) for name, term in zip(names, pair.terms, strict=True)]
+        facts += [(f"term, {name}", number(term)) for name, term in zip(names, pair.terms, strict=True) if term == term]
     return facts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from pipeline.report.curves import Curve, curve_figure
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.plots import Figure
 from pipeline.report.tables import Table
@@ -17,7 +18,7 @@ from pipeline.text import count, number, plain, plus_minus
 
 @dataclass(frozen=True)
 class Result:
-    """One trained set: a metric's mean and standard deviation over the seeds."""
+    """One trained set: a metric's mean and standard deviation over the seeds; `series` is what chose it, if known."""
 
     set: str
     size: int
@@ -25,6 +26,7 @@ class Result:
     mean: float
     std: float
     seeds: int
+    series: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def _result(row: dict[str, Any]) -> Result | None:
             mean=float(row["mean"]),
             std=float("nan") if std is None else float(std),
             seeds=len(seeds) if isinstance(seeds, list) else int(seeds),
+            series=plain(str(row.get("series") or row["set"]), 60),
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -65,8 +68,9 @@ def _result(row: dict[str, Any]) -> Result | None:
 def evaluation_section(results: list[Result]) -> EvaluationSection:
     """Compare the sets by each metric."""
     by_metric = sorted(results, key=lambda result: result.metric)
-    figures = [_figure(metric, list(rows)) for metric, rows in groupby(by_metric, key=lambda result: result.metric)]
-    several = len(figures) > 1
+    metrics = {metric: list(rows) for metric, rows in groupby(by_metric, key=lambda result: result.metric)}
+    figures = [figure for metric, rows in metrics.items() for figure in (*_curves(metric, rows), _figure(metric, rows))]
+    several = len(metrics) > 1
     rows = [
         (
             f"{result.set}, {result.metric}" if several else result.set,
@@ -78,6 +82,25 @@ def evaluation_section(results: list[Result]) -> EvaluationSection:
     ]
     heads = ("set", "pairs", "mean \u00b1 standard deviation", "seeds")
     return EvaluationSection(figures, Table("Models trained on each set", heads, rows, frozenset({1, 2, 3})))
+
+
+def _curves(metric: str, rows: list[Result]) -> list[Figure]:
+    """The coreset curve, where something was trained at several sizes."""
+    series: dict[str, list[Result]] = {}
+    for row in sorted(rows, key=lambda row: row.size):
+        series.setdefault(row.series or row.set, []).append(row)
+    if max(len({row.size for row in points}) for points in series.values()) < 2:
+        return []
+    curves = [
+        Curve(
+            name if len(points) > 1 else points[0].set,
+            [(row.size, row.mean, row.std) for row in points],
+            "kept" if is_ours(name) else "rejected",
+        )
+        for name, points in series.items()
+    ]
+    see = "Whiskers are one standard deviation over the seeds; broken lines are sets of one size."
+    return [curve_figure(f"{metric[:1].upper() + metric[1:]} by pairs kept", see, metric, curves)]
 
 
 def _figure(metric: str, rows: list[Result]) -> Figure:

@@ -146,7 +146,12 @@ def _running_median(x: Floats, y: Floats, edges: Floats, groups: int = 16) -> li
 
 
 def spearman(values: Floats) -> Floats:
-    """Rank correlations of the columns of `values [n, m]`, `[m, m]`; NaN for a constant column."""
+    """Rank correlations of the columns of `values [n, m]`, `[m, m]`; NaN for a constant column.
+
+    Where values are missing (terms that do not count), of the rows that two columns share.
+    """
+    if np.isnan(values).any():
+        return _spearman_by_twos(values)
     if len(values) < 3:
         return np.full((values.shape[1],) * 2, np.nan)
     ranks = np.column_stack([rankdata(column) for column in values.T])
@@ -155,6 +160,14 @@ def spearman(values: Floats) -> Floats:
     norms[norms == 0] = np.nan
     correlations: Floats = (ranks.T @ ranks) / norms[:, None] / norms[None, :]
     return correlations
+
+
+def _spearman_by_twos(values: Floats) -> Floats:
+    known = np.isfinite(values)
+    found = np.full((values.shape[1],) * 2, np.nan)
+    for i, j in np.ndindex(found.shape):
+        found[i, j] = spearman(values[known[:, i] & known[:, j]][:, [i, j]])[0, 1]
+    return found
 
 
 def _correlation(value: float, pairs: int) -> str:
@@ -170,6 +183,7 @@ def _correlation(value: float, pairs: int) -> str:
 
 def variance_shares(terms: Floats) -> Floats:
     """Share of each checkpoint's term in the variance of the score, `cov(term, score) / var(score)`; sums to 1."""
+    terms = np.nan_to_num(terms)  # what does not count adds nothing to the score
     score = terms.sum(axis=1)
     centred = score - score.mean()
     variance = float(centred @ centred)

@@ -81,7 +81,8 @@ class ShardRows:
         return np.asarray(values, dtype=np.float64)
 
     def terms(self) -> Floats:
-        """The terms of the scored pairs, float64 `[scored, m]`; `[scored, 0]` where the file has none."""
+        """The terms of the scored pairs, float64 `[scored, m]`, NaN where one does not count; `[scored, 0]` where the
+        file has none."""
         count = int(self.scored.sum())
         if "terms" not in self.table.column_names or not count:
             return np.empty((count, 0))
@@ -108,7 +109,7 @@ class ShardRows:
             utility=number("utility"),
             utility_std=number("utility_std"),
             score=number("score"),
-            terms=tuple(float(term) for term in values.get("terms") or ()),
+            terms=tuple(float("nan") if term is None else float(term) for term in values.get("terms") or ()),
             loss=number("loss"),
             similarity=number("similarity"),
             width=int(values.get("width") or 0),

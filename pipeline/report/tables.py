@@ -94,9 +94,11 @@ def quality_table(quality: Mapping[str, Any]) -> Table | None:
     if not entries:
         return None
     rows = [
-        (plain(name), _auroc(value), _precision(value), _rate(value, "base_rate")) for name, value in entries.items()
-    ]
-    heads = ("ranked by", "AUROC", "wrong among the pairs ranked lowest", "wrong among all")
+        (plain(name), _auroc(value), number(value.get("average_precision"), 3), _precision(value),
+         _rate(value, "base_rate"))
+        for name, value in entries.items()
+    ]  # fmt: skip
+    heads = ("ranked by", "AUROC", "average precision", "wrong among the pairs ranked lowest", "wrong among all")
     return Table("How well low values point at the pairs known to be wrong (95\u202f% intervals)", heads, rows)
 
 

@@ -72,7 +72,7 @@ def work_out(
     if any(formula.columns & {"zterms", "zterms_std"} for formula in formulas):
         tell("standardising terms")
         runs = _runs_of_terms(run, shards)
-        parts = (part for task in map_tasks(partial(_moments, len(runs)), chunks(shards)) for part in task)
+        parts = (part for task in map_tasks(partial(_moments, runs), chunks(shards)) for part in task)
         recipe = replace(recipe, zterms=Standardisation.of(parts, runs))
     ranked = tuple(dict.fromkeys(source for formula in formulas for source in formula.ranked))
     if ranked:
@@ -168,16 +168,16 @@ def _match_joined(recipe: Recipe, shards: Sequence[ScoreShard]) -> None:
                         raise InputError(f"{other.url}: expected the same pairs in the same order as {shard.url}")
 
 
-def _moments(width: int, shards: Sequence[ScoreShard]) -> list[Moments]:
+def _moments(runs: npt.NDArray[np.int64], shards: Sequence[ScoreShard]) -> list[Moments]:
     """Moments of the terms of the pairs that scored, one per shard."""
     found = []
     for shard in shards:
-        total = Moments(0, np.zeros(width), np.zeros(width), 0)
+        total = Moments.none(len(runs))
         with ScoreFile(shard.url) as file:
             for span in file.spans():
-                terms = terms_matrix(span.arrow("terms"), width)
+                terms = terms_matrix(span.arrow("terms"), runs)
                 sign = np.sign(span.numeric("utility").astype(np.float64) * span.numeric("score"))
-                good = np.isfinite(terms).all(axis=1) & np.isfinite(sign)
+                good = np.isfinite(terms).any(axis=1) & np.isfinite(sign)
                 ok = span.ok()
                 good = good if ok is None else good & ok
                 total = total + Moments.of(terms[good], int(sign[good].sum()))

@@ -134,11 +134,11 @@ def _part_rows(
 
 def _value_moments(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks) -> tuple[float, float]:
     """Mean and standard deviation of the value of all pairs that can be kept."""
-    total = Moments(0, np.zeros(1), np.zeros(1), 0)
+    total = Moments.none(1)
     for task in map_tasks(partial(_moments_of_shards, recipe), chunks(shards)):
         for part in task:
             total = total + part
-    deviation = float(np.sqrt(total.squares[0] / max(total.count, 1)))
+    deviation = float(np.sqrt(total.squares[0] / max(total.count[0], 1)))
     return float(total.mean[0]), deviation or 1.0
 
 

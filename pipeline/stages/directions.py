@@ -64,7 +64,7 @@ def _manifest(job: Job) -> Manifest:
 
 def _fingerprint(job: Job, digests: list[str]) -> Fingerprint:
     config = job.config
-    score = config.score.model_dump(mode="json", exclude={"batch_size", "embeddings"})
+    score = config.score.model_dump(mode="json", exclude={"batch_size", "embeddings", "held_out"})
     return Fingerprint(
         {
             "inventory": job.inventory_digest,
@@ -82,17 +82,18 @@ def _fingerprint(job: Job, digests: list[str]) -> Fingerprint:
 
 def draw_batches(job: Job) -> Batches:
     """R, B and V of a run, by its seed. Raises `InputError` when too few pairs can be read."""
-    sizes, target, held_out = job.config.reference, job.config.target, job.held_out_positions
+    sizes, target = job.config.reference, job.config.target
 
     def draw(count: int, seed: int, key: str) -> PairBatch:
-        return _load(job, job.inventory, job.draw(int(count * OVERDRAW) + 16, seed, held_out), count, key)
+        return _load(job, job.inventory, job.draw(int(count * OVERDRAW) + 16, seed, job.barred_positions), count, key)
 
     reference = draw(sizes.pairs, Job.REFERENCE_SEED, "reference.pairs")
     gradient = draw(sizes.gradient_pairs, Job.GRADIENT_SEED, "reference.gradient_pairs")
     if target.kind == "train":
         return Batches(reference, gradient, draw(target.pairs, Job.TARGET_SEED, "target.pairs"))
     if target.kind == "holdout":
-        return Batches(reference, gradient, _load(job, job.inventory, held_out, target.pairs, "target.pairs"))
+        positions = job.held_out_positions
+        return Batches(reference, gradient, _load(job, job.inventory, positions, target.pairs, "target.pairs"))
     urls = expand(target.shards or [], "target.shards")
     shards = [inspect_shard(index, url) for index, url in enumerate(urls)]
     total = sum(shard.samples for shard in shards)

@@ -18,6 +18,7 @@ from pipeline.data.sampling import Positions, draw_positions
 from pipeline.errors import ConfigError, StageError
 from pipeline.models.clip import PairModel, build_model
 from pipeline.run import RunFolder
+from pipeline.selection.kept import kept_positions
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
 
@@ -79,6 +80,17 @@ class Job:
         if target.kind != "holdout":
             return np.empty(0, np.int64)
         return self.draw(min(int(target.pairs * OVERDRAW) + 16, self.samples // 2), self.TARGET_SEED)
+
+    @cached_property
+    def barred_positions(self) -> Positions:
+        """Positions of the pairs that no proxy run may train on: the target held out, and what `proxy.within` drops.
+
+        Raises `StageError` where that is no finished selection over these shards.
+        """
+        if self.config.proxy.within is None:
+            return self.held_out_positions
+        within = kept_positions(self.config.proxy.within, self.inventory)
+        return np.union1d(np.setdiff1d(np.arange(self.samples), within), self.held_out_positions)
 
     def model(self, run: int = 0) -> PairModel:
         """The proxy at its initial weights; each proxy run has a seed of its own."""

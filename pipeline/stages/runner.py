@@ -26,7 +26,7 @@ from pipeline.stages.evaluating import evaluate
 from pipeline.stages.job import Job, open_job
 from pipeline.stages.mapping import ordered_map
 from pipeline.stages.scoring import score
-from pipeline.stages.training import check_checkpoints, take_inventory, train
+from pipeline.stages.training import check_checkpoints, check_held_out, take_inventory, train
 from pipeline.stages.validating import validate
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
@@ -153,6 +153,7 @@ def check(job: Job) -> None:
     if config.evaluate is not None and config.evaluate.truth and not storage.exists(config.evaluate.truth):
         raise ConfigError("expected a CSV file", key="evaluate.truth", found=config.evaluate.truth)
     check_checkpoints(config)
+    check_held_out(config)
     try:
         job.model()
     except InputError as error:

@@ -20,8 +20,8 @@ from pipeline.engine.scoring import Outcome
 from pipeline.evaluation.subsets import Result
 from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.summary import read_summary, summary_file
-from pipeline.stages.evaluating import judge
 from pipeline.stages.job import Job
+from pipeline.stages.judging import judge
 from pipeline.stages.scoring import scores_fingerprint
 from pipeline.store import marks, storage
 from pipeline.store.commits import read_marks
@@ -149,15 +149,17 @@ def _add_quality(table: Table, job: Job, summary: dict[str, Any]) -> None:
     quality = summary.get("quality")
     if not quality:
         return
-    estimator = job.config.score.estimator
-    by = quality["by"]
     table.add_row(
         "wrong captions",
         f"{text.percent(quality['precision'])} of the pruned are wrong, {text.percent(quality['base_rate'])} of all",
     )
-    table.add_row(
-        "found by", f"{estimator} AUROC {by['utility']['auroc']:.3f}, similarity AUROC {by['similarity']['auroc']:.3f}"
-    )
+    names = {"utility": job.config.score.estimator, "select": job.config.select.by}
+    for place, (name, found) in enumerate(quality["by"].items()):
+        table.add_row(
+            "found by" if place == 0 else "",
+            f"{names.get(name, name)}: AUROC {found['auroc']:.3f}, average precision {found['average_precision']:.3f}, "
+            f"precision {found['precision']:.3f} at the true number",
+        )
 
 
 def _add_results(table: Table, results: list[Result]) -> None:

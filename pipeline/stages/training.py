@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.clip import PairModel
 from pipeline.models.manifest import import_checkpoints
 from pipeline.replay.ray_train import ProxyJob, train_runs
-from pipeline.replay.schedule import TrainingSettings
+from pipeline.replay.schedule import TrainingSettings, runs_to_hold_out
 from pipeline.stages.job import Job
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
@@ -74,19 +74,22 @@ class TrainingPairs:
     Attributes:
         config: the run's.
         positions: the global positions of the pairs, or None for all.
+        name: the folder in the cache; pairs of another use have another one.
     """
 
     config: Config
     positions: Positions | None
+    name: str = "training"
 
     def __call__(self) -> PairCache:
         """Build or open the cache; a file lock lets one process per machine build it."""
         job = Job(self.config)
-        os.makedirs(job.cache_folder, exist_ok=True)
-        with open(os.path.join(job.cache_folder, "lock"), "a") as lock:
+        folder = os.path.join(job.cache_folder, self.name)
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return build_cache(
-                job.cache_folder,
+                folder,
                 job.inventory,
                 job.decoder,
                 self.config.data.caption,
@@ -98,20 +101,29 @@ class TrainingPairs:
 def training_pairs(job: Job) -> tuple[TrainingPairs, Config]:
     """The pairs that proxy runs draw from, and the config with `proxy.subset` as a share of these.
 
-    The target held out is left out. Where the runs together see less than half of the pairs, only a seeded pool of
-    that size is decoded.
+    The target held out is left out, and what `proxy.within` does not keep. Where the runs together see less than half
+    of the pairs, only a seeded pool of that size is decoded.
     """
     config = job.config
-    held_out = job.held_out_positions
+    barred = job.barred_positions
     share = config.proxy.subset * config.proxy.runs
     if share < 0.5:
-        free = job.samples - len(held_out)
-        pool = job.draw(max(round(share * free), 1), Job.POOL_SEED, held_out)
+        free = job.samples - len(barred)
+        pool = job.draw(max(round(share * free), 1), Job.POOL_SEED, barred)
         smaller = config.proxy.model_copy(update={"subset": 1 / config.proxy.runs})
         return TrainingPairs(config, np.sort(pool)), config.model_copy(update={"proxy": smaller})
-    if not len(held_out):
+    if not len(barred):
         return TrainingPairs(config, None), config
-    return TrainingPairs(config, np.setdiff1d(np.arange(job.samples), held_out)), config
+    return TrainingPairs(config, np.setdiff1d(np.arange(job.samples), barred)), config
+
+
+def evaluation_pairs(job: Job) -> TrainingPairs:
+    """The pairs that judged models draw from: all but the target held out."""
+    held_out = job.held_out_positions
+    positions = np.setdiff1d(np.arange(job.samples), held_out) if len(held_out) else None
+    pool = training_pairs(job)[0].positions
+    same = positions is pool if positions is None or pool is None else np.array_equal(positions, pool)
+    return TrainingPairs(job.config, positions, "training" if same else "evaluation")
 
 
 def train(job: Job) -> None:
@@ -127,9 +139,7 @@ def train(job: Job) -> None:
     storage.remove(mark)
     pairs, training = training_pairs(job)
     _check_batch(job, training)
-    proxy_job = ProxyJob(
-        training, partial(build_proxy, config), pairs, job.folder, identity={"inventory": job.inventory_digest}
-    )
+    proxy_job = ProxyJob(training, partial(build_proxy, config), pairs, job.folder, identity=_identity(job))
     steps = TrainingSettings.of(training, max(job.samples, config.proxy.batch_size)).steps * config.proxy.runs
     tally = Tally(steps)
     seen = [0] * config.proxy.runs
@@ -152,13 +162,11 @@ def train(job: Job) -> None:
 def _fingerprint(job: Job) -> Fingerprint:
     """What decides the checkpoints: it answers without a worker whether they are those of this config."""
     config = job.config
-    weights = config.proxy.pretrained
     return Fingerprint(
         {
-            "inventory": job.inventory_digest,
+            **_identity(job),
             "proxy": config.proxy.model_dump(mode="json", exclude={"gpus_per_worker", "resume_every"}),
-            "model": storage.file_checksum(config.proxy.model) if config.proxy.model.endswith(".json") else "",
-            "pretrained": storage.file_checksum(weights) if weights else "",
+            **model_files(config),
             "equal_captions": config.reference.equal_captions,
             "target": config.target.model_dump(mode="json") if config.target.kind == "holdout" else {},
             "caption": config.data.caption,
@@ -168,9 +176,23 @@ def _fingerprint(job: Job) -> Fingerprint:
     )
 
 
+def model_files(config: Config) -> dict[str, str]:
+    """Digests of the files that the proxy is built from."""
+    model, weights = config.proxy.model, config.proxy.pretrained
+    return {
+        "model": storage.file_checksum(model) if model.endswith(".json") else "",
+        "pretrained": storage.file_checksum(weights) if weights else "",
+    }
+
+
+def _identity(job: Job) -> dict[str, str]:
+    """The pairs there are and those that the runs may not see."""
+    return {"inventory": job.inventory_digest, "barred": storage.checksum(job.barred_positions.tobytes())}
+
+
 def _check_batch(job: Job, config: Config) -> None:
     """Before anything is decoded: enough pairs for a batch."""
-    TrainingSettings.of(config, round((job.samples - len(job.held_out_positions)) * config.proxy.subset))
+    TrainingSettings.of(config, round((job.samples - len(job.barred_positions)) * config.proxy.subset))
 
 
 def _take_over(job: Job) -> None:
@@ -203,3 +225,26 @@ def check_checkpoints(config: Config) -> None:
     for number, url in enumerate(config.proxy.checkpoints or []):
         if not storage.exists(url):
             raise ConfigError("expected a checkpoint file", key=f"proxy.checkpoints[{number}]", found=url)
+
+
+def check_held_out(config: Config) -> None:
+    """Before any work: with `score.held_out` there is, for every pair, a run that does not train on it.
+
+    Raises `ConfigError`.
+    """
+    if not config.score.held_out:
+        return
+    proxy = config.proxy
+    if proxy.checkpoints is not None:
+        raise ConfigError(
+            "expected proxy runs trained here: which pairs other checkpoints saw is not known", key="score.held_out"
+        )
+    needed = runs_to_hold_out(proxy.subset)
+    if not needed:
+        raise ConfigError("expected less than 1 with score.held_out: true", key="proxy.subset", found=proxy.subset)
+    if proxy.runs < needed:
+        raise ConfigError(
+            f"expected at least {needed} with score.held_out: true and proxy.subset: {proxy.subset:g}",
+            key="proxy.runs",
+            found=proxy.runs,
+        )

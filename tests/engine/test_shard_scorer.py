@@ -110,7 +110,10 @@ def test_a_score_that_is_not_finite_is_a_reason_not_a_number() -> None:
     columns = ScoreColumns(5, np.array([0, 0]), sign=-1)
     terms = torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [3e38, 3e38], [1e39, 0.0]], dtype=torch.float64)
     ones = torch.ones(4)
-    columns.fill(np.array([0, 1, 3, 4]), ScoreBatch(terms, ones, ones, ones[:, None].half()))
+    columns.fill(
+        np.array([0, 1, 3, 4]),
+        ScoreBatch(terms, torch.ones_like(terms, dtype=torch.bool), ones, ones, ones[:, None].half()),
+    )
     values = columns.columns()
     assert columns.not_finite == {
         1: "term of checkpoint 0 is nan",
@@ -122,6 +125,20 @@ def test_a_score_that_is_not_finite_is_a_reason_not_a_number() -> None:
     assert values["utility_std"].null_count == 5  # type: ignore[union-attr]
     assert values["terms"] == [[1.0, 2.0], None, None, None, None]
     assert values["loss"].to_pylist() == [1.0, 1.0, None, 1.0, 1.0]  # type: ignore[union-attr]
+
+
+def test_terms_that_do_not_count_are_null_and_the_spread_is_that_of_the_runs_that_do() -> None:
+    columns = ScoreColumns(3, np.array([0, 0, 1, 2]), sign=-1)
+    nan = float("nan")
+    terms = torch.tensor([[1.0, 2.0, nan, 5.0], [nan, nan, 4.0, nan], [nan] * 4], dtype=torch.float64)
+    ones = torch.ones(3)
+    columns.fill(np.arange(3), ScoreBatch(terms, ~terms.isnan(), ones, ones, ones[:, None].half()))
+    values = columns.columns()
+    assert values["terms"] == [[1.0, 2.0, None, 5.0], [None, None, 4.0, None], None]
+    assert values["score"].to_pylist() == [8.0, 4.0, None]  # type: ignore[union-attr]
+    # Two runs count for the first pair, with scores 2 * 3 and 2 * 5, and one for the second.
+    assert values["utility_std"].to_pylist() == [pytest.approx(2.0), None, None]  # type: ignore[union-attr]
+    assert columns.not_finite == {2: "every proxy run was trained on the pair, none is held out"}
 
 
 @pytest.mark.ray

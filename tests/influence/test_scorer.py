@@ -89,6 +89,38 @@ def test_terms_of_runs_are_averaged():
     assert torch.allclose(two.score(pairs).terms.sum(1), one)
 
 
+def test_only_runs_that_did_not_train_on_a_pair_score_it():
+    settings = Settings(estimator="tracin")
+    model, checkpoints, batches, pairs = make_case(settings)
+    runs = [replace(checkpoint, run=number) for number, checkpoint in enumerate(checkpoints)]
+    plans = [
+        plan
+        for run in runs
+        for plan in prepare_run(model, [run], batches, settings, dataset_size=N, num_runs=len(runs))
+    ]
+    given = (model, list(zip(runs, plans, strict=True)), batches.reference, settings)
+    ids = pairs.ids
+    # The first pair was seen by no run, the second by one, the third by two, the fourth by all; 5 and 6 by run 1.
+    trained = {0: ids[[1, 2, 3]], 1: ids[[2, 3, 4, 5]], 2: ids[[3]]}
+    found = Scorer(*given, batch_size=4, trained={run: rows.sort()[0] for run, rows in trained.items()}).score(pairs)
+    every = Scorer(*given).score(pairs)
+    seen = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 0], [0, 1, 0]], dtype=torch.bool)
+    assert torch.equal(found.counts, ~seen)
+    assert torch.equal(found.terms.isnan(), seen)
+    left = ~seen.all(1)
+    alone = [Scorer(model, [one], batches.reference, settings).score(pairs) for one in given[1]]
+    for name, per_run in (
+        ("terms", 3 * every.terms),
+        ("loss", torch.stack([one.loss for one in alone], 1)),
+        ("similarity", torch.stack([one.similarity for one in alone], 1)),
+    ):
+        # The mean over the runs that count of what each says alone.
+        expected = per_run.masked_fill(seen, torch.nan).nanmean(1)
+        values = getattr(found, name)
+        assert_close((values.nansum(1) if name == "terms" else values)[left], expected[left], 1e-9)
+    assert torch.equal(found.embedding, every.embedding)
+
+
 def test_loss_and_similarity_are_those_of_the_last_checkpoint():
     settings = Settings()
     model, checkpoints, batches, pairs = make_case(settings)

@@ -32,6 +32,11 @@ def write(tmp_path: Path, text: str) -> str:
         ("data: {shards: a.tar}\ntarget: {kind: shards}", "target: expected target.shards is needed with"),
         ("- a list", "expected a mapping of sections"),
         ("data: [", "expected readable YAML"),
+        (
+            "data: {shards: a.tar}\nevaluate: {compare: {mine: {buy: utility}}}",
+            "evaluate.compare: expected keys of select, mine.buy: no key of select",
+        ),
+        ("data: {shards: a.tar}\nevaluate: {baselines: [right-only]}", "expected truth with the baseline right-only"),
         ("data: {shards: nowhere/*.tar}", "data.shards: expected shards, no file matches the pattern"),
     ],
 )
@@ -55,6 +60,25 @@ def test_a_missing_config_and_an_unknown_model_are_status_2(
     path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\nproxy: {{model: ViT-Z-99}}\nout: {tmp_path / 'run'}\n")
     assert invoke(["run", path]) == 2
     assert "proxy.model: ViT-Z-99: expected an open_clip model name" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("proxy", "line"),
+    [
+        ("{model: digits-vit}", "proxy.subset: expected less than 1 with score.held_out: true, found 1.0"),
+        ("{model: digits-vit, subset: 0.5}", "proxy.runs: expected at least 2 with score.held_out: true and"),
+        ("{model: digits-vit, subset: 0.75, runs: 3}", "proxy.runs: expected at least 4 with score.held_out: true and"),
+        ("{model: digits-vit, checkpoints: [%s]}", "score.held_out: expected proxy runs trained here"),
+    ],
+)
+def test_held_out_scores_need_a_run_that_did_not_see_the_pair(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_shards: list[str], proxy: str, line: str
+) -> None:
+    proxy = proxy.replace("%s", tiny_shards[0])
+    path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\nproxy: {proxy}\nscore: {{held_out: true}}\n")
+    assert invoke(["run", path, "--out", str(tmp_path / "run")]) == 2
+    assert line in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_overrides_are_yaml_and_reach_nested_keys(tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ class MemoryPairs:
         captions = torch.arange(n) % classes
         self.all = PairBatch(images, tokens[captions], torch.arange(n), captions)
 
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self.all.ids.numpy()
+
     def __len__(self) -> int:
         return len(self.all)
 

@@ -22,7 +22,7 @@ from pipeline.influence.losses import batch_loss
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.manifest import Manifest
 from pipeline.replay.proxy import train_proxy
-from pipeline.replay.record import Record, RecordFolder
+from pipeline.replay.record import Record, RecordFolder, trained_ids
 from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates
 from pipeline.run import RunFolder
 from pipeline.store import storage
@@ -245,6 +245,18 @@ def test_rows_that_are_held_out_are_never_seen(tmp_path: Path, factory: Factory)
     record = train(tmp_path, config_of(), factory, rows=np.arange(0, 24, 2))
     assert set(record.order.ravel().tolist()) <= set(range(0, 24, 2))
     assert record.dataset_size == 12
+
+
+def test_the_record_names_the_pairs_that_a_run_was_trained_on(tmp_path: Path, factory: Factory) -> None:
+    folder, pairs = RunFolder(str(tmp_path)), MemoryPairs()
+    config = config_of(runs=2, subset=0.5)
+    orders = [train_proxy(config, factory, pairs, folder, run).order for run in range(2)]
+    trained = [trained_ids(folder, run) for run in range(2)]
+    for order, ids in zip(orders, trained, strict=True):
+        assert ids.tolist() == sorted(set(pairs.ids[order.ravel()].tolist()))
+    assert not set(trained[0]) & set(trained[1])
+    with pytest.raises(StageError, match=r"run-002/trained.npy: expected the pairs that the run was trained on"):
+        trained_ids(folder, 2)
 
 
 def test_the_order_is_the_one_that_the_settings_give(tmp_path: Path, factory: Factory) -> None:

@@ -28,6 +28,7 @@ class DyingOnce:
     def __init__(self, trace: Path) -> None:
         self.trace = trace
         self.pairs = MemoryPairs()
+        self.ids = self.pairs.ids
         self.batches = 0
 
     def __len__(self) -> int:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates, recorded_steps, training_rows
+from pipeline.replay.schedule import (
+    TrainingSettings,
+    data_order,
+    learning_rates,
+    recorded_steps,
+    runs_per_round,
+    runs_to_hold_out,
+    training_rows,
+)
 from tests.replay.pairs import config_of
 
 
@@ -57,6 +65,25 @@ def test_runs_and_seeds_differ() -> None:
     assert not np.array_equal(*halves)
     assert np.array_equal(training_rows(rows, 1.0, 0, 0), rows)
     assert all((np.diff(half) > 0).all() for half in halves)
+
+
+@pytest.mark.parametrize("n", [64, 65, 67])
+@pytest.mark.parametrize(
+    ("share", "per_round", "fewest"),
+    [(0.5, 2, 2), (0.67, 3, 3), (0.667, 3, 3), (0.75, 4, 4), (0.25, 4, 2), (0.3, 3, 2)],
+)
+def test_runs_of_a_round_complement_each_other(n: int, share: float, per_round: int, fewest: int) -> None:
+    assert (runs_per_round(share), runs_to_hold_out(share)) == (per_round, fewest)
+    rows = np.arange(100, 100 + n)
+    for first in (0, per_round):
+        parts = [training_rows(rows, share, seed=0, run=first + run) for run in range(per_round)]
+        seen = np.stack([np.isin(rows, part) for part in parts])
+        assert all(abs(len(part) - share * n) <= 1 + 0.01 * n for part in parts)
+        # No pair is seen by so many runs that the fewest runs of which one must not know it are not enough.
+        assert seen.sum(0).max() == (per_round - 1 if share > 0.5 else 1)
+        if share > 0.5:
+            assert seen.sum(0).min() == per_round - 2 + (n % per_round == 0) or seen.sum(0).min() == per_round - 1
+    assert not np.array_equal(parts[0], training_rows(rows, share, seed=0, run=0))
 
 
 def test_steps_come_from_epochs() -> None:

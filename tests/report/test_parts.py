@@ -146,6 +146,17 @@ def test_evaluation_results_are_read_tolerantly(tmp_path: Path) -> None:
     assert read_results(run) == []
 
 
+def test_sets_of_several_sizes_are_drawn_as_curves() -> None:
+    def result(series: str, size: int, mean: float) -> Result:
+        return Result(f"{series} {size} %", size, "accuracy", mean, 0.01, 3, series)
+
+    rows = [result(series, size, 0.5 + size / 1000) for size in (70, 30) for series in ("kept", "random")]
+    section = evaluation_section([*rows, Result("everything", 100, "accuracy", 0.6, 0.01, 3, "full")])
+    assert [figure.title for figure in section.figures] == ["Accuracy by pairs kept", "Accuracy"]
+    assert "kept: 0.530 at 30, 0.570 at 70; random" in section.figures[0].wide
+    assert "everything: 0.600 at 100" in section.figures[0].wide
+
+
 def test_best_set_is_named_by_the_metric_direction() -> None:
     def results(metric: str) -> list[Result]:
         return [Result("kept", 5, metric, 0.9, 0.01, 3), Result("random", 5, metric, 0.5, 0.01, 3)]

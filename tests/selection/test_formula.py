@@ -147,6 +147,34 @@ def test_zterms_give_each_checkpoint_an_equal_say(tmp_path):
     assert summary.kept == (error < 0.5).sum()
 
 
+def test_zterms_of_held_out_runs_compare_like_with_like(tmp_path):
+    from pipeline.store import storage
+
+    rng = np.random.default_rng(2)
+    runs = np.array([0, 0, 1, 1, 2, 2])
+    own = rng.normal(size=(40, 6)) * [1, 100, 1, 100, 1, 100]  # each run's terms, as if it were the only one
+    counts = np.ones((40, 6), dtype=bool)
+    counts[:20, :2] = False
+    counts[10:30, 2:4] = False
+    number = counts[:, ::2].sum(1)
+    terms = own / number[:, None]  # in the file they add up to the mean over the runs that count
+    rows = []
+    for n in range(40):
+        stored = [float(t) if c else None for t, c in zip(terms[n], counts[n], strict=True)]
+        score = float(terms[n][counts[n]].sum())
+        rows.append(row(n, -score, terms=stored, score=score))
+    run = write_run(tmp_path, [rows[:15], rows[15:]])
+    storage.write_json(run.checkpoint_manifest, {"checkpoints": [{"path": "", "run": int(r)} for r in runs]})
+    known = np.where(counts, own, np.nan)
+    z = -(known - np.nanmean(known, 0)) / np.nanstd(known, 0)
+    expected = np.nanmean(np.stack([z[:, runs == r].sum(1) for r in range(3)], 1), 1)
+    select(run, SelectConfig(keep=12, by="zterms"), seed=0)
+    best = np.argsort(-expected)[:12]
+    assert kept(run) == sorted((0, int(n)) if n < 15 else (1, int(n) - 15) for n in best)
+    summary = select(run, SelectConfig(keep=1.0, by="zterms", where="zterms_std > 0", name="several"), seed=0)
+    assert summary.kept == (number > 1).sum()
+
+
 def test_significant_without_a_spread_is_refused(tmp_path):
     run = write_run(tmp_path, [[row(1, 1.0)]])
     with pytest.raises(StageError, match=r"utility_std, which is empty; it takes proxy.runs"):

@@ -1,0 +1,124 @@
+"""The sets that models are trained on to judge a selection: what it keeps, other choices, and baselines of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.config import SelectConfig
+from pipeline.data.sampling import Positions, offsets
+from pipeline.evaluation.quality import read_truth
+from pipeline.selection.kept import chosen_positions, kept_positions
+from pipeline.selection.summary import read_summary
+from pipeline.selection.tasks import thread_map
+from pipeline.stages.job import Job
+from pipeline.store import storage
+from pipeline.store.commits import read_marks
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A set of pairs that models are trained on.
+
+    Attributes:
+        series: what chose it, the same for all sizes.
+        name: the series and, where it is a choice, the share of the scored pairs.
+        positions: global positions of its pairs by the number of the seed (only `random` draws anew for each).
+    """
+
+    series: str
+    name: str
+    positions: Callable[[int], Positions]
+
+
+def training_sets(job: Job) -> Iterator[TrainingSet]:
+    """Every set that `evaluate` asks for, smaller shares first, then those without a share."""
+    config = job.config
+    assert config.evaluate is not None
+    baselines = config.evaluate.baselines
+    scored = np.flatnonzero(np.isfinite(score_column(job, "utility")))
+    for ours in _ours(job):
+        share = f"{round(100 * len(ours) / len(scored))} %"
+
+        def of(series: str, positions: Callable[[int], Positions], share: str = share) -> TrainingSet:
+            return TrainingSet(series, f"{series} {share}", positions)
+
+        yield of("kept", partial(_always, ours))
+        same_size: dict[str, object] = {"keep": len(ours)}
+        if "clip-score" in baselines:
+            plain: dict[str, object] = {"by": "similarity", "policy": "rank", "spread": None}
+            yield of("clip-score", partial(_always, _choose(job, same_size | plain)))
+        for name, changes in config.evaluate.compare.items():
+            yield of(name, partial(_always, _choose(job, same_size | changes)))
+        if "random" in baselines:
+            yield of("random", partial(_drawn, scored, len(ours), config.seed + Job.BASELINE_SEED))
+    if "right-only" in baselines:
+        yield TrainingSet("right-only", "only right captions", partial(_always, _right(job, scored)))
+    if "full" in baselines:
+        yield TrainingSet("full", "everything", partial(_always, scored))
+
+
+def _ours(job: Job) -> Iterator[Positions]:
+    """What the selection keeps: at its own size, or at each of `evaluate.keeps`."""
+    config = job.config
+    assert config.evaluate is not None
+    read_summary(job.folder, config.select.name)
+    if config.evaluate.keeps is None:
+        yield kept_positions(job.folder.selection(config.select.name), job.inventory)
+        return
+    for keep in sorted(config.evaluate.keeps):
+        yield _choose(job, {"keep": keep})
+
+
+def _choose(job: Job, changes: dict[str, object]) -> Positions:
+    """What the selection would keep with some of its keys changed."""
+    changed = job.config.select.model_dump() | changes
+    select = SelectConfig.model_validate(changed)
+    return chosen_positions(job.folder, select, job.inventory, seed=job.config.seed, map_tasks=thread_map)
+
+
+def _always(positions: Positions, seed: int) -> Positions:
+    del seed
+    return positions
+
+
+def _drawn(scored: Positions, size: int, first: int, seed: int) -> Positions:
+    return np.sort(np.random.default_rng([first, seed]).choice(scored, size, replace=False))
+
+
+def _right(job: Job, scored: Positions) -> Positions:
+    """The scored pairs whose caption is known to be right."""
+    assert job.config.evaluate is not None
+    assert job.config.evaluate.truth is not None  # the config asks for it
+    truth = read_truth(job.config.evaluate.truth)
+    right = np.array([not truth.get(uid, True) for uid in uids(job)], dtype=bool)
+    return np.asarray(scored[right[scored]], np.int64)
+
+
+def score_column(job: Job, name: str) -> NDArray[np.float64]:
+    """A numeric column of the scores by global position, `[samples]`; NaN where there is no score."""
+    values = np.full(job.samples, np.nan)
+    starts = offsets(job.inventory)
+    for mark in read_marks(job.folder):
+        with storage.open_read(job.folder.score_file(mark.shard)) as handle:
+            column = pc.cast(pq.read_table(handle, columns=[name])[name], "float64")
+        start = starts[mark.shard]
+        values[start : start + len(column)] = column.to_numpy(zero_copy_only=False)
+    return values
+
+
+def uids(job: Job) -> list[str]:
+    """The uid of every sample by global position; empty where there is no score file."""
+    found = [""] * job.samples
+    starts = offsets(job.inventory)
+    for mark in read_marks(job.folder):
+        with storage.open_read(job.folder.score_file(mark.shard)) as handle:
+            column = pq.read_table(handle, columns=["uid"])["uid"].to_pylist()
+        found[starts[mark.shard] : starts[mark.shard] + len(column)] = column
+    return found

@@ -1,0 +1,50 @@
+"""How well scores and the selection find the captions that are known to be wrong (`evaluate.truth`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.evaluation.quality import Detection, detect, read_truth
+from pipeline.selection.kept import kept_positions, ranked_values
+from pipeline.selection.tasks import thread_map
+from pipeline.stages.evaluation_sets import uids
+from pipeline.stages.job import Job
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How well a selection and rankings find the wrong captions of `evaluate.truth`.
+
+    Attributes:
+        by: the rankings, by name: `utility`, `similarity`, `select` (what the selection ranks by) and those of
+            `evaluate.compare`; precision and recall at the true number of wrong captions.
+        pruned: pairs with a known truth that are not kept.
+        wrong: how many of these have a wrong caption.
+    """
+
+    by: dict[str, Detection]
+    pruned: int
+    wrong: int
+
+
+def judge(job: Job) -> Judgement | None:
+    """Judge the selection and the rankings; None where no truth is given."""
+    config = job.config
+    if config.evaluate is None or config.evaluate.truth is None:
+        return None
+    truth = read_truth(config.evaluate.truth)
+    names = uids(job)
+    known = np.array([uid in truth for uid in names], dtype=bool)
+    wrong = np.array([truth.get(uid, False) for uid in names], dtype=bool)
+    out = np.ones(job.samples, dtype=bool)
+    out[kept_positions(job.folder.selection(config.select.name), job.inventory)] = False
+    formulas = {"utility": "utility", "similarity": "similarity", "select": config.select.by}
+    formulas |= {name: changes.get("by", config.select.by) for name, changes in config.evaluate.compare.items()}
+    by = {}
+    for name, formula in formulas.items():
+        select = config.select.model_copy(update={"by": formula, "policy": "rank", "spread": None})
+        values = ranked_values(job.folder, select, job.inventory, seed=config.seed, map_tasks=thread_map)
+        by[name] = detect(values[known], wrong[known], int(wrong.sum()))
+    return Judgement(by, int((out & known).sum()), int((out & wrong).sum()))
