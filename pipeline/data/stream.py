@@ -12,7 +12,7 @@ import zlib
 from typing import Any, Protocol
 
 import zstandard
-from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from pipeline.errors import InputError
 from pipeline.store import storage
@@ -25,6 +25,10 @@ BLOCK_BYTES = 8 << 20
 ATTEMPTS = 4
 
 _GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
+#: Answers of a web server that asking again does not change.
+_FINAL_STATUS = (400, 401, 403, 404, 405, 410)
+#: Where filesystems keep the version of a file, the best first.
+_VERSIONS = ("ETag", "etag", "md5", "Content-MD5", "mtime", "LastModified", "Last-Modified")
 _BROKEN_DATA = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 
 
@@ -89,7 +93,7 @@ def describe(url: str) -> tuple[int, str]:
     info = patiently(url, lambda: fs.info(path))
     if info.get("type") == "directory":
         raise InputError(f"{url}: expected a tar, found a folder")
-    version = next((info[name] for name in ("ETag", "etag", "md5", "mtime", "LastModified") if info.get(name)), "")
+    version = next((info[name] for name in _VERSIONS if info.get(name)), "")
     return int(info.get("size") or 0), str(version).strip('"')
 
 
@@ -103,10 +107,16 @@ def _open(url: str) -> io.BufferedReader:
     fs.invalidate_cache()
     info = patiently(url, lambda: fs.info(path))
     size = info.get("size")
-    # Web servers that ignore ranges would answer each block with the whole file.
-    ranges = size is not None and (not url.startswith(("http://", "https://")) or bool(info.get("partial")))
-    raw = _Ranges(url, fs, path, int(size)) if ranges else _Sequence(url, fs, path, size)
-    return io.BufferedReader(raw)
+    web = url.startswith(("http://", "https://"))
+    if size is not None and (not web or patiently(url, lambda: _answers_ranges(fs, path))):
+        return io.BufferedReader(_Ranges(url, fs, path, int(size)))
+    return io.BufferedReader(_Sequence(url, fs, path, size))
+
+
+def _answers_ranges(fs: Any, path: str) -> bool:
+    """Whether a web server gives a part of a file when asked for it: some ignore that and send the whole of it."""
+    with fs.open(path, "rb", block_size=0, headers={"Range": "bytes=0-0"}) as handle:
+        return len(handle.read(2)) == 1
 
 
 def patiently(url: str, ask: Any) -> Any:
@@ -116,7 +126,7 @@ def patiently(url: str, ask: Any) -> Any:
     """
     # Clients of object stores raise errors of many unrelated classes, hence all but the hopeless ones.
     patience = Retrying(
-        retry=retry_if_not_exception_type(_GONE),
+        retry=retry_if_exception(lambda error: not _is_final(error)),
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_exponential_jitter(initial=0.1, max=5, jitter=0.1),
         reraise=True,
@@ -124,8 +134,16 @@ def patiently(url: str, ask: Any) -> Any:
     try:
         return patience(ask)
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        # Of a web address fsspec says no more than that it is not there, whatever the server said.
+        cause = error.__cause__ if isinstance(error, _GONE) and error.__cause__ is not None else error
+        text = " ".join(str(cause).split()) or type(cause).__name__
         raise InputError(f"{url}: cannot be read: {text}") from error
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether asking again is no use. A web server that is down or busy is `FileNotFoundError` to fsspec, too."""
+    status = getattr(error.__cause__, "status", None)
+    return isinstance(error, _GONE) and (error.__cause__ is None or status in _FINAL_STATUS)
 
 
 class _Ranges(io.RawIOBase):

@@ -1,61 +1,85 @@
-"""Kept samples of plain local tars as arrays: their bytes go from the mapped inputs to the output many at a time."""
+"""Kept samples of plain local tars as arrays: what lies together in the inputs is copied to the output together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.emit.layout import Layout, find_layout
-from pipeline.emit.members import Sample, is_mappable, map_file, too_few
+from pipeline.emit.files import OpenFiles
+from pipeline.emit.layout import Bool, Int64, Layout, find_layout
+from pipeline.emit.members import is_mappable, map_file, too_few
 from pipeline.emit.plan import Input, KeptColumns, changed
-from pipeline.emit.tar import BLOCK, Buffer, TarWriter, headers, json_of, member
+from pipeline.emit.tar import BLOCK, ChangedError, TarWriter, headers, json_of
+from pipeline.errors import InputError
 
 
 @dataclass(frozen=True)
 class Block:
-    """Kept samples `[k]` in the order in which they are written: rows of keep lists, layout, and mapped tars."""
+    """Kept samples in the order in which they are written.
 
-    sources: list[Input]
+    Attributes:
+        inputs: the shards that they come from.
+        owner: which of the inputs each sample is of, int64 `[k]`.
+        uids: of the samples `[k]`.
+        keys: of the samples `[k]`.
+        indices: of the samples in their input `[k]`.
+        layout: where their members lie.
+    """
+
+    inputs: list[Input]
+    owner: Int64
     uids: list[str]
     keys: list[str]
     indices: list[int]
     layout: Layout
-    views: list[memoryview]
 
-    def write(self, writer: TarWriter) -> list[bool]:
+    @property
+    def sources(self) -> list[Input]:
+        """The input of each sample `[k]`."""
+        return [self.inputs[number] for number in self.owner.tolist()]
+
+    def write(self, writer: TarWriter, files: OpenFiles) -> list[bool]:
         """Append the samples; a json with the uid is added where there is none. Returns which had one `[k]`.
 
-        Contents are followed by the bytes that fill their last block in the input.
+        Contents are followed by the bytes that fill their last block in the input. Raises `InputError` for an input
+        that has changed meanwhile.
         """
         layout = self.layout
+        if not self.keys:
+            return []
+        has_json = np.add.reduceat(layout.json, layout.first[:-1]) > 0
+        begins, ends = layout.data - BLOCK, layout.ends
         made = headers(layout.names, layout.sizes).reshape(-1).data
-        ends = layout.data + (layout.sizes + BLOCK - 1) // BLOCK * BLOCK
-        places = list(zip(range(0, len(made), BLOCK), layout.data.tolist(), ends.tolist(), strict=True))
-        sums = np.concatenate([[0], np.cumsum(ends - layout.data + BLOCK)])[layout.first]
-        has_json: list[bool] = (np.add.reduceat(layout.json, layout.first[:-1]) > 0).tolist() if self.keys else []
+        blocks = [made[start : start + BLOCK] for start in range(0, len(made), BLOCK)]
+        names = layout.names.view(f"S{layout.names.shape[1]}").reshape(-1).tolist()
+        members = list(zip(begins.tolist(), names, blocks, strict=True))
         first = layout.first.tolist()
-        rows = zip(self.views, first, first[1:], np.diff(sums).tolist(), has_json, strict=False)
-        for number, (view, start, stop, size, has) in enumerate(rows):
-            pieces: list[Buffer] = []
-            for header, data, end in places[start:stop]:
-                pieces += (made[header : header + BLOCK], view[data:end])
-            if not has:
-                added = member(*json_of(self.keys[number], self.uids[number]))
-                pieces += added
-                size += sum(map(len, added))
-            writer.add_pieces(pieces, size)
-        return has_json
+        runs = self._runs(begins, ends, has_json)
+        for sample, start, stop in zip(*(column.tolist() for column in runs), strict=True):
+            url = self.inputs[self.owner[sample]].url
+            try:
+                writer.copy(files.descriptor(url), members[start][0], int(ends[stop - 1]), members[start:stop])
+            except ChangedError:
+                raise InputError(
+                    f"{url}: expected the sample {self.keys[sample]!r} where it was found before; the shard has changed"
+                ) from None
+            if stop == first[sample + 1] and not has_json[sample]:
+                writer.add(*json_of(self.keys[sample], self.uids[sample]))
+        found: list[bool] = has_json.tolist()
+        return found
 
-    def samples(self) -> Iterator[Sample]:
-        """The samples one by one."""
+    def _runs(self, begins: Int64, ends: Int64, has_json: Bool) -> tuple[Int64, Int64, Int64]:
+        """Members with nothing between them, in the inputs or to be added: the sample of the last one of each run,
+        the run's first member, and the first one after it, int64 `[runs]` each.
+        """
         layout = self.layout
-        names = [bytes(name).rstrip(b"\0").decode() for name in layout.names]
-        spans = list(zip(names, layout.data.tolist(), (layout.data + layout.sizes).tolist(), strict=True))
-        first = layout.first.tolist()
-        for key, index, view, start, stop in zip(self.keys, self.indices, self.views, first, first[1:], strict=False):
-            yield Sample(index, key, [(name[len(key) :], view[data:end]) for name, data, end in spans[start:stop]])
+        sample = np.repeat(np.arange(len(layout)), np.diff(layout.first))
+        breaks = begins[1:] != ends[:-1]
+        breaks |= (np.diff(sample) > 0) & (~has_json[sample[:-1]] | (np.diff(self.owner[sample]) != 0))
+        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+        stops = np.append(starts[1:], len(sample))
+        return sample[stops - 1], starts, stops
 
 
 def read_block(kept: KeptColumns) -> Block | None:
@@ -63,22 +87,18 @@ def read_block(kept: KeptColumns) -> Block | None:
 
     Raises `InputError` when the shard holds other samples than the keep list says.
     """
-    found = locate(kept)
-    if found is None:
+    layout = locate(kept)
+    if layout is None:
         return None
-    layout, view = found
-    count = len(kept.keys)
-    return Block([kept.source] * count, kept.uids, kept.keys, kept.indices, layout, [view] * count)
+    return Block([kept.source], np.zeros(len(kept.keys), np.int64), kept.uids, kept.keys, kept.indices, layout)
 
 
-def locate(kept: KeptColumns) -> tuple[Layout, memoryview] | None:
-    """Where the kept samples of an input shard lie in it, as `read_block` finds them, and the mapped shard."""
+def locate(kept: KeptColumns) -> Layout | None:
+    """Where the kept samples of an input shard lie in it, as `read_block` finds them."""
     url = kept.source.url
     if not is_mappable(url):
         return None
-    # One map for headers and contents: each new one costs the system a page table.
-    view = map_file(url)
-    layout = find_layout(view.obj)  # type: ignore[arg-type]
+    layout = find_layout(map_file(url).obj)  # type: ignore[arg-type]
     if layout is None:
         return None
     missing = next((index for index in kept.indices if index >= len(layout)), None)
@@ -89,4 +109,4 @@ def locate(kept: KeptColumns) -> tuple[Layout, memoryview] | None:
     for index, expected, key in zip(kept.indices, kept.keys, keys, strict=True):
         if key != expected:
             raise changed(kept.source, index, expected, key)
-    return found, view
+    return found

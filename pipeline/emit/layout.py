@@ -13,6 +13,7 @@ from pipeline.emit.tar import BLOCK, NAME_BYTES, padded
 
 Bytes = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
 
 #: Samples of more members are left to `group`.
 _MOST_MEMBERS = 16
@@ -37,11 +38,21 @@ class Layout:
     keys: npt.NDArray[np.bytes_]
     data: Int64
     sizes: Int64
-    json: npt.NDArray[np.bool_]
+    json: Bool
     first: Int64
 
     def __len__(self) -> int:
         return len(self.first) - 1
+
+    @property
+    def ends(self) -> Int64:
+        """Where the blocks of the content end, int64 `[m]`."""
+        return self.data + (self.sizes + BLOCK - 1) // BLOCK * BLOCK
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each sample begins and ends, headers and what fills the last block included."""
+        begins, ends = self.data[self.first[:-1]] - BLOCK, self.ends[self.first[1:] - 1]
+        return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
     def of(self, samples: Int64) -> Layout:
         """The layout of some samples (numbers `[k]`), in that order."""

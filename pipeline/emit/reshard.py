@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.emit import shuffle
 from pipeline.emit.blocks import Block, read_block
-from pipeline.emit.files import large_file
+from pipeline.emit.files import OpenFiles, large_file
 from pipeline.emit.members import Sample
 from pipeline.emit.plan import Input, KeptRow, Plan, kept_samples, printable, read_keep
 from pipeline.emit.tar import TarWriter, json_of
@@ -87,15 +87,14 @@ def write_shard(plan: Plan, shard: int) -> ShardStats:
     if done is not None:
         return done
     begin, end = plan.bounds(shard)
-    parts = _in_order(plan, begin, end) if plan.seed is None else shuffle.gather(plan, begin, end)
     sources: dict[str, list[Any]] = {name: [] for name in SOURCE_SCHEMA.names}
     json_added = json_without_uid = 0
-    with large_file(plan.tar(shard)) as path, open(path, "wb") as handle:
+    with large_file(plan.tar(shard)) as path, open(path, "wb") as handle, OpenFiles() as files:
         writer = TarWriter(handle)
-        for part in parts:
+        for part in _in_order(plan, begin, end) if plan.seed is None else shuffle.gather(plan, begin, end, files):
             if isinstance(part, Block):
                 owners, uids, source_keys, indices = part.sources, part.uids, part.keys, part.indices
-                keys, has_json = part.keys, part.write(writer)
+                keys, has_json = part.keys, part.write(writer, files)
             else:
                 row, sample = part
                 key = plan.target_key(row.source, sample.key)

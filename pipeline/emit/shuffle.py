@@ -8,14 +8,16 @@ order. Round two, per pruned tar: fetch its samples, which are neighbours in eve
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.emit.blocks import Block, locate
+from pipeline.emit.files import OpenFiles
 from pipeline.emit.layout import Int64, from_columns, to_columns
-from pipeline.emit.members import Sample, locate_samples, map_file, sample_in
+from pipeline.emit.members import Sample, locate_samples, sample_in, too_few
 from pipeline.emit.plan import KeptColumns, KeptRow, Plan, check_key, kept_samples, read_keep
 from pipeline.emit.tar import Buffer, member
 from pipeline.store import storage
@@ -36,7 +38,7 @@ def prepare(plan: Plan, number: int) -> None:
     found = None if plan.suffix_keys else locate(kept)
     columns: dict[str, Any] = {"place": places[order]}
     if found is not None:
-        columns |= to_columns(found[0].of(order))
+        columns |= to_columns(found.of(order))
     else:
         columns["begin"], columns["end"] = _spans(plan, number, kept, order)
     for name, values in (("uid", kept.uids), ("key", kept.keys), ("index", kept.indices)):
@@ -59,10 +61,10 @@ def _spans(plan: Plan, number: int, kept: KeptColumns, order: Int64) -> tuple[In
     return begins, ends
 
 
-def gather(plan: Plan, begin: int, end: int) -> Iterator[Block | tuple[KeptRow, Sample]]:
+def gather(plan: Plan, begin: int, end: int, files: OpenFiles) -> Iterator[Block | tuple[KeptRow, Sample]]:
     """The pairs at places `begin` to `end` of the shuffle, in its order.
 
-    Samples of plain local tars stay in the mapped files; the others, at most one pruned tar's worth, are in memory.
+    Of samples of plain local tars only the places are in memory; of the others, at most one pruned tar's worth, all.
     """
     numbers = plan.permutation.number(np.arange(begin, end))
     inputs = np.unique(np.searchsorted(plan.starts, numbers, side="right") - 1)
@@ -74,14 +76,31 @@ def gather(plan: Plan, begin: int, end: int) -> Iterator[Block | tuple[KeptRow, 
     if all("sizes" in table.column_names for table in tables):
         yield _block(plan, inputs.tolist(), tables)
         return
-    found: dict[int, tuple[KeptRow, Buffer | Sample]] = {}
+    found: dict[int, _Fetched] = {}
     for number, table in zip(inputs, tables, strict=True):
         found.update(_fetch(plan, int(number), table))
     for place in range(begin, end):
-        row, content = found.pop(place)
-        sample = content if isinstance(content, Sample) else sample_in(content, row.index)
-        check_key(row, sample)
-        yield row, sample
+        fetched = found.pop(place)
+        sample = fetched.sample(files)
+        check_key(fetched.row, sample)
+        yield fetched.row, sample
+
+
+@dataclass(slots=True, frozen=True)
+class _Fetched:
+    """A kept sample: the bytes of its members as they are in a plain tar, or where these lie in its input."""
+
+    row: KeptRow
+    content: Buffer | tuple[int, int]
+
+    def sample(self, files: OpenFiles) -> Sample:
+        content = self.content
+        if isinstance(content, tuple):
+            try:
+                content = files.read(self.row.source.url, *content)
+            except EOFError:
+                raise too_few(self.row.source.url, self.row.index) from None
+        return sample_in(content, self.row.index)
 
 
 def _block(plan: Plan, inputs: list[int], tables: list[pa.Table]) -> Block:
@@ -89,12 +108,10 @@ def _block(plan: Plan, inputs: list[int], tables: list[pa.Table]) -> Block:
     counts = [table.num_rows for table in tables]
     merged = pa.concat_tables(tables)
     order = np.argsort(merged["place"].to_numpy())
-    owner = np.repeat(np.arange(len(inputs)), counts)[order].tolist()
-    views = [map_file(plan.inputs[number].url) for number in inputs]
+    owner = np.repeat(np.arange(len(inputs)), counts)[order]
     taken = merged.select(["uid", "key", "index"]).take(pa.array(order))
     uids, keys, indices = (taken[name].to_pylist() for name in ("uid", "key", "index"))
-    layout = from_columns(merged).of(order)
-    return Block([plan.inputs[inputs[n]] for n in owner], uids, keys, indices, layout, [views[n] for n in owner])
+    return Block([plan.inputs[number] for number in inputs], owner, uids, keys, indices, from_columns(merged).of(order))
 
 
 def clean_up(plan: Plan) -> None:
@@ -104,23 +121,23 @@ def clean_up(plan: Plan) -> None:
         fs.rm(path, recursive=True)
 
 
-def _fetch(plan: Plan, number: int, table: pa.Table) -> Iterator[tuple[int, tuple[KeptRow, Buffer | Sample]]]:
-    """The samples in rows of an input shard's list, with their places: as bytes of a plain tar where they are so."""
+def _fetch(plan: Plan, number: int, table: pa.Table) -> Iterator[tuple[int, _Fetched]]:
+    """The samples in rows of an input shard's list, with their places."""
     source = plan.inputs[number]
     columns = table.to_pydict()
     rows = [KeptRow(source, *row) for row in zip(columns["uid"], columns["key"], columns["index"], strict=True)]
-    if "sizes" in columns:
-        yield from zip(columns["place"], zip(rows, _block(plan, [number], [table]).samples(), strict=True), strict=True)
-        return
+    spans = (
+        from_columns(table).spans() if "sizes" in columns else list(zip(columns["begin"], columns["end"], strict=True))
+    )
     part = _part(plan, number)
     if storage.exists(part):
         fs, path = storage.filesystem(part)
-        offset = columns["begin"][0]
-        view = memoryview(fs.cat_file(path, start=offset, end=columns["end"][-1]))
+        offset = spans[0][0]
+        view = memoryview(fs.cat_file(path, start=offset, end=spans[-1][1]))
+        contents = [view[start - offset : stop - offset] for start, stop in spans]
+        yield from zip(columns["place"], map(_Fetched, rows, contents), strict=True)
     else:
-        offset, view = 0, map_file(source.url)
-    for place, start, stop, row in zip(columns["place"], columns["begin"], columns["end"], rows, strict=True):
-        yield place, (row, view[start - offset : stop - offset])
+        yield from zip(columns["place"], map(_Fetched, rows, spans), strict=True)
 
 
 def _open_list(url: str) -> pa.Table:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -110,41 +107,3 @@ def test_missing_object_is_told_at_once(
     with pytest.raises(InputError, match=r"absent\.tar: cannot be read"):
         read_shard(f"{s3_bucket.url}/absent.tar")
     assert proxy.requests <= 4
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class _Liar(_Quiet):
-    """Closes the connection in the middle of each file."""
-
-    def copyfile(self, source: object, outputfile: object) -> None:
-        outputfile.write(source.read(20_000))  # type: ignore[attr-defined]
-        self.close_connection = True
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[Callable[[type[SimpleHTTPRequestHandler]], str]]:
-    servers = []
-
-    def serve(handler: type[SimpleHTTPRequestHandler]) -> str:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}/00000.tar"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_web_server_without_ranges(
-    tmp_path: Path, web: Callable[[type[SimpleHTTPRequestHandler]], str], s3_endpoint: str
-) -> None:
-    write_shards(tmp_path, shards=1, samples=24)
-    assert count(web(_Quiet)) == 24
-    with read_shard(web(_Liar)) as reader, pytest.raises(InputError, match="broke off"):
-        list(reader)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.data.reader import read_shard
 from pipeline.emit.layout import Layout, find_layout
 from pipeline.emit.members import locate_samples, map_file, read_keys, read_samples, sample_in
-from pipeline.emit.tar import TarWriter, header, headers
+from pipeline.emit.tar import ChangedError, TarWriter, header, headers
 from pipeline.errors import InputError
 from tests.helpers import write_tar
 
@@ -163,16 +163,44 @@ def test_a_written_tar_is_tarfiles_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
 
 
-def test_writes_that_stop_early_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tar_is_copied_in_parts_with_other_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes and reads stop early, parts end within members, one member is larger than the buffer."""
     import os
 
-    whole = os.writev
-    monkeypatch.setattr(os, "writev", lambda file, pieces: whole(file, [memoryview(pieces[0])[:700], *pieces[1:1]]))
+    write, read = os.write, os.preadv
+    monkeypatch.setattr(os, "write", lambda file, content: write(file, content[:700]))
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: read(file, [buffers[0][:300]], offset))
+    monkeypatch.setattr("pipeline.emit.tar.BUFFER_BYTES", 2048)
+    contents = [bytes([number]) * 1000 for number in range(7)] + [b"x" * 5000]
     with open(tmp_path / "a.tar", "wb") as handle:
         writer = TarWriter(handle)
-        for number in range(7):
-            writer.add(f"{number}.bin", bytes([number]) * 1000)
+        for number, content in enumerate(contents):
+            writer.add(f"{number}.bin", content)
+        writer.close()
+    with open(tmp_path / "a.tar", "rb") as source, open(tmp_path / "b.tar", "wb") as handle:
+        writer = TarWriter(handle)
+        writer.copy(source.fileno(), 5 * 1536, 7 * 1536 + 512 + 5120, [(6 * 1536, b"6.bin", header("other.bin", 1000))])
+        new = [(0, b"0.bin", header("n" * 90, 1000)), (1536, b"1.bin", header("last.bin", 1000))]
+        writer.copy(source.fileno(), 0, 2 * 1536, new)
         writer.close()
     monkeypatch.undo()
-    with tarfile.open(tmp_path / "a.tar") as tar:
-        assert [tar.extractfile(info).read() for info in tar] == [bytes([number]) * 1000 for number in range(7)]  # type: ignore[union-attr]
+    assert tar_members(tmp_path / "a.tar") == [(f"{number}.bin", content) for number, content in enumerate(contents)]
+    assert tar_members(tmp_path / "b.tar") == [
+        ("5.bin", contents[5]), ("other.bin", contents[6]), ("7.bin", contents[7]),
+        ("n" * 90, contents[0]), ("last.bin", contents[1]),
+    ]  # fmt: skip
+
+
+def test_a_copy_of_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.txt", bytes(9))])
+    with open(path, "rb") as source, open(tmp_path / "b.tar", "wb") as handle:
+        writer = TarWriter(handle)
+        with pytest.raises(ChangedError):
+            writer.copy(source.fileno(), 0, 1 << 20, [])
+        with pytest.raises(ChangedError):
+            writer.copy(source.fileno(), 0, 1024, [(0, b"b.txt", header("b.txt", 9))])
+
+
+def tar_members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from pipeline.run import RunFolder
 from pipeline.stages.runner import run_all, run_stage
 from tests.helpers import Member, image_bytes, sample_members, uid_of, write_tar
 from tests.integration.runs import small_config
+from tests.web import WebServer
 
 pytestmark = pytest.mark.ray
 
@@ -207,3 +208,14 @@ def test_a_run_on_an_object_store_gives_the_same_bytes(
         assert handle.read() == (Path(finished.root) / "pruned" / "uids.npy").read_bytes()
     with fsspec.open(f"{root}/pruned/shards/00000.tar", "rb") as handle:
         assert handle.read() == (Path(finished.root) / "pruned" / "shards" / "00000.tar").read_bytes()
+
+
+def test_a_run_from_a_web_server_gives_the_same_bytes(
+    finished: RunFolder, shards: list[str], tmp_path: Path, ray_local: None
+) -> None:
+    root = tmp_path / "run"
+    with WebServer(Path(shards[0]).parent) as web:
+        run_all(small_config(f"{web.url}/{{00000..00002}}.tar", root))
+    assert verify(str(root)) == []
+    for name in ("uids.npy", "shards/00000.tar", "shards/00002.tar"):
+        assert (root / "pruned" / name).read_bytes() == (Path(finished.root) / "pruned" / name).read_bytes()
