@@ -26,8 +26,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
+from pipeline.data.places import is_mappable, map_file
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, read_manifest
-from pipeline.emit.members import is_mappable, locate_samples, map_file, sample_in
+from pipeline.emit.members import locate_samples, sample_in
 from pipeline.emit.plan import printable
 from pipeline.emit.train_script import consumer_url
 from pipeline.errors import ConfigError, DiffpruneError, InputError, StageError

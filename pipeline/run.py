@@ -23,6 +23,10 @@ class RunFolder:
         """One row per input shard (Parquet)."""
         return storage.join(self.root, "inventory.parquet")
 
+    def places(self, shard: int) -> str:
+        """Where each member of input shard number `shard` lies, if it is a plain local tar (Parquet)."""
+        return storage.join(self.root, "places", f"{shard:05d}.parquet")
+
     @property
     def checkpoints(self) -> str:
         """Folder of the recorded checkpoints."""

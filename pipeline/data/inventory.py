@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.places import locate_members, write_places
 from pipeline.data.reader import read_shard
 from pipeline.data.stream import describe
+from pipeline.errors import InputError
 from pipeline.store import storage
 
 _SCHEMA = pa.schema(
@@ -47,9 +49,20 @@ class ShardInfo:
     end_error: str = ""
 
 
-def inspect_shard(index: int, url: str) -> ShardInfo:
-    """Count the samples of a shard by reading through it once. Raises `InputError` when storage fails."""
+def inspect_shard(index: int, url: str, places: str | None = None) -> ShardInfo:
+    """Count the samples of a shard: by its headers if it is a sound, plain, local tar, else by reading through it.
+
+    With `places`, where the members of such a tar lie is kept there. Raises `InputError` when storage fails.
+    """
     size, etag = describe(url)
+    try:
+        layout = locate_members(url, whole=True)
+    except OSError as error:
+        raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
+    if layout is not None:
+        if places is not None:
+            write_places(places, url, size, etag, layout)
+        return ShardInfo(index, url, storage.basename(url), len(layout), size, etag)
     with read_shard(url) as reader:
         samples = reader.count()
     return ShardInfo(index, url, storage.basename(url), samples, size, etag, reader.end_error)

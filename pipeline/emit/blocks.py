@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.data.layout import BLOCK, Bool, Int64, Layout
+from pipeline.data.places import locate_members, read_places
 from pipeline.emit.files import OpenFiles
-from pipeline.emit.layout import Bool, Int64, Layout, find_layout
-from pipeline.emit.members import is_mappable, map_file, too_few
+from pipeline.emit.members import too_few
 from pipeline.emit.plan import Input, KeptColumns, changed
-from pipeline.emit.tar import BLOCK, ChangedError, TarWriter, headers, json_of
+from pipeline.emit.tar import ChangedError, TarWriter, headers, json_of
 from pipeline.errors import InputError
 
 
@@ -96,15 +97,15 @@ def read_block(kept: KeptColumns) -> Block | None:
 def locate(kept: KeptColumns) -> Layout | None:
     """Where the kept samples of an input shard lie in it, as `read_block` finds them."""
     url = kept.source.url
-    if not is_mappable(url):
-        return None
-    layout = find_layout(map_file(url).obj)  # type: ignore[arg-type]
-    if layout is None:
-        return None
-    missing = next((index for index in kept.indices if index >= len(layout)), None)
-    if missing is not None:
-        raise too_few(url, missing)
-    found = layout.of(np.array(kept.indices, np.int64))
+    found = read_places(kept.source.places, url, kept.indices)
+    if found is None:
+        layout = locate_members(url)
+        if layout is None:
+            return None
+        missing = next((index for index in kept.indices if index >= len(layout)), None)
+        if missing is not None:
+            raise too_few(url, missing)
+        found = layout.of(np.array(kept.indices, np.int64))
     keys = [key.decode() for key in found.keys.tolist()]
     for index, expected, key in zip(kept.indices, kept.keys, keys, strict=True):
         if key != expected:

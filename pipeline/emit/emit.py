@@ -104,7 +104,7 @@ def emit(
         warnings=[],
     )
     if config.emit.materialize:
-        plan = make_plan(folder, config, inventory, lines, fingerprint.digest)
+        plan = make_plan(run, config, inventory, lines, fingerprint.digest)
         stats = reshard(plan, map_tasks)
         summary = replace(
             summary,
@@ -153,15 +153,23 @@ def parse_mark(mark: dict[str, Any]) -> EmitSummary:
 
 
 def make_plan(
-    folder: SelectionFolder,
+    run: RunFolder,
     config: Config,
     inventory: Sequence[ShardInfo],
     lines: Sequence[ManifestLine],
     fingerprint: str,
 ) -> Plan:
     """Which kept pair goes to which pruned tar."""
+    folder = SelectionFolder(run.selection(config.select.name))
     inputs = tuple(
-        Input(info.index, info.name, info.url, storage.join(folder.root, line.keep), line.num_kept)
+        Input(
+            number=info.index,
+            name=info.name,
+            url=info.url,
+            keep=storage.join(folder.root, line.keep),
+            kept=line.num_kept,
+            places=run.places(info.index),
+        )
         for info, line in zip(inventory, lines, strict=True)
         if line.keep is not None and line.num_kept
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TypeVar, cast
 
+from pipeline.data.layout import BLOCK, padded
+from pipeline.data.places import is_mappable, map_file
 from pipeline.data.stream import ShardStream
-from pipeline.emit.tar import BLOCK, Buffer, padded
+from pipeline.emit.tar import Buffer
 from pipeline.errors import InputError
-from pipeline.store import storage
 
 T = TypeVar("T")
 
@@ -42,20 +41,7 @@ Extent = tuple[int, int, int]
 
 
 class UnusualTarError(Exception):
-    """A tar with entries that `scan` leaves to `tarfile`: links, sparse files, global headers."""
-
-
-def is_mappable(url: str) -> bool:
-    """Whether a shard is a local, uncompressed file, whose members can be reached without reading what is between."""
-    return storage.is_local(url) and url.endswith(".tar")
-
-
-def map_file(url: str) -> memoryview:
-    """A local file mapped into memory; the map lives as long as the last view of it."""
-    with open(storage.local_path(url), "rb") as handle:
-        if not os.fstat(handle.fileno()).st_size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+    """A tar with entries that `scan` leaves to `tarfile`: links, sparse files, global headers, folders with a size."""
 
 
 def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
@@ -96,7 +82,7 @@ def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
             records = _pax_records(bytes(view[data : data + size]))
             name = _text(records.get(b"path", b"")) or name
             long_size = int(records.get(b"size", long_size))
-        elif kind != _FOLDER:
+        elif kind != _FOLDER or size:
             raise UnusualTarError
         if kind != _LONG_NAME and kind != _PAX:
             first, name, long_size = offset, "", -1

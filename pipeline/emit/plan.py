@@ -17,13 +17,23 @@ from pipeline.store import storage
 
 @dataclass(frozen=True)
 class Input:
-    """An input shard with kept pairs: its number, file name, URL, keep list and how many that has."""
+    """An input shard with kept pairs.
+
+    Attributes:
+        number: of the shard in the run, from 0.
+        name: its file name.
+        url: where it is.
+        keep: its keep list.
+        kept: rows of that.
+        places: what the inventory keeps of where its members lie, if anything (`pipeline.data.places`).
+    """
 
     number: int
     name: str
     url: str
     keep: str
     kept: int
+    places: str
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.layout import Int64, from_columns, to_columns
 from pipeline.emit.blocks import Block, locate
 from pipeline.emit.files import OpenFiles
-from pipeline.emit.layout import Int64, from_columns, to_columns
 from pipeline.emit.members import Sample, locate_samples, sample_in, too_few
 from pipeline.emit.plan import KeptColumns, KeptRow, Plan, check_key, kept_samples, read_keep
 from pipeline.emit.tar import Buffer, member

@@ -10,12 +10,10 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-#: Tars come in blocks of this many bytes.
-BLOCK = 512
+from pipeline.data.layout import BLOCK, NAME_BYTES
+
 #: Two zero blocks end a tar; tools pad it to whole records of 20 blocks.
 RECORD = 20 * BLOCK
-#: Longer names need a header of their own.
-NAME_BYTES = 100
 #: Bytes that are gathered before they are written: whole blocks, few enough to stay in the processor's cache.
 BUFFER_BYTES = 256 << 10
 
@@ -23,11 +21,6 @@ Buffer = bytes | memoryview
 
 _ZEROS = bytes(RECORD)
 _LARGEST_SIZE = 0o77777777777
-
-
-def padded(size: int) -> int:
-    """`size` rounded up to whole blocks."""
-    return -(-size // BLOCK) * BLOCK
 
 
 def header(name: str, size: int) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -114,12 +116,24 @@ def _emit(job: Job) -> None:
         config,
         job.inventory,
         map_tasks=ordered_map(job, "emit", "shards"),
-        command=" ".join(["diffprune", *sys.argv[1:]]) if sys.argv[0].endswith("diffprune") else "",
+        command=command_line(),
     )
     written = f"{done.tars:,} tars" if config.emit.materialize else "keep lists"
     _say("emit", f"{written} in {job.folder.selection(config.select.name)}")
     for warning in done.warnings:
         _say("emit", warning)
+
+
+def command_line() -> str:
+    """The command that this process runs, as one would type it again; "" where another program uses the library."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
+    if os.path.basename(sys.argv[0]) == "diffprune":
+        start = ["diffprune"]
+    elif module.partition(".")[0] in ("pipeline", "jobs"):
+        start = ["python", "-m", module]
+    else:
+        return ""
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _report(job: Job) -> None:

@@ -42,7 +42,7 @@ def take_inventory(job: Job) -> None:
     marks = TaskMarks(storage.join(job.folder.root, "scratch", "inventory"), Fingerprint({"urls": urls}))
     outcome = run_tasks(
         _inspect,
-        list(enumerate(urls)),
+        [(number, url, job.folder.places(number)) for number, url in enumerate(urls)],
         run=job.folder,
         stage="inventory",
         config=job.config.engine,
@@ -57,7 +57,7 @@ def take_inventory(job: Job) -> None:
         storage.remove(marks.url(number))
 
 
-def _inspect(item: tuple[int, str]) -> list[Any]:
+def _inspect(item: tuple[int, str, str]) -> list[Any]:
     info = inspect_shard(*item)
     return [info.index, info.url, info.name, info.samples, info.bytes, info.etag, info.end_error]
 

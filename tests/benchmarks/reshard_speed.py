@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.inventory import inspect_shard
 from pipeline.emit.plan import Input, Plan
 from pipeline.emit.reshard import MapTasks, reshard
 from pipeline.emit.tar import TarWriter
@@ -36,7 +37,7 @@ UID_ROWS = 3_000_000
 
 
 def make_inputs(folder: Path, shards: int) -> list[Input]:
-    """Shards of random bytes with captions and json, and their keep lists."""
+    """Shards of random bytes with captions and json, their keep lists, and what the inventory keeps of them."""
     rng = np.random.default_rng(0)
     inputs = []
     for number in range(shards):
@@ -57,7 +58,9 @@ def make_inputs(folder: Path, shards: int) -> list[Input]:
             "index": pa.array(rows, pa.int32()),
         }
         pq.write_table(pa.table(columns), keep)
-        inputs.append(Input(number, path.name, str(path), str(keep), len(rows)))
+        places = folder / f"{number:05d}.places"
+        inspect_shard(number, str(path), str(places))
+        inputs.append(Input(number, path.name, str(path), str(keep), len(rows), str(places)))
     return inputs
 
 

@@ -51,7 +51,7 @@ def make_run(folder: Path | str, shards: list[str], keep: float = 0.5, seed: int
     """Score every readable sample of `shards` at random and keep the best `keep` of them, without any stage."""
     run = RunFolder(str(folder))
     config = parse_config({"out": run.root, "data": {"shards": shards}, "select": {"keep": keep}, **sections})
-    inventory = [inspect_shard(index, url) for index, url in enumerate(shards)]
+    inventory = [inspect_shard(index, url, run.places(index)) for index, url in enumerate(shards)]
     write_inventory(run.inventory, inventory)
     rng = np.random.default_rng(seed)
     for info in inventory:

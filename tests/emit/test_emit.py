@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import Config, parse_config
 from pipeline.emit.emit import EmitSummary, emit
-from pipeline.emit.keys import keys_repeat
+from pipeline.emit.keys import key_words, keys_repeat
 from pipeline.emit.manifest import read_manifest
 from pipeline.emit.train_script import TrainCommand, consumer_url, join_urls, shard_pattern
 from pipeline.errors import StageError
@@ -136,6 +138,16 @@ def test_repeating_keys_are_found_across_the_first_chunk(tmp_path: Path, monkeyp
     assert keys_repeat(urls)
     assert keys_repeat([urls[0], urls[0]])
     assert not keys_repeat([])
+
+
+@given(st.lists(st.text(max_size=20), max_size=20))
+def test_equal_keys_alone_have_equal_words(keys: list[str]) -> None:
+    import pyarrow as pa
+
+    array = pa.array(["x", *keys, "y" * 15, "y" * 16], pa.string()).slice(1)
+    words = key_words(array).tolist()
+    assert len(set(words)) == len(set(array.to_pylist()))
+    assert len(set(zip(words, array.to_pylist(), strict=True))) == len(set(words))
 
 
 def test_the_card_has_front_matter_counts_and_provenance(tmp_path: Path) -> None:

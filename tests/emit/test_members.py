@@ -12,9 +12,10 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.layout import Layout, find_layout
+from pipeline.data.places import map_file
 from pipeline.data.reader import read_shard
-from pipeline.emit.layout import Layout, find_layout
-from pipeline.emit.members import locate_samples, map_file, read_keys, read_samples, sample_in
+from pipeline.emit.members import locate_samples, read_keys, read_samples, sample_in
 from pipeline.emit.tar import ChangedError, TarWriter, header, headers
 from pipeline.errors import InputError
 from tests.helpers import write_tar

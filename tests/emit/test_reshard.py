@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.places import locate_members
 from pipeline.emit.permutation import Permutation
 from pipeline.emit.plan import Input, Plan
 from pipeline.emit.reshard import finished, reshard, write_shard
@@ -29,7 +31,7 @@ Pairs = list[dict[str, Any]]
 
 def plan_of(made: MadeRun, folder: Path | str, **changes: Any) -> Plan:
     inputs = tuple(
-        Input(info.index, info.name, info.url, made.folder.keep(info.index), rows)
+        Input(info.index, info.name, info.url, made.folder.keep(info.index), rows, made.run.places(info.index))
         for info in made.inventory
         if (rows := pq.read_metadata(storage.local_path(made.folder.keep(info.index))).num_rows)
     )
@@ -224,6 +226,35 @@ def test_a_shard_that_changed_since_it_was_scored_is_named(tmp_path: Path) -> No
     write_tar(shards[0], [])
     with pytest.raises(InputError, match="expected a sample number"):
         reshard(plan_of(made, tmp_path / "out", seed=None))
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_a_tar_is_walked_only_if_it_is_another_than_the_inventory_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    shards = write_shards(tmp_path / "in", shards=3)
+    made = make_run(tmp_path / "run", shards)
+    walked: list[str] = []
+
+    def locate(url: str) -> Any:
+        walked.append(url)
+        return locate_members(url)
+
+    monkeypatch.setattr("pipeline.emit.blocks.locate_members", locate)
+    reshard(plan_of(made, tmp_path / "known", seed=seed, pairs_per_shard=99))
+    assert walked == []
+    os.utime(shards[1], (1, 1))
+    reshard(plan_of(made, tmp_path / "walked", seed=seed, pairs_per_shard=99))
+    assert walked == [shards[1]]
+    assert files_of(tmp_path / "walked") == files_of(tmp_path / "known")
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path / "run", write_shards(tmp_path / "in", shards=5))
+    reshard(plan_of(made, tmp_path / "out", seed=1))
+    monkeypatch.setattr("pipeline.emit.files.OPEN_FILES", 2)
+    reshard(plan_of(made, tmp_path / "few", seed=1))
+    assert files_of(tmp_path / "few") == files_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize("seed", [None, 4])

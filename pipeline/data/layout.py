@@ -1,24 +1,30 @@
-"""Where the samples of a plain tar of the usual form lie: what `scan` and `group` find, in a few numpy passes."""
+"""Where the samples of a plain tar of the usual form lie: what the reader would find, in a few numpy passes."""
 
 from __future__ import annotations
 
 import mmap
+import re
+import tarfile
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.emit.tar import BLOCK, NAME_BYTES, padded
+#: Tars come in blocks of this many bytes.
+BLOCK = 512
+#: Longer names need a header of their own.
+NAME_BYTES = 100
 
 Bytes = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
-#: Samples of more members are left to `group`.
+#: Samples of more members are left to slower ways.
 _MOST_MEMBERS = 16
 _REGULAR, _OLD_REGULAR, _FOLDER, _PAX = b"0\x005x"
 _DOT, _SLASH = b"./"
+_RECORD = re.compile(rb"([1-9][0-9]{0,4}) [^=]+=")
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,17 @@ class Layout:
         return Layout(self.names[rows], self.keys[samples], self.data[rows], self.sizes[rows], self.json[rows], first)
 
 
-def find_layout(content: bytes | mmap.mmap) -> Layout | None:
-    """The layout of a tar, of which only headers are touched; None for one that `scan` must look at.
+def padded(size: int) -> int:
+    """`size` rounded up to whole blocks."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def find_layout(content: bytes | mmap.mmap, whole: bool = False) -> Layout | None:
+    """The layout of a tar, of which only headers are touched; None for one of another than the usual form.
 
     The usual form has short ASCII names with a key and an ending each, and pax records, if any, that say nothing
-    about name and size (webdataset's own writer puts the time there).
+    about name and size (webdataset's own writer puts the time there). Of a tar that breaks off it has the whole
+    members; with `whole` the layout of such a one, or of one with a damaged header, is None as well.
     """
     walked = _walk(content)
     if walked is None:
@@ -75,12 +87,15 @@ def find_layout(content: bytes | mmap.mmap) -> Layout | None:
     places, sizes = walked
     blocks = np.frombuffer(content, np.uint8, len(content) // BLOCK * BLOCK).reshape(-1, BLOCK)
     rows = places // BLOCK
+    if whole and not (len(places) and _is_sound(blocks, rows, sizes)):
+        return None
     kinds = blocks[rows, 156]
     pax = np.flatnonzero(kinds == _PAX)
     if len(pax) and not _only_times(blocks, places, pax):
         return None
     members = np.flatnonzero((kinds == _REGULAR) | (kinds == _OLD_REGULAR))
-    if len(members) + len(pax) + np.count_nonzero(kinds == _FOLDER) < len(kinds):
+    # `tarfile` looks for the next header right behind a folder's, whatever size that claims.
+    if len(members) + len(pax) + np.count_nonzero((kinds == _FOLDER) & (sizes == 0)) < len(kinds):
         return None
     if len(members) and places[members[-1]] + BLOCK + padded(int(sizes[members[-1]])) > len(content):
         return None
@@ -113,7 +128,7 @@ def from_columns(table: pa.Table) -> Layout:
     data, sizes = (flat[name].to_numpy() for name in ("data", "sizes"))
     json = flat["json"].to_numpy(zero_copy_only=False)
     keys = np.array([key.encode() for key in table["key"].to_pylist()], "S")
-    return Layout(names.view(np.uint8).reshape(len(names), -1), keys, data, sizes, json, first)
+    return Layout(names.view(np.uint8).reshape(len(names), names.itemsize), keys, data, sizes, json, first)
 
 
 def _walk(content: bytes | mmap.mmap) -> tuple[Int64, Int64] | None:
@@ -137,6 +152,33 @@ def _walk(content: bytes | mmap.mmap) -> tuple[Int64, Int64] | None:
     return np.array(places, np.int64), np.array(sizes, np.int64)
 
 
+def _is_sound(blocks: Bytes, rows: Int64, sizes: Int64) -> bool:
+    """Whether `tarfile` accepts each header (rows of `blocks`) with the size found in it, and then finds the end."""
+    end = int(rows[-1]) + 1 + padded(int(sizes[-1])) // BLOCK
+    if end >= len(blocks) or blocks[end].any():
+        return False
+    try:
+        for row, size in zip(rows.tolist(), sizes.tolist(), strict=True):
+            header = tarfile.TarInfo.frombuf(blocks[row].tobytes(), "utf-8", "surrogateescape")
+            pax = header.type == tarfile.XHDTYPE
+            if header.size != size or (pax and not _are_records(blocks[row + 1 : row + 2].tobytes()[:size])):
+                return False
+    except (tarfile.TarError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _are_records(content: bytes) -> bool:
+    """Whether the content of a pax header is `length key=value` records, each ending in a newline."""
+    position = 0
+    while position < len(content):
+        match = _RECORD.match(content, position)
+        if match is None or content[position + int(match[1]) - 1 : position + int(match[1])] != b"\n":
+            return False
+        position += int(match[1])
+    return True
+
+
 def _only_times(blocks: Bytes, places: Int64, pax: Int64) -> bool:
     """Whether pax headers (rows of `places`) have a block of records each that change neither name nor size."""
     if pax[-1] + 1 == len(places):
@@ -148,7 +190,7 @@ def _only_times(blocks: Bytes, places: Int64, pax: Int64) -> bool:
 
 
 def _group(names: Bytes, data: Int64, sizes: Int64) -> Layout | None:
-    """`members.group` for names with a key and an ending each, whose endings do not repeat within a key."""
+    """The samples of members: for names with a key and an ending each, whose endings do not repeat within a key."""
     count = len(names)
     if not count:
         return Layout(names, np.zeros(0, "S1"), data, sizes, np.zeros(0, bool), np.zeros(1, np.int64))
