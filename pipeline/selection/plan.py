@@ -151,6 +151,7 @@ def _plan(
         pruned["quota"] += int(cut.sum())
     skip, end = boundaries
     key = int(end.key[0])
+    by_value = recipe.strata == 1 and "preference" not in recipe.layers
     names = grouping.group_names(recipe)
     return SelectionPlan(
         recipe=recipe,
@@ -166,7 +167,7 @@ def _plan(
         groups=[
             GroupPlan(*of) for of in zip(names, sizes.sum(axis=1).tolist(), kept.sum(axis=1).tolist(), strict=True)
         ],
-        threshold=value_of(key) if recipe.strata == 1 and 0 <= key < 1 << 32 else None,
+        threshold=value_of(key) if by_value and 0 <= key < 1 << 32 else None,
         shortfall=shortfall,
         harmful_kept=int(kept[:, HARMFUL].sum()) if recipe.tiers > 1 else 0,
     )

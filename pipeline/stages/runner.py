@@ -194,7 +194,9 @@ def show_plan(config: Config) -> None:
     if config.select.balance.by == "caption":
         _show_shares("caption", [(group.name, group.size, group.kept) for group in plan.groups], console)
     _show_shares("cluster", [(cluster.name, cluster.size, cluster.kept) for cluster in plan.clusters], console)
-    _show_shares("source", [(source.name, source.pairs, source.kept) for source in plan.sources], console)
+    _show_shares(
+        "source", [(source.name or "(unknown)", source.pairs, source.kept) for source in plan.sources], console
+    )
     _show_shares("shard", [(shard.url, shard.rows, shard.kept) for shard in plan.shards], console)
 
 

@@ -91,10 +91,12 @@ def test_a_dry_run_says_what_a_quota_costs(tmp_path, capsys):
 
 
 def test_long_tables_are_counted(tmp_path, capsys):
-    rows = [row(n, float(n), source=f"{n}.org") for n in range(30)]
+    rows = [row(n, float(n), source=f"{n}.org" if n else None) for n in range(30)]
     run = write_run(tmp_path, [rows])
     runner.show_plan(with_inventory(run, [rows], keep=0.5))
-    assert "... and 10 more" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "... and 10 more" in out
+    assert "(unknown)" in out
 
 
 def test_compare_prints_overlap_and_where_it_is_least(tmp_path, capsys):
