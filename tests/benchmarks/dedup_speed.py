@@ -97,6 +97,11 @@ def write_scores(run: RunFolder, chunks: Iterator[Float32], rng: np.random.Gener
             "index": pa.array(np.arange(count, dtype=np.int32)),
             "status": pa.array(["ok"] * count),
             "utility": pa.array(rng.normal(size=count).astype(np.float32)),
+            "utility_std": pa.array(np.full(count, 0.5, np.float32)),
+            "similarity": pa.array(rng.normal(size=count).astype(np.float32)),
+            "width": pa.array(rng.integers(32, 512, count).astype(np.int32)),
+            "content": pa.array([rng.bytes(16).hex() for _ in range(count)]),
+            "caption_id": pa.array(rng.integers(0, 2**62, 1000)[rng.integers(0, 1000, count)]),
             "source": pa.array(["a.example"] * count),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(both.reshape(-1)), 2 * mine.shape[1]),
         }  # fmt: skip

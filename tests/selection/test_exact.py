@@ -7,14 +7,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import BalanceConfig, Band, SelectConfig, Threshold
-from pipeline.errors import StageError
-from pipeline.selection import bracket, cuts, plan, prepare
+from pipeline.config import BalanceConfig, Band, DedupConfig, SelectConfig, Threshold
+from pipeline.errors import InputError, StageError
+from pipeline.run import RunFolder
+from pipeline.selection import bracket, cuts, plan, prepare, write
 from pipeline.selection.bracket import Bracket, Caught, guess
 from pipeline.selection.keys import order_keys
 from pipeline.selection.scan import committed_shards
@@ -174,8 +176,6 @@ def test_a_count_that_cannot_be_met_is_refused(tmp_path):
 
 
 def test_no_scores_is_one_line(tmp_path):
-    from pipeline.run import RunFolder
-
     with pytest.raises(StageError, match="diffprune score"):
         select(RunFolder(str(tmp_path)), SelectConfig(), seed=0)
 
@@ -211,3 +211,50 @@ def test_summary_is_read_back_and_stale_lists_go(tmp_path):
     assert read_summary(run, "default") == summary
     assert summary.threshold == 0.5
     assert not storage.exists(stale)
+
+
+def test_a_selection_on_an_object_store_is_the_same(tmp_path):
+    shards = [[row(100 * shard + place, float(place % 7)) for place in range(30)] for shard in range(2)]
+    run = write_run(tmp_path, shards)
+    config = SelectConfig(keep=0.4, dedup=DedupConfig(exact=True), by="rank(utility)")
+    select(run, config, seed=0)
+    remote = RunFolder("memory://selected")
+    for url in storage.list_files(run.scores):
+        storage.write_bytes(url.replace(run.root, remote.root), storage.read_bytes(url))
+    try:
+        select(remote, config, seed=0)
+        for shard in range(2):
+            name = f"/keep/{shard:05d}.parquet"
+            assert storage.read_bytes(remote.selection() + name) == storage.read_bytes(run.selection() + name)
+        assert not storage.exists(storage.join(remote.root, "scratch"))
+    finally:
+        fsspec.filesystem("memory").rm("/selected", recursive=True)
+
+
+def test_many_sources_are_counted_with_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "MAX_SOURCES", 3)
+    rows = [row(n, float(n), source=f"{'abcdefgh'[n % 8]}.org" if n < 40 else "a.org") for n in range(80)]
+    run = write_run(tmp_path, [rows[:40], rows[40:]])
+    summary = select(run, SelectConfig(keep=20), seed=0)
+    assert [(source.name, source.pairs) for source in summary.sources][:2] == [("a.org", 45), (write.OTHER_SOURCES, 30)]
+    assert sum(source.pairs for source in summary.sources) == 80
+    assert sum(source.kept for source in summary.sources) == 20
+
+
+def test_a_failed_selection_leaves_no_scratch_and_the_one_before_it(tmp_path):
+    run = write_run(tmp_path, [[row(n, float(n)) for n in range(9)], [row(9, 9.0, uid="no uid")]])
+    select(run, SelectConfig(keep=3), seed=0)
+    with pytest.raises(InputError, match=r"00001\.parquet: expected uids of 32 hex digits"):
+        select(run, SelectConfig(keep=3, by="utility * 0"), seed=0)
+    assert not (tmp_path / "scratch").exists()
+    assert read_summary(run, "default").config["by"] == "utility"
+
+
+def test_progress_names_the_passes_and_the_summary_has_their_seconds(tmp_path):
+    run = write_run(tmp_path, [[row(n, float(n)) for n in range(9)]])
+    told: list[str] = []
+    summary = select(run, SelectConfig(keep=3, by="rank(utility)"), seed=0, progress=told.append)
+    assert told == ["ranking", "counting", "finding the cut", "writing keep lists"]
+    assert list(summary.seconds) == told
+    assert all(seconds >= 0 for seconds in summary.seconds.values())
+    assert summary.threshold == pytest.approx(6.5 / 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.selection import ranks
 from pipeline.selection.formula import parse_formula
 from pipeline.selection.ranks import RankSketch, merged
+from pipeline.store import storage
 from tests.selection.scores import kept, row, select, write_run
 
 COLUMNS = {"utility": np.array([1.0, -2.0, 3.0]), "width": np.array([10.0, 20.0, 0.0])}
@@ -126,8 +128,6 @@ def test_a_joined_run_over_other_pairs_is_refused(tmp_path):
 
 
 def test_zterms_give_each_checkpoint_an_equal_say(tmp_path):
-    from pipeline.store import storage
-
     rng = np.random.default_rng(1)
     terms = rng.normal(size=(30, 4)) * [1, 1000, 0.01, 1] + [0, 5, 0, 0]
     rows = [row(n, -float(t.sum()), terms=t.tolist(), score=float(t.sum())) for n, t in enumerate(terms)]
@@ -179,3 +179,78 @@ def test_significant_without_a_spread_is_refused(tmp_path):
     run = write_run(tmp_path, [[row(1, 1.0)]])
     with pytest.raises(StageError, match=r"utility_std, which is empty; it takes proxy.runs"):
         select(run, SelectConfig(policy="significant"), seed=0)
+
+
+REFUSED = [
+    ({"join": {"no-name": "there"}}, r"select\.join: expected a name of letters"),
+    ({"keep": {"threshold": 0.5}, "policy": "significant"}, r"select\.keep: expected a fraction or a count"),
+    ({"keep": {"threshold": 0.5}, "balance": {"by": "caption"}}, r"select\.keep: expected a fraction or a count"),
+    ({"embeddings": "other"}, r"select\.embeddings: expected the name of a joined run.*'other'"),
+    ({"balance": {"by": "caption", "quota": "complexity"}}, r"select\.balance: expected balance.by: cluster"),
+    ({"balance": {"by": "cluster"}}, r"select\.balance\.by: expected scores with embeddings"),
+    ({"policy": "infomax"}, r"select\.policy: expected scores with embeddings"),
+    ({"policy": "significant", "fill": "diverse"}, r"select\.fill: expected scores with embeddings"),
+    ({"dedup": {"cosine": 0.9}}, r"select\.dedup\.cosine: expected scores with embeddings"),
+]
+
+
+@pytest.mark.parametrize(("section", "line"), REFUSED)
+def test_what_the_scores_cannot_serve_is_refused_before_any_pass(tmp_path, section, line):
+    run = write_run(tmp_path, [[row(1, 1.0)]])
+    with pytest.raises(ConfigError, match=line):
+        select(run, SelectConfig.model_validate(section), seed=0, map_tasks=lambda *_: pytest.fail("a pass began"))
+
+
+@pytest.mark.parametrize(
+    ("section", "missing"), [({"dedup": {"exact": True}}, "content"), ({"balance": {"by": "caption"}}, "caption_id")]
+)
+def test_a_column_that_is_missing_is_named(tmp_path, section, missing):
+    run = write_run(tmp_path, [[row(1, 1.0)]])
+    table = pq.read_table(run.score_file(0))
+    pq.write_table(table.drop_columns([missing]), run.score_file(0))
+    with pytest.raises(ConfigError, match=f"expected scores with a column '{missing}'"):
+        select(run, SelectConfig.model_validate(section), seed=0)
+
+
+@pytest.mark.parametrize("manifest", [None, [{"path": "0", "run": 0}], [{"path": "0"}, {"path": "1"}]])
+def test_terms_are_of_one_run_unless_the_manifest_says_otherwise(tmp_path, manifest):
+    rows = [row(n, float(-n), terms=[float(n), 0.0], score=float(n)) for n in range(6)]
+    run = write_run(tmp_path, [[row(99, None, status="corrupt-image")], rows])
+    if manifest is not None:
+        storage.write_json(run.checkpoint_manifest, {"checkpoints": manifest})
+    select(run, SelectConfig(keep=2, by="zterms"), seed=0)
+    assert kept(run) == [(1, 0), (1, 1)]
+    with pytest.raises(StageError, match="zterms_std, which is empty"):
+        select(run, SelectConfig(keep=2, by="zterms", policy="significant"), seed=0)
+
+
+def test_the_sign_of_the_terms_is_that_which_makes_utility_of_the_score(tmp_path):
+    rows = [row(n, float(n), terms=[float(n)], score=float(n)) for n in range(6)]
+    run = write_run(tmp_path, [rows])
+    select(run, SelectConfig(keep=2, by="zterms"), seed=0)
+    assert kept(run) == [(0, 4), (0, 5)]
+
+
+def test_scores_without_terms_have_no_zterms(tmp_path):
+    rows = [row(n, float(n), terms=[]) for n in range(3)]
+    run = write_run(tmp_path, [rows, []])
+    with pytest.raises(StageError, match="expected scores with terms, found none"):
+        select(run, SelectConfig(keep=2, by="zterms"), seed=0)
+
+
+def test_a_joined_run_that_lacks_a_shard_is_named(tmp_path):
+    rows = [row(n, float(n)) for n in range(4)]
+    run = write_run(tmp_path / "a", [rows, rows])
+    other = write_run(tmp_path / "b", [rows])
+    with pytest.raises(InputError, match=r"b/scores/00001\.parquet: expected scores of the shard /in/1\.tar"):
+        select(run, SelectConfig(keep=2, by="other.utility", join={"other": other.root}), seed=0)
+
+
+def test_ranks_of_nothing_are_not_finite():
+    table = RankSketch().table()
+    assert np.isnan(table.rank(np.array([1.0, np.inf], dtype=np.float32))).all()
+    sketch = RankSketch()
+    sketch.add(np.array([1.0, 2.0, np.nan], dtype=np.float32))
+    assert sketch.table().rank(np.array([np.nan, 2.0, 0.0], dtype=np.float32))[1:].tolist() == [0.75, 0.25]
+    assert np.isnan(sketch.table().rank(np.array([np.nan, np.inf], dtype=np.float32))).all()
+    assert float(sketch.table().rank(np.float32(1.0))) == 0.25  # type: ignore[arg-type]

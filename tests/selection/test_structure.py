@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import BalanceConfig, DedupConfig, SelectConfig
-from pipeline.errors import ConfigError
-from pipeline.selection import clusters, duplicates, redundancy, structure
+from pipeline.errors import ConfigError, StageError
+from pipeline.selection import clusters, duplicates, layers, prepare, redundancy, scan, structure
+from pipeline.selection.recipe import TIE
 from tests.selection.scores import kept, pickling_map, ranking, row, select, uid, write_run
 
 DIM = 16
@@ -205,3 +206,76 @@ def test_farthest_first_is_monotone_and_starts_from_what_is_chosen():
         assert gains[pick] == pytest.approx(1 - nearest[pick], abs=1e-5)
         assert nearest[pick] <= np.delete(nearest, taken).min() + 1e-5
         taken.append(int(pick))
+
+
+def test_large_parts_are_traversed_in_pieces(monkeypatch):
+    rng = np.random.default_rng(8)
+    vectors = clusters.unit(rng.normal(size=(50, 6)).astype(np.float32))
+    monkeypatch.setattr(redundancy, "MOST_PAIRS", 20)
+    pieces = redundancy._chunks(vectors)
+    assert sorted(np.concatenate(pieces).tolist()) == list(range(50))
+    assert [len(piece) for piece in pieces] == [17, 17, 16]
+    along = vectors @ (vectors[0] - vectors.mean(axis=0))
+    assert along[pieces[0]].max() <= along[pieces[1]].min()
+    rows = np.zeros(50, dtype=[("shard", "i4"), ("row", "i4"), ("key", "u4"), ("high", "u8"), ("low", "u8"),
+                               ("part", "i4"), ("tier", "i4"), ("embedding", "f2", (6,))])  # fmt: skip
+    rows["row"], rows["embedding"], rows["tier"] = np.arange(50), vectors, TIE
+    whole = rows["embedding"].astype(np.float32)
+    gains = redundancy.diverse(rows)
+    for piece in redundancy._chunks(whole):
+        expected = redundancy._farthest_first(whole[piece], np.zeros(len(piece), dtype=bool))
+        assert gains[piece].tolist() == expected.tolist()
+
+
+def test_gains_count_each_chosen_neighbour_once():
+    # a chain 0 - 1 - 2 of similarity 1: choosing 1 first makes its neighbours worth less
+    graph = [[(1, 1.0)], [(0, 1.0), (2, 1.0)], [(1, 1.0)]]
+    gains = redundancy._greedy_gains(np.array([1.0, 1.5, 0.9]), graph, 0.5)
+    assert gains.tolist() == pytest.approx([0.5, 1.5, 0.4])
+    gains = redundancy._greedy_gains(np.array([2.0, 1.5, 1.9]), graph, 0.5)
+    assert gains.tolist() == pytest.approx([2.0, 0.5, 1.9])
+
+
+def test_one_pair_alone_has_no_neighbours():
+    assert redundancy._neighbours(np.ones((1, 4), np.float32)) == [[]]
+
+
+@pytest.mark.parametrize("policy", [{"dedup": {"cosine": 0.9}}, {"policy": "infomax"}])
+def test_pairs_without_any_embedding_cannot_be_clustered(tmp_path, policy):
+    rows = [row(n, float(n), embedding=None) for n in range(3)]
+    run = write_run(tmp_path, [rows], embedding_size=2 * DIM)
+    with pytest.raises(StageError, match="no pair that can be kept has an embedding"):
+        select(run, SelectConfig.model_validate(policy), seed=0)
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_complexity_is_spread_times_distance_to_the_neighbours():
+    centroids = clusters.unit(np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=np.float32))
+    nearest, similarity = np.array([0, 0, 1, 2]), np.array([0.9, 0.7, 0.5, 1.0], dtype=np.float32)
+    found = clusters._complexity(centroids, nearest, similarity)
+    half = 1 - np.sqrt(0.5)
+    assert found.tolist() == pytest.approx([0.2 * 1.0, 0.5 * (1 + half) / 2, 0.0], abs=1e-6)
+    alone = clusters._complexity(centroids[:1], np.zeros(2, int), np.array([0.9, 0.7], np.float32))
+    assert alone.tolist() == pytest.approx([0.2])
+    weights = clusters.Clusters(centroids, np.arange(3, dtype=np.int32), found).weights()
+    assert weights.sum() == pytest.approx(1)
+    assert np.log(weights[1] / weights[0]) == pytest.approx((found[1] - found[0]) / 0.1)
+
+
+def test_a_pair_visits_the_parts_whose_border_is_near(tmp_path):
+    angles = np.radians([0.0, 40.0, 44.0, 90.0])
+    vectors = np.zeros((4, DIM))
+    vectors[:, 0], vectors[:, 1] = np.cos(angles), np.sin(angles)
+    run = write_run(tmp_path, [embedded(vectors, [1.0, 2.0, 3.0, 4.0])], embedding_size=2 * DIM)
+    shards = scan.committed_shards(run)[0]
+    recipe = prepare.make_recipe(SelectConfig(), shards[0], 0, str(tmp_path / "scratch"))
+    centroids = np.eye(2, DIM, dtype=np.float32)
+    both = clusters.Clusters(centroids, np.array([0, 1], np.int32), np.zeros(2))
+    # 44 degrees are sin(1 degree) = 0.017 from the border at 45, 40 degrees 0.087
+    for margin, visitors in ((0.0, []), (0.05, [2]), (0.1, [1, 2])):
+        sizes = clusters.write_parts(recipe, shards, both, margin, map)
+        parts = layers.read(recipe.scratch, "part", 0)
+        assert parts[:, 0].tolist() == [0, 0, 0, 1]
+        assert np.flatnonzero((parts[:, 1:] >= 0).any(axis=1)).tolist() == visitors
+        assert sizes.tolist() == [3, 1 + len(visitors)]
+    assert layers.read(recipe.scratch, "cluster", 0).tolist() == [0, 0, 0, 1]
