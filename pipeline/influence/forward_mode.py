@@ -1,4 +1,4 @@
-"""Typed faces of `torch.func.jvp` and `vjp`, whose own annotations do not say what comes back."""
+"""Typed faces of `torch.func.jvp` and `vjp` and of dual tensors, whose own annotations do not say what comes back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.func
+from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def push_forward(function: Callable[..., Any], at: tuple[Any, ...], along: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -18,3 +20,15 @@ def pull_back(function: Callable[..., Any], at: Any, cotangent: Any) -> Any:
     """The cotangent of the function's value carried back to its one argument."""
     result: Any = torch.func.vjp(function, at)
     return result[1](cotangent)[0]
+
+
+def parted(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Value and tangent of a tensor inside of a function that is pushed forward; None where no tangent flows."""
+    found: Any = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
+    return found.primal, found.tangent
+
+
+def carrying(value: Tensor, tangent: Tensor) -> Tensor:
+    """The value with this tangent, the inverse of `parted`."""
+    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+    return dual

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.errors import InputError
 from pipeline.influence.forward_mode import push_forward
 from pipeline.influence.settings import Settings
+from pipeline.influence.tangents import TangentRules
 from pipeline.influence.twice import TwiceDifferentiable
 from pipeline.types import Features, PairBatch, Tree
 
@@ -96,10 +97,12 @@ class Passes:
         run = _on(self, state, batch)
         directions = [_filled(vectors[name], at) for name in names]
         if len(names) == 1:
-            value, tangent = push_forward(run, (at,), (directions[0],))
+            with TangentRules():
+                value, tangent = push_forward(run, (at,), (directions[0],))
             return {(): value, (names[0],): tangent}
         stacked = {parameter: torch.stack([d[parameter] for d in directions]) for parameter in moved}
-        value, tangents = _over_directions(lambda d: push_forward(run, (at,), (d,)))(stacked)
+        with TangentRules(stacked=True):
+            value, tangents = _over_directions(lambda d: push_forward(run, (at,), (d,)))(stacked)
         return {(): value} | {
             (name,): Features(*(part[index] for part in tangents)) for index, name in enumerate(names)
         }

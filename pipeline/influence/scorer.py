@@ -17,6 +17,12 @@ from pipeline.types import Checkpoint, Features, PairBatch, Tree
 
 Point = tuple[tuple[str, float], ...]
 
+#: Pairs on the device at once: weights are moved to the point of a probe, and losses taken, once for all of them.
+_BLOCK = 1024
+
+#: Most pairs in one pass on a CPU: its activations stay in the caches, and in memory that the allocator keeps.
+_CPU_PAIRS = 32
+
 #: Quantities that are not computed from the features of a pass.
 _WITHOUT_JETS = ("random", "gradient-square", "self-bracket")
 
@@ -32,7 +38,7 @@ class Scorer:
         reference: R.
         settings: as for `prepare`.
         device: where passes run; weights, vectors and R's features stay there.
-        batch_size: pairs per pass.
+        batch_size: pairs per pass; on a CPU at most 32 of them, where larger passes are slower.
         trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
             then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
     """
@@ -49,7 +55,7 @@ class Scorer:
     ) -> None:
         self.settings = settings
         self.device = torch.device(device)
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, _CPU_PAIRS) if self.device.type == "cpu" else batch_size
         self.passes = Passes(model.to(self.device), settings)
         self.reference = reference.to(self.device)
         self.trained = {run: to_device({"ids": ids}, self.device)["ids"] for run, ids in (trained or {}).items()}
@@ -67,8 +73,8 @@ class Scorer:
         order = _by_caption_length(batch.tokens)
         parts: list[ScoreBatch] = []
         with torch.no_grad(), self.passes.ready():
-            for part in chunks(batch[order], self.batch_size):
-                parts.append(self._score(part.to(self.device)))
+            for block in chunks(batch[order], _BLOCK):
+                parts.append(self._score(block.to(self.device)))
         restore = order.argsort()
         return ScoreBatch(
             *(torch.cat([getattr(part, name) for part in parts])[restore] for name in ScoreBatch.__slots__)
@@ -134,14 +140,14 @@ class _CheckpointScorer:
                 self.wanted.setdefault(probe.at, []).append(probe.along)
         if observed:
             self.wanted.setdefault((), []).append(())
-        self.reference_jets = {
-            point: joined_jets([self._jet(point, part) for part in chunks(scorer.reference, scorer.batch_size)])
-            for point in self.wanted
-        }
+        self.reference_jets = {point: self._jet(point, scorer.reference) for point in self.wanted}
 
-    def _jet(self, point: Point, batch: PairBatch) -> Jet:
+    def _jet(self, point: Point, pairs: PairBatch) -> Jet:
+        scorer, wanted = self.scorer, self.wanted[point]
         with torch.no_grad():
-            return self.scorer.passes.jet(self._state_at(point), self.vectors, batch, self.wanted[point])
+            state = self._state_at(point)
+            parts = chunks(pairs, scorer.batch_size)
+            return joined_jets([scorer.passes.jet(state, self.vectors, part, wanted) for part in parts])
 
     def _state_at(self, point: Point) -> Tree:
         state = self.state

@@ -1,0 +1,206 @@
+"""Tangents of the operators that towers are made of, at the price of their flops: three products for one of the value.
+
+torch's own forward derivatives of linear layers, layer norm and attention copy operands and go over memory many times;
+here a linear layer's tangent is two products into one buffer, and layer norm's and softmax's, whose Jacobians are
+symmetric, are one call of their fused backward kernels. Everything else keeps torch's derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from pipeline.influence.forward_mode import carrying, parted
+
+
+class TangentRules(TorchFunctionMode):
+    """Within this context these rules replace torch's own first forward derivatives.
+
+    Not for derivatives of second order: the backward kernels used here have no right derivative of their own.
+
+    Args:
+        stacked: tangents are stacked by `vmap`, which does not know the products that add to a buffer in place.
+    """
+
+    def __init__(self, stacked: bool = False) -> None:
+        super().__init__()
+        self._stacked = stacked
+        self._rules: dict[Any, Callable[..., Any]] = {
+            functional.linear: self._linear_rule,
+            functional.layer_norm: self._layer_norm_rule,
+            functional.scaled_dot_product_attention: self._attention_rule,
+            functional.multi_head_attention_forward: self._multi_head_rule,
+        }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = self._rules.get(func)
+        found = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+    def _linear_rule(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._linear(_Dual.of(input), _Dual.of(weight), _Dual.perhaps(bias)).tensor()
+
+    def _layer_norm_rule(
+        self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Any:
+        """The tangent of the normalised values through their symmetric Jacobian, then weight and bias."""
+        x = _Dual.of(input)
+        if weight is None or bias is None or weight.dtype != input.dtype or x.tangent is None:
+            return NotImplemented
+        normal, mean, scale = torch.native_layer_norm(x.value, shape, None, None, eps)
+        (w, dw), (b, db) = _Dual.of(weight), _Dual.of(bias)
+        backward = torch.ops.aten.native_layer_norm_backward
+        tangent = backward(x.tangent, x.value, shape, mean, scale, None, None, [True, False, False])[0] * w
+        if dw is not None:
+            tangent = tangent + normal * dw if self._stacked else tangent.addcmul_(normal, dw)
+        if db is not None:
+            tangent += db
+        return _Dual(torch.addcmul(b, normal, w), tangent).tensor()
+
+    def _attention_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        q, k, v = (_Dual.of(tensor) for tensor in (query, key, value))
+        if dropout_p or is_causal or enable_gqa or not _additive(attn_mask) or _autocast(query) is not None:
+            return NotImplemented
+        if q.tangent is None and k.tangent is None and v.tangent is None:
+            return NotImplemented
+        return self._attention(q, k, v, attn_mask, scale).tensor()
+
+    def _multi_head_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        embed_dim_to_check: int,
+        num_heads: int,
+        in_proj_weight: Tensor | None,
+        in_proj_bias: Tensor | None,
+        bias_k: Tensor | None,
+        bias_v: Tensor | None,
+        add_zero_attn: bool,
+        dropout_p: float,
+        out_proj_weight: Tensor,
+        out_proj_bias: Tensor | None,
+        training: bool = True,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """`nn.MultiheadAttention` to itself, in evaluation; tensors `[tokens, pairs, width]`."""
+        unusual = (bias_k, bias_v, key_padding_mask, options.get("q_proj_weight"), options.get("static_k"))
+        flags = (add_zero_attn, training, need_weights, options.get("is_causal"), query is not key, key is not value)
+        if any(item is not None for item in unusual) or any(flags) or query.dim() != 3 or _autocast(query) is not None:
+            return NotImplemented
+        if in_proj_weight is None or not _additive(attn_mask) or (attn_mask is not None and attn_mask.dim() != 2):
+            return NotImplemented
+        x = _Dual.of(query).map(lambda t: t.transpose(0, 1))
+        weight, bias = _Dual.of(in_proj_weight), _Dual.perhaps(in_proj_bias)
+        if x.tangent is None and weight.tangent is None and (bias is None or bias.tangent is None):
+            return NotImplemented
+        packed = self._linear(x, weight, bias)
+        pairs, tokens, width = x.value.shape
+        heads = packed.map(lambda t: t.view(pairs, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).contiguous())
+        q, k, v = (heads.map(lambda t, part=part: t[part]) for part in range(3))  # type: ignore[misc]
+        joined = self._attention(q, k, v, attn_mask, None).map(
+            lambda t: t.transpose(1, 2).reshape(pairs, tokens, width)
+        )
+        out = self._linear(joined, _Dual.of(out_proj_weight), _Dual.perhaps(out_proj_bias))
+        return out.map(lambda t: t.transpose(0, 1)).tensor(), None
+
+    def _linear(self, x: _Dual, weight: _Dual, bias: _Dual | None) -> _Dual:
+        """`x W^T + b`, and `dx W^T + x dW^T + db`."""
+        lower = _autocast(x.value)
+        if lower is not None:
+            x, weight = x.map(lambda t: t.to(lower)), weight.map(lambda t: t.to(lower))
+            bias = bias and bias.map(lambda t: t.to(lower))
+        moved = bias.tangent if bias else None
+        value = functional.linear(x.value, weight.value, bias.value if bias else None)
+        if x.tangent is None:
+            if weight.tangent is not None:
+                return _Dual(value, functional.linear(x.value, weight.tangent, moved))
+            return _Dual(value, None if moved is None else moved.expand_as(value))
+        tangent = functional.linear(x.tangent, weight.value, moved)
+        if weight.tangent is not None and self._stacked:
+            tangent = tangent + functional.linear(x.value, weight.tangent)
+        elif weight.tangent is not None:
+            rows = x.value.reshape(-1, x.value.shape[-1])
+            tangent.view(-1, tangent.shape[-1]).addmm_(rows, weight.tangent.t())
+        return _Dual(value, tangent)
+
+    def _attention(self, query: _Dual, key: _Dual, value: _Dual, mask: Tensor | None, scale: float | None) -> _Dual:
+        """`softmax(scale q k^T + mask) v` of tensors `[..., tokens, d]`; the softmax's Jacobian is symmetric."""
+        lead, (targets, width) = query.value.shape[:-2], query.value.shape[-2:]
+        q, k, v = (dual.map(lambda t: t.reshape(-1, *t.shape[-2:])) for dual in (query, key, value))
+        scale = width**-0.5 if scale is None else scale
+        kt = k.map(lambda t: t.transpose(1, 2))
+        start = q.value.new_zeros(()) if mask is None else mask
+        if start.dim() > 2:
+            start = start.expand(*lead, *start.shape[-2:]).reshape(-1, *start.shape[-2:])
+        logits = torch.baddbmm(start, q.value, kt.value, beta=0 if mask is None else 1, alpha=scale)
+        weights = logits.softmax(-1)
+        bent = self._product_tangent(q, kt, scale)
+        if bent is not None:
+            bent = torch._softmax_backward_data(bent, weights, -1, weights.dtype)
+        found = _Dual(torch.bmm(weights, v.value), self._product_tangent(_Dual(weights, bent), v))
+        return found.map(lambda t: t.view(*lead, targets, -1))
+
+    def _product_tangent(self, left: _Dual, right: _Dual, scale: float = 1.0) -> Tensor | None:
+        """`scale (da b + a db)` of batches of matrices."""
+        total: Tensor | None = None
+        for a, b in ((left.tangent, right.value), (left.value, right.tangent)):
+            if a is None or b is None:
+                continue
+            if total is None or self._stacked:
+                product = torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+                total = product if total is None else total + product
+            else:
+                total.baddbmm_(a, b, alpha=scale)
+        return total
+
+
+class _Dual(NamedTuple):
+    """A tensor and its tangent, which is None where it is zero."""
+
+    value: Tensor
+    tangent: Tensor | None
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Dual:
+        return _Dual(*parted(tensor))
+
+    @staticmethod
+    def perhaps(tensor: Tensor | None) -> _Dual | None:
+        return None if tensor is None else _Dual.of(tensor)
+
+    def tensor(self) -> Tensor:
+        return self.value if self.tangent is None else carrying(self.value, self.tangent)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> _Dual:
+        """A linear function of the tensor."""
+        return _Dual(function(self.value), None if self.tangent is None else function(self.tangent))
+
+
+def _additive(mask: Tensor | None) -> bool:
+    return mask is None or (mask.is_floating_point() and parted(mask)[1] is None)
+
+
+def _autocast(tensor: Tensor) -> torch.dtype | None:
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

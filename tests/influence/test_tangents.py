@@ -1,0 +1,138 @@
+"""The hand-written tangent rules equal torch's own derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jvp, vmap
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline.influence import Settings
+from pipeline.influence.passes import Passes
+from pipeline.influence.tangents import TangentRules
+from tests.influence.test_models import FAMILIES, make_model, pairs_of
+
+
+def random_like(tree, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(v.shape, generator=generator, dtype=v.dtype) * 0.01 for n, v in tree.items()}
+
+
+def assert_same(found, expected, relative=1e-11):
+    assert (found - expected).abs().max() <= relative * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("wanted", [[("a",)], [("a",), ("b",)]], ids=["one", "stacked"])
+def test_whole_models(name, wanted):
+    model, checkpoint = make_model(name)
+    pairs, state = pairs_of(model, 3, 0), {**checkpoint.params, **checkpoint.buffers}
+    vectors = {"a": random_like(checkpoint.params, 1), "b": random_like(checkpoint.params, 2)}
+    passes = Passes(model, Settings())
+    with torch.no_grad(), passes.ready():
+        jet = passes.jet(state, vectors, pairs, wanted)
+        for (vector,) in wanted:
+            value, tangent = jvp(
+                lambda p: tuple(passes.features({**state, **p}, pairs)), (checkpoint.params,), (vectors[vector],)
+            )
+            for index in range(3):
+                assert_same(jet[()][index], value[index])
+                assert_same(jet[(vector,)][index], tangent[index], 1e-10)
+
+
+def both_ways(function, points, tangents):
+    """Value and tangent of a function of tensors, with and without the rules."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        plain = jvp(function, points, tangents)
+        with TangentRules():
+            ruled = jvp(function, points, tangents)
+        with TangentRules(stacked=True):
+            doubled = vmap(lambda *t: jvp(function, points, t), out_dims=(None, 0))(
+                *(torch.stack([t, 2 * t]) for t in tangents)
+            )
+    assert_same(ruled[0], plain[0])
+    assert_same(ruled[1], plain[1])
+    assert_same(doubled[1], torch.stack([plain[1], 2 * plain[1]]))
+
+
+def tensors(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+
+@pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("operator", ["linear", "layer_norm", "attention"])
+def test_any_arguments_may_move(operator, moving):
+    if operator == "linear":
+        arguments, function = tensors((2, 5, 4), (3, 4), (3,)), functional.linear
+    elif operator == "layer_norm":
+        arguments, function = tensors((2, 5, 4), (4,), (4,)), lambda x, w, b: functional.layer_norm(x, (4,), w, b)
+    else:
+        arguments, function = tensors((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 3)), functional.scaled_dot_product_attention
+
+    def of_moving(*moved):
+        filled = list(arguments)
+        for place, value in zip(moving, moved, strict=True):
+            filled[place] = value
+        return function(*filled)
+
+    points = tuple(arguments[place] for place in moving)
+    both_ways(of_moving, points, tensors(*(point.shape for point in points), seed=1))
+
+
+@pytest.mark.parametrize("form", ["none", "additive", "per pair", "boolean", "causal", "scale"])
+def test_forms_of_attention(form):
+    points = tensors((2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4))
+    causal = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1)
+    options = {
+        "none": {},
+        "additive": {"attn_mask": causal},
+        "per pair": {"attn_mask": torch.stack([causal, causal.T])[:, None]},
+        "boolean": {"attn_mask": causal == 0},
+        "causal": {"is_causal": True},
+        "scale": {"scale": 0.3},
+    }[form]
+    both_ways(
+        lambda *qkv: functional.scaled_dot_product_attention(*qkv, **options),
+        points,
+        tensors(*[(2, 2, 5, 4)] * 3, seed=1),
+    )
+
+
+@pytest.mark.parametrize("form", ["self", "masked", "other", "weights", "biased keys"])
+def test_forms_of_multi_head_attention(form):
+    module = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=form == "biased keys").double().eval()
+    x, y = tensors((3, 5, 8), (3, 5, 8))
+    mask = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1) if form == "masked" else None
+    key = y if form == "other" else x
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        params = {n: p.detach() for n, p in module.named_parameters()}
+        names = sorted(params)
+
+        def run(x, *values):
+            query, other = x, y if key is y else x
+            call = (query, other, other)
+            options = {"need_weights": form == "weights", "attn_mask": mask}
+            return functional_call(module, dict(zip(names, values, strict=True)), call, options)[0]
+
+        points = (x, *(params[n] for n in names))
+        both_ways(run, points, tensors(*(p.shape for p in points), seed=1))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_bfloat16_passes_are_near_float32():
+    model, checkpoint = make_model("tiny-vit", torch.float32)
+    pairs, state = pairs_of(model, 3, 0), {**checkpoint.params, **checkpoint.buffers}
+    vectors = {"a": random_like(checkpoint.params, 1)}
+    found = []
+    for precision in ("fp32", "bf16"):
+        passes = Passes(model, Settings(precision=precision))
+        with torch.no_grad(), passes.ready():
+            found.append(passes.jet(state, vectors, pairs, [("a",)])[("a",)].image)
+    assert found[1].dtype == torch.float32
+    assert not torch.equal(*found)
+    assert_same(found[1], found[0], 0.05)
