@@ -85,13 +85,17 @@ class Passes:
         except (NotImplementedError, RuntimeError) as error:
             raise self._explained(error, state, vectors, batch) from error
         if not found:
-            found[()] = self.features(state, batch)
+            found[()] = self._value(state, batch)
         return found
+
+    def _value(self, state: Tree, batch: PairBatch) -> Features:
+        with TangentRules():
+            return self.features(state, batch)
 
     def _tangents(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, names: list[str]) -> Jet:
         moved = sorted({parameter for name in names for parameter in vectors[name]})
         if not moved:
-            value = self.features(state, batch)
+            value = self._value(state, batch)
             return {(): value} | {(name,): _zeros(value) for name in names}
         at = {parameter: state[parameter] for parameter in moved}
         run = _on(self, state, batch)

@@ -1,8 +1,8 @@
 """Tangents of the operators that towers are made of, at the price of their flops: three products for one of the value.
 
 torch's own forward derivatives of linear layers, layer norm and attention copy operands and go over memory many times;
-here a linear layer's tangent is two products into one buffer, and layer norm's and softmax's, whose Jacobians are
-symmetric, are one call of their fused backward kernels. Everything else keeps torch's derivative.
+here a linear layer's tangent is two products, the second added to the first (`dense`), and layer norm's and softmax's,
+whose Jacobians are symmetric, are one call of their fused backward kernels. Everything else keeps torch's derivative.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pipeline.influence.dense import linear, linear_added
 from pipeline.influence.forward_mode import carrying, parted
 
 
 class TangentRules(TorchFunctionMode):
-    """Within this context these rules replace torch's own first forward derivatives.
+    """Within this context these rules replace torch's own first forward derivatives, and dense products go to `dense`.
 
     Not for derivatives of second order: the backward kernels used here have no right derivative of their own.
 
@@ -112,8 +113,6 @@ class TangentRules(TorchFunctionMode):
             return NotImplemented
         x = _Dual.of(query).map(lambda t: t.transpose(0, 1))
         weight, bias = _Dual.of(in_proj_weight), _Dual.perhaps(in_proj_bias)
-        if x.tangent is None and weight.tangent is None and (bias is None or bias.tangent is None):
-            return NotImplemented
         packed = self._linear(x, weight, bias)
         pairs, tokens, width = x.value.shape
         heads = packed.map(lambda t: t.view(pairs, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).contiguous())
@@ -130,18 +129,18 @@ class TangentRules(TorchFunctionMode):
         if lower is not None:
             x, weight = x.map(lambda t: t.to(lower)), weight.map(lambda t: t.to(lower))
             bias = bias and bias.map(lambda t: t.to(lower))
+        product = functional.linear if self._stacked else linear
         moved = bias.tangent if bias else None
-        value = functional.linear(x.value, weight.value, bias.value if bias else None)
+        value = product(x.value, weight.value, bias.value if bias else None)
         if x.tangent is None:
             if weight.tangent is not None:
-                return _Dual(value, functional.linear(x.value, weight.tangent, moved))
+                return _Dual(value, product(x.value, weight.tangent, moved))
             return _Dual(value, None if moved is None else moved.expand_as(value))
-        tangent = functional.linear(x.tangent, weight.value, moved)
+        tangent = product(x.tangent, weight.value, moved)
         if weight.tangent is not None and self._stacked:
             tangent = tangent + functional.linear(x.value, weight.tangent)
         elif weight.tangent is not None:
-            rows = x.value.reshape(-1, x.value.shape[-1])
-            tangent.view(-1, tangent.shape[-1]).addmm_(rows, weight.tangent.t())
+            tangent = linear_added(tangent, x.value, weight.tangent)
         return _Dual(value, tangent)
 
     def _attention(self, query: _Dual, key: _Dual, value: _Dual, mask: Tensor | None, scale: float | None) -> _Dual:

@@ -1,6 +1,11 @@
-"""Briefly trained proxies on scanned digits: what the benchmarks of the influence engine are run on."""
+"""Models and briefly trained proxies on scanned digits: what the benchmarks of the influence engine are run on."""
 
 from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -11,6 +16,13 @@ from torch.nn.functional import interpolate
 from pipeline.influence.losses import batch_loss, similar_captions
 from pipeline.models.clip import PairModel, build_model, split_state
 from pipeline.types import AdamState, Checkpoint, PairBatch, Tree
+
+#: 27M parameters at 112 px: 50 image tokens, 32 text tokens.
+MEDIUM: dict[str, Any] = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 112, "patch_size": 16, "layers": 6, "width": 384, "head_width": 64},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
+}
 
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FORMS = ("a handwritten {}", "the digit {}", "a scan of the number {}", "{} written by hand", "somebody wrote {}")
@@ -69,6 +81,14 @@ def cast(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
 def small_model(name: str = "tiny-vit", dtype: torch.dtype = torch.float32) -> PairModel:
     """One of the shipped configs, in a dtype."""
     return build_model(name).to(dtype)
+
+
+def medium_model(dtype: torch.dtype = torch.float32, context_length: int = 32) -> PairModel:
+    """`MEDIUM` at its initial weights."""
+    config = {**MEDIUM, "text_cfg": {**MEDIUM["text_cfg"], "context_length": context_length}}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model.json").write_text(json.dumps(config))
+        return build_model(str(Path(folder, "model.json"))).to(dtype)
 
 
 def _loss(model: PairModel, state: Tree, part: PairBatch, ignore: bool) -> Tensor:

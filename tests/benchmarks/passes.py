@@ -1,38 +1,44 @@
 """What scoring costs in memory, as multiples of a bare forward pass of the same model over the same pairs.
 
-    python -m tests.benchmarks.passes [--batch 256] [--repeats 3] [--threads 1]
+    python -m tests.benchmarks.passes [--batch 256] [--repeats 3] [--threads 2]
 
-A checkpoint's passes are timed alone; the loss and similarity columns add one forward pass of each run's last
-checkpoint. Each repeat times all forms one after the other and ratios are taken within a repeat, so that other load on
-the machine falls on numerator and denominator alike.
+The bare pass is open_clip's own forward under `no_grad` in `eval` mode, with torch's fused attention. Multiples are
+taken of two of them: over all pairs of the batch at once, and the fastest to be had on a CPU, over parts of 32 with the
+products of `pipeline.influence.dense`, which is not open_clip's own any more. A checkpoint's passes are timed alone;
+the loss and similarity columns add one forward pass of each run's last checkpoint.
+Each repeat times all forms one after the other and ratios are taken within a repeat, so that other load on the machine
+falls on numerator and denominator alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.influence import Probe, ProbePlan, Scorer, Settings
-from pipeline.models.clip import PairModel, build_model, split_state
+from pipeline.influence.passes import chunks
+from pipeline.influence.tangents import TangentRules
+from pipeline.models.clip import PairModel, split_state
 from pipeline.types import Checkpoint, PairBatch, Tree
-
-#: 27M parameters at 112 px: 50 image tokens, 32 text tokens.
-MODEL = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": 112, "patch_size": 16, "layers": 6, "width": 384, "head_width": 64},
-    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 4},
-}
+from tests.benchmarks.models import medium_model
 
 #: Forward passes that the flops of each form amount to.
 LIMITS = {"tracin": 3, "tracin by losses": 2, "diff-in central": 6, "diff-in by losses": 4, "diff-in exact": 10}
+
+
+#: Bare passes over parts of 32 pairs, by what they run in.
+BARE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "parts of 32": nullcontext,
+    "parts of 32, plain attention": lambda: sdpa_kernel(SDPBackend.MATH),
+    "parts of 32, plain attention, oneDNN": TangentRules,
+}
 
 
 def plans(params: Tree) -> dict[str, ProbePlan]:
@@ -81,12 +87,9 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(batch: int, repeats: int) -> dict[str, list[float]]:
-    """Ratios to the bare forward pass by form, one per repeat; and the passes' seconds under `forward`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.json")
-        path.write_text(json.dumps(MODEL))
-        model = build_model(str(path))
+def measure(batch: int, repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of the bare passes, and of each form's passes, one number per repeat."""
+    model = medium_model()
     params, buffers = split_state(model)
     checkpoint, later = Checkpoint(1, 0.1, 0, params, buffers), Checkpoint(2, 0.1, 0, params, buffers)
     pairs, reference = random_pairs(model, batch, 1), random_pairs(model, 16, 2)
@@ -95,34 +98,40 @@ def measure(batch: int, repeats: int) -> dict[str, list[float]]:
         name: Scorer(model, [(checkpoint, plan), (later, nothing)], reference, Settings())
         for name, plan in plans(params).items()
     }
-    found: dict[str, list[float]] = {"forward": []} | {name: [] for name in scorers}
+    bare: dict[str, list[float]] = {name: [] for name in (f"batch {batch}", *BARE)}
+    found: dict[str, list[float]] = {name: [] for name in scorers}
     with torch.no_grad():
-        functional_call(model, {**params, **buffers}, (pairs.images[:8], pairs.tokens[:8]))
-        for _ in range(repeats):
-            bare = timed(lambda: functional_call(model, {**params, **buffers}, (pairs.images, pairs.tokens)))
-            found["forward"].append(bare)
-            for name, scorer in scorers.items():
+        for repeat in range(repeats + 1):
+            for name, times in bare.items():
+                parts = list(chunks(pairs, batch if name.startswith("batch") else 32))
+                with BARE.get(name, nullcontext)():
+                    times.append(timed(lambda parts=parts: [model(part.images, part.tokens) for part in parts]))
+            for name, scorer in scorers.items() if repeat else ():  # the first round only warms up
                 with scorer.passes.ready():
                     near = scorer.neighbours(pairs)
-                    found[name].append(timed(lambda s=scorer, n=near: s._parts[0].score(pairs, n)) / bare)
-    return found
+                    found[name].append(timed(lambda s=scorer, n=near: s._parts[0].score(pairs, n)))
+    return {name: times[1:] for name, times in bare.items()}, found
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = measure(options.batch, options.repeats)
-    seconds = found.pop("forward")
-    print(f"bare forward pass: {options.batch / statistics.median(seconds):.0f} pairs/s, batch {options.batch}")
-    print(f"{'form':20} {'ratio':>6} {'limit':>6} {'of limit':>9}  (lowest and highest)")
-    for name, ratios in found.items():
-        middle, limit = statistics.median(ratios), LIMITS[name]
-        print(f"{name:20} {middle:6.2f} {limit:6d} {middle / limit:9.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    bare, found = measure(options.batch, options.repeats)
+    for name, seconds in bare.items():
+        print(f"bare forward pass, {name}: {options.batch / statistics.median(seconds):.0f} pairs/s")
+    whole, fastest = bare[f"batch {options.batch}"], list(bare.values())[-1]
+    print(f"{'form':20} {'limit':>6}  multiple of the pass at batch {options.batch}, and of the fastest (range)")
+    for name, seconds in found.items():
+        columns = []
+        for base in (whole, fastest):
+            ratios = [s / b for s, b in zip(seconds, base, strict=True)]
+            columns.append(f"{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{name:20} {LIMITS[name]:6d}  " + "  ".join(columns))
 
 
 if __name__ == "__main__":

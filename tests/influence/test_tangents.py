@@ -124,6 +124,27 @@ def test_forms_of_multi_head_attention(form):
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_is_near_float64(name):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model, checkpoint = make_model(name, dtype)
+        pairs, state = pairs_of(model, 3, 0), {**checkpoint.params, **checkpoint.buffers}
+        vectors = {
+            "a": {
+                n: v.to(dtype) for n, v in random_like({n: p.double() for n, p in checkpoint.params.items()}, 1).items()
+            }
+        }
+        passes = Passes(model, Settings())
+        with torch.no_grad(), passes.ready():
+            jet = passes.jet(state, vectors, pairs, [("a",)])
+            assert_same(passes.jet(state, vectors, pairs, [()])[()].image, jet[()].image, 1e-5)
+            found.append(jet)
+    for names in found[0]:
+        for single, double in zip(found[0][names][:3], found[1][names][:3], strict=True):
+            assert_same(single.double(), double, 1e-3)
+
+
 def test_bfloat16_passes_are_near_float32():
     model, checkpoint = make_model("tiny-vit", torch.float32)
     pairs, state = pairs_of(model, 3, 0), {**checkpoint.params, **checkpoint.buffers}
