@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
-from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined_jets
+from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets
 from pipeline.influence.per_pair import self_values
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.settings import ScoreBatch, Settings
@@ -174,7 +174,8 @@ class _CheckpointScorer:
 
     def features(self, batch: PairBatch) -> Features:
         """Features of a batch at the checkpoint itself."""
-        return self.scorer.passes.features(self.state, batch)
+        parts = chunks(batch, self.scorer.batch_size)
+        return joined([self.scorer.passes.jet(self.state, {}, part, [()])[()] for part in parts])
 
     @property
     def dtype(self) -> torch.dtype:
