@@ -48,9 +48,14 @@ class DataConfig(Section):
     @field_validator("caption")
     @classmethod
     def _known_caption(cls, value: str) -> str:
-        if value != "txt" and not (value.startswith("json:") and len(value) > len("json:")):
-            raise ValueError("expected 'txt' or 'json:KEY'")
-        return value
+        return known_caption(value)
+
+
+def known_caption(value: str) -> str:
+    """The value if it says where captions are. Raises `ValueError`."""
+    if value != "txt" and not (value.startswith("json:") and len(value) > len("json:")):
+        raise ValueError("expected 'txt' or 'json:KEY'")
+    return value
 
 
 class TargetConfig(Section):
@@ -61,13 +66,28 @@ class TargetConfig(Section):
     the training pairs themselves."""
     shards: Shards | None = None
     """With `kind: shards`: where the target pairs are (forms as in `data.shards`)."""
+    caption: str | None = None
+    """With `kind: shards`: where the captions are, as in `data.caption`; null takes that. For a labelled set
+    `json:KEY` names the key with the class's name."""
+    prompt: str = "{}"
+    """With `kind: shards`: the caption takes the place of `{}`. With class names as captions, `a photo of a {}` makes
+    the zero-shot prompts of a classification set; `reference.equal_captions: ignore` belongs to it."""
     pairs: PositiveInt = 512
     """How many target pairs are used, drawn by the run's seed."""
+
+    @field_validator("caption")
+    @classmethod
+    def _known_caption(cls, value: str | None) -> str | None:
+        return None if value is None else known_caption(value)
 
     @model_validator(mode="after")
     def _shards_given(self) -> TargetConfig:
         if (self.kind == "shards") != (self.shards is not None):
             raise ValueError("target.shards is needed with, and only with, target.kind: shards")
+        if self.kind != "shards" and (self.caption is not None or self.prompt != "{}"):
+            raise ValueError("target.caption and target.prompt go with target.kind: shards")
+        if "{}" not in self.prompt:
+            raise ValueError("expected a {} in target.prompt, where the caption goes")
         return self
 
 

@@ -6,6 +6,7 @@ A pair's global position is the number of samples in the shards before its own p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -70,11 +71,17 @@ def by_shard(inventory: Sequence[ShardInfo], positions: Positions) -> Iterator[t
 
 
 def load_pairs(
-    inventory: Sequence[ShardInfo], positions: Positions, decoder: Decoder, caption: str, threads: int = 1
+    inventory: Sequence[ShardInfo],
+    positions: Positions,
+    decoder: Decoder,
+    caption: str,
+    threads: int = 1,
+    prompt: str = "{}",
 ) -> tuple[PairBatch, Positions]:
     """Decode the pairs at `positions` (all different); bad ones are left out.
 
-    Returns the batch and the position of each of its pairs, both in the order asked for.
+    Captions take the place of the `{}` in `prompt`. Returns the batch and the position of each of its pairs, both in
+    the order asked for.
     """
     positions = np.asarray(positions, np.int64)
     order = np.argsort(positions, kind="stable")
@@ -85,10 +92,15 @@ def load_pairs(
     found: list[Positions] = []
     done = 0
     for info, _, indices in by_shard(inventory, ascending):
-        decoded = decoder.decode_shard(samples_at(info, indices, caption), threads)
+        samples = (_prompted(sample, prompt) for sample in samples_at(info, indices, caption))
+        decoded = decoder.decode_shard(samples, threads)
         batches.append(decoded.batch)
         found.append(order[done + decoded.ok])
         done += len(indices)
     asked = np.concatenate(found) if found else np.empty(0, np.int64)
     back = np.argsort(asked)
     return PairBatch.cat(batches)[torch.from_numpy(back)], positions[asked[back]]
+
+
+def _prompted(sample: Sample, prompt: str) -> Sample:
+    return sample if sample.caption is None else replace(sample, caption=prompt.replace("{}", sample.caption))

@@ -45,13 +45,11 @@ class Estimate:
         utilities: float64 `[n]`, higher is keep.
         directions: cost of the directions, in forward passes over the `n` pairs.
         scoring: cost of scoring the pairs, in forward passes over them.
-        steepness: largest `eta * lambda_max` at a checkpoint (stable below 2), where the form looks at it.
     """
 
     utilities: Floats
     directions: float
     scoring: float
-    steepness: float | None = None
 
 
 def forms_of(estimators: Sequence[EstimatorName], settings: Settings) -> list[Form]:
@@ -104,9 +102,7 @@ class Estimator:
             else:
                 scores = scorer.score(run.data).terms.sum(1)
         utilities = UTILITY_SIGN[settings.estimator] * np.asarray(scores.double().numpy(), np.float64)
-        facts = [plan.facts["eta_lambda_max"] for plan in plans if "eta_lambda_max" in plan.facts]
-        scoring = counter.get_total_flops() / self._unit
-        return Estimate(utilities, directions / self._unit, scoring, max(facts, default=None))
+        return Estimate(utilities, directions / self._unit, counter.get_total_flops() / self._unit)
 
     def _plans(self, form: Form) -> tuple[list[ProbePlan], int]:
         """The plans of a form and the operations they took; the exact replay is done once for all its forms."""

@@ -68,20 +68,25 @@ class Passes:
         """Features of a batch and their derivatives along the wanted vectors, names of one or two each.
 
         Derivatives of second order are mixed ones; they bring those of first order along both vectors with them.
-        Directions at one point share the primal pass. Raises `InputError` where an operator has no forward
-        derivative.
+        Directions at one point share the primal pass. With the parameters `projections` everything at one point is one
+        pass, in which the towers carry no tangents. Raises `InputError` where an operator has no forward derivative.
         """
+        together = self.settings.parameters == "projections"
         pairs = [names for names in wanted if len(names) == 2]
         singles = {name for names in wanted if len(names) == 1 for name in names} - {
             n for names in pairs for n in names
         }
         found: Jet = {}
         try:
+            ordered = sorted(singles)
+            if together and pairs:
+                found |= self._mixed(state, vectors, batch, *pairs.pop(), beside=ordered)
+                ordered = []
             for first, second in pairs:
                 found |= self._mixed(state, vectors, batch, first, second)
-            ordered = sorted(singles)
-            for start in range(0, len(ordered), _TANGENTS_PER_PASS):
-                found |= self._tangents(state, vectors, batch, ordered[start : start + _TANGENTS_PER_PASS])
+            width = max(1, len(ordered)) if together else _TANGENTS_PER_PASS
+            for start in range(0, len(ordered), width):
+                found |= self._tangents(state, vectors, batch, ordered[start : start + width])
         except (NotImplementedError, RuntimeError) as error:
             raise self._explained(error, state, vectors, batch) from error
         if not found:
@@ -111,16 +116,34 @@ class Passes:
             (name,): Features(*(part[index] for part in tangents)) for index, name in enumerate(names)
         }
 
-    def _mixed(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, first: str, second: str) -> Jet:
-        moved = sorted(vectors[first].keys() | vectors[second].keys())
+    def _mixed(
+        self,
+        state: Tree,
+        vectors: dict[str, Tree],
+        batch: PairBatch,
+        first: str,
+        second: str,
+        beside: Sequence[str] = (),
+    ) -> Jet:
+        """The mixed derivative along two vectors, and first ones along these and those `beside` them."""
+        outer = [second, *beside]
+        moved = sorted(set(vectors[first]).union(*(vectors[name] for name in outer)))
         at = {parameter: state[parameter] for parameter in moved}
         run = _on(self, state, batch)
         inner = _filled(vectors[first], at)
+
+        def along(direction: Tree) -> Any:
+            return push_forward(lambda point: push_forward(run, (point,), (inner,)), (at,), (direction,))
+
+        directions = [_filled(vectors[name], at) for name in outer]
         with TwiceDifferentiable():
-            (value, along_first), (along_second, mixed) = push_forward(
-                lambda point: push_forward(run, (point,), (inner,)), (at,), (_filled(vectors[second], at),)
-            )
-        return {(): value, (first,): along_first, (second,): along_second, (first, second): mixed}
+            if not beside:
+                (value, along_first), (along_second, mixed) = along(directions[0])
+                return {(): value, (first,): along_first, (second,): along_second, (first, second): mixed}
+            stacked = {parameter: torch.stack([d[parameter] for d in directions]) for parameter in moved}
+            (value, along_first), (slopes, mixed) = _over_directions(along)(stacked)
+        found: Jet = {(): value, (first,): along_first, (first, second): Features(*(part[0] for part in mixed))}
+        return found | {(name,): Features(*(part[i] for part in slopes)) for i, name in enumerate(outer)}
 
     def _explained(self, error: Exception, state: Tree, vectors: dict[str, Tree], batch: PairBatch) -> Exception:
         """The error itself, or for a missing forward derivative an `InputError` that names the module."""

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from pipeline.config import Config
-from pipeline.data.inventory import ShardInfo, inspect_shard
+from pipeline.data.inventory import inspect_shard
 from pipeline.data.sampling import Positions, draw_positions, load_pairs
 from pipeline.data.shards import expand
 from pipeline.engine.tasks import run_tasks
@@ -85,24 +85,30 @@ def draw_batches(job: Job) -> Batches:
     sizes, target = job.config.reference, job.config.target
 
     def draw(count: int, seed: int, key: str) -> PairBatch:
-        return _load(job, job.inventory, job.draw(int(count * OVERDRAW) + 16, seed, job.barred_positions), count, key)
+        return _load(job, job.draw(int(count * OVERDRAW) + 16, seed, job.barred_positions), count, key)
 
     reference = draw(sizes.pairs, Job.REFERENCE_SEED, "reference.pairs")
     gradient = draw(sizes.gradient_pairs, Job.GRADIENT_SEED, "reference.gradient_pairs")
     if target.kind == "train":
         return Batches(reference, gradient, draw(target.pairs, Job.TARGET_SEED, "target.pairs"))
     if target.kind == "holdout":
-        positions = job.held_out_positions
-        return Batches(reference, gradient, _load(job, job.inventory, positions, target.pairs, "target.pairs"))
+        held_out = job.held_out_positions
+        return Batches(reference, gradient, _load(job, held_out, target.pairs, "target.pairs"))
     urls = expand(target.shards or [], "target.shards")
     shards = [inspect_shard(index, url) for index, url in enumerate(urls)]
     total = sum(shard.samples for shard in shards)
     positions = draw_positions(total, int(target.pairs * OVERDRAW) + 16, job.config.seed + Job.TARGET_SEED)
-    return Batches(reference, gradient, _load(job, shards, positions, target.pairs, "target.pairs"))
+    caption = target.caption or job.config.data.caption
+    pairs, _ = load_pairs(shards, positions, job.decoder, caption, job.threads, target.prompt)
+    return Batches(reference, gradient, _enough(pairs, target.pairs, "target.pairs"))
 
 
-def _load(job: Job, shards: list[ShardInfo], positions: Positions, count: int, key: str) -> PairBatch:
-    pairs, _ = load_pairs(shards, positions, job.decoder, job.config.data.caption, job.threads)
+def _load(job: Job, positions: Positions, count: int, key: str) -> PairBatch:
+    pairs, _ = load_pairs(job.inventory, positions, job.decoder, job.config.data.caption, job.threads)
+    return _enough(pairs, count, key)
+
+
+def _enough(pairs: PairBatch, count: int, key: str) -> PairBatch:
     if len(pairs) < 2:
         raise InputError(f"{key}: expected {count} readable pairs, found {len(pairs)}")
     return pairs[:count]

@@ -26,6 +26,7 @@ from pipeline.evaluation.lds import Bools, outcomes, random_halves
 from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
 from pipeline.evaluation.quality import Detection, detect, read_truth
 from pipeline.evaluation.small_run import small_run
+from pipeline.evaluation.steepness import stability_limit, steepness
 from pipeline.evaluation.validation_plot import plot
 from pipeline.prepared import settings_of
 from pipeline.replay.schedule import TrainingSettings, recorded_steps
@@ -144,7 +145,8 @@ def measure(item: _Seed) -> dict[str, Any]:
         "changes": left_out_changes(run, rows).tolist(),
         "outcomes": outcomes(fast, random_halves(n, sizes.halves, config.seed)).tolist(),
         "pairs": n,
-        "steepness": max((e.steepness for e in estimates.values() if e.steepness is not None), default=None),
+        "steepness": steepness(run, settings),
+        "stability_limit": stability_limit(run),
         "losses": [float(run.target_losses({k: v[None] for k, v in run.states[at].params.items()})) for at in (0, -1)],
     }
     if sizes.partial is not None:
@@ -204,6 +206,7 @@ def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> N
             "cleaning": {name: _plain(found.to_dict()) for name, found in cleaning.items()},
             "target_loss": [seed["losses"] for seed in seeds],
             "eta_lambda_max": [seed["steepness"] for seed in seeds],
+            "stability_limit": seeds[0]["stability_limit"],
         },
     )
     storage.write_bytes(storage.join(folder, "validation.svg"), plot(lines, runs))

@@ -19,6 +19,7 @@ def show(lines: list[Line], runs: list[RunsLine], cleaning: dict[str, Detection]
     """Print the tables that there is something for; `seeds` are the raw numbers of each seed."""
     console = Console()
     console.print(_agreement(lines))
+    console.print(_stability(seeds))
     if runs:
         console.print(_by_runs(runs))
     if cleaning:
@@ -47,6 +48,16 @@ def _agreement(lines: list[Line]) -> Table:
         found = (line.loo, line.loo_partial, line.loo_mean, line.lds_same, line.ahead_same, line.lds, line.ahead)
         shown.add_row(line.estimator, passes, *(_interval(value) for value in found))
     return shown
+
+
+def _stability(seeds: list[dict[str, Any]]) -> str:
+    limit = seeds[0]["stability_limit"]
+    found = ", ".join(f"{seed['steepness']:.2f}" for seed in seeds)
+    unstable = [str(number) for number, seed in enumerate(seeds) if seed["steepness"] > limit]
+    verdict = "all stable"
+    if unstable:
+        verdict = f"past it in seed {', '.join(unstable)}, where no derivative foretells a removal: lower proxy.lr"
+    return f"largest eta * lambda_max of each run: {found} (limit {limit:.3g}: {verdict})"
 
 
 def _by_runs(lines: list[RunsLine]) -> Table:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -29,20 +30,31 @@ _FORMS = ("a handwritten {}", "the digit {}", "a scan of the number {}", "{} wri
 
 
 def digit_pairs(model: PairModel, count: int, seed: int = 0) -> PairBatch:
-    """Scanned digits in the model's size, with varied captions of which a fifth is wrong."""
+    """Scanned digits in the model's size, with varied captions of which a fifth is drawn at random."""
+    rows, _, labels, forms, generator = _drawn(count, seed)
+    grey = torch.tensor(load_digits().images)[rows][:, None] / 16 * 255
+    images = interpolate(grey.float(), model.image_spec.size, mode="bilinear").round().to(torch.uint8)
+    captions = [_FORMS[form].format(_NAMES[label]) for form, label in zip(forms.tolist(), labels.tolist(), strict=True)]
+    ids = torch.randint(0, 2**62, (count,), generator=generator)
+    tokens = model.tokenize(captions)
+    return PairBatch(images.expand(-1, 3, -1, -1).contiguous(), tokens, ids, forms * 10 + labels)
+
+
+def wrong_captions(count: int, seed: int = 0) -> np.ndarray:
+    """Which of the `digit_pairs` of that count and seed have a caption that names another digit, bool `[count]`."""
+    _, shown, named, _, _ = _drawn(count, seed)
+    return (shown != named).numpy()
+
+
+def _drawn(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Generator]:
     digits = load_digits()
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, len(digits.target), (count,), generator=generator)
-    grey = torch.tensor(digits.images)[rows][:, None] / 16 * 255
-    size = model.image_spec.size
-    images = interpolate(grey.float(), size, mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
-    labels = torch.tensor(digits.target)[rows]
-    wrong = torch.rand(count, generator=generator) < 0.2
-    labels = torch.where(wrong, torch.randint(0, 10, (count,), generator=generator), labels)
+    shown = torch.tensor(digits.target)[rows]
+    random = torch.rand(count, generator=generator) < 0.2
+    named = torch.where(random, torch.randint(0, 10, (count,), generator=generator), shown)
     forms = torch.randint(0, len(_FORMS), (count,), generator=generator)
-    captions = [_FORMS[form].format(_NAMES[label]) for form, label in zip(forms.tolist(), labels.tolist(), strict=True)]
-    ids = torch.randint(0, 2**62, (count,), generator=generator)
-    return PairBatch(images.contiguous(), model.tokenize(captions), ids, forms * 10 + labels)
+    return rows, shown, named, forms, generator
 
 
 def trained_checkpoint(

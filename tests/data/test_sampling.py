@@ -10,14 +10,17 @@ import pytest
 import torch
 
 import pipeline.data.cache as cache_module
+from pipeline.config import parse_config
 from pipeline.data.cache import PairCache, build_cache, open_cache
-from pipeline.data.decode import Decoder, ImageSpec
-from pipeline.data.inventory import ShardInfo, inspect_shard
+from pipeline.data.decode import Decoder, ImageSpec, caption_id
+from pipeline.data.inventory import ShardInfo, inspect_shard, write_inventory
 from pipeline.data.reader import read_shard
 from pipeline.data.sampling import draw_positions, load_pairs
 from pipeline.errors import InputError
+from pipeline.stages.directions import draw_batches
+from pipeline.stages.job import Job
 from pipeline.types import PairBatch
-from tests.helpers import ByteTokenizer, image_bytes, sample_members, write_tar
+from tests.helpers import ByteTokenizer, Member, image_bytes, sample_members, write_tar
 
 SPEC = ImageSpec((16, 16), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -175,3 +178,40 @@ def test_finished_cache_reads_no_shard(inventory: list[ShardInfo], tmp_path: Pat
     for info in inventory:
         Path(info.url).unlink()
     assert len(build_cache(folder, inventory, make_decoder(), "txt")) == 10
+
+
+def test_classes_of_a_labelled_set_become_zero_shot_prompts(tmp_path: Path) -> None:
+    names = ["cat", "dog", "cat", "frog", "dog", "cat"]
+    members = []
+    for number, name in enumerate(names):
+        members += sample_members(f"{number}", image_bytes((20, 20), seed=number), None, {"class": name})
+    url = write_tar(tmp_path / "labelled.tar", members)
+    config = parse_config(
+        {
+            "out": str(tmp_path / "run"),
+            "data": {"shards": write_tar(tmp_path / "pairs.tar", captioned(40))},
+            "target": {
+                "kind": "shards",
+                "shards": url,
+                "caption": "json:class",
+                "prompt": "a photo of a {}.",
+                "pairs": 6,
+            },
+            "reference": {"pairs": 8, "gradient_pairs": 8},
+            "proxy": {"model": "digits-vit"},
+        }
+    )
+    job = Job(config)
+    write_inventory(job.folder.inventory, [inspect_shard(0, str(config.data.shards))])
+    target = draw_batches(job).target
+    assert sorted(target.captions.tolist()) == sorted(caption_id(f"a photo of a {name}.") for name in names)
+    found = dict(zip(target.captions.tolist(), target.tokens, strict=True))
+    expected = job.decoder.tokenize(["a photo of a frog."])[0]
+    assert torch.equal(found[caption_id("a photo of a frog.")], expected)
+
+
+def captioned(count: int) -> list[Member]:
+    members = []
+    for number in range(count):
+        members += sample_members(f"{number:03d}", image_bytes((20, 20), seed=number), f"number {number}")
+    return members

@@ -16,9 +16,11 @@ from pipeline.evaluation.estimates import Estimator, forms_of
 from pipeline.evaluation.lds import lds, predicted_outcomes, random_halves
 from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
 from pipeline.evaluation.small_run import SmallRun
+from pipeline.evaluation.steepness import stability_limit, steepness
 from pipeline.evaluation.validation_plot import plot
 from pipeline.influence import Batches, Settings, prepare_run
 from tests.evaluation.runs import make_run
+from tests.influence.oracle import Explicit
 
 ROWS = np.arange(24)
 
@@ -100,6 +102,29 @@ def test_what_cannot_be_ranked_is_nan() -> None:
     assert np.isnan(spearman(np.ones(4), np.arange(4.0)))
     assert np.isnan(spearman(np.array([1.0, np.nan]), np.arange(2.0)))
     assert np.isnan(bootstrapped(lambda items: np.ones(items.shape[:-1]), 2).low)
+
+
+@pytest.mark.parametrize(("optimizer", "momentum", "limit"), [("sgd", 0.0, 2), ("sgd", 0.5, 3), ("adamw", 0.0, 38)])
+def test_the_stability_limit_is_that_of_a_quadratic(optimizer: str, momentum: float, limit: float) -> None:
+    run = make_run(optimizer, steps=2, momentum=momentum)
+    assert stability_limit(run) == pytest.approx(limit)
+    for factor, grows in ((0.98, False), (1.02, True)):
+        x, m, rate = 1.0, 0.0, factor * limit  # the loss x^2 / 2, whose curvature is 1
+        for _ in range(2000):
+            m = 0.9 * m + 0.1 * x if optimizer == "adamw" else momentum * m + x
+            x -= rate * m
+        assert (abs(x) > 1) == grows
+
+
+def test_steepness_grows_with_the_rate_and_is_that_of_the_hessian() -> None:
+    slow, fast = make_run(steps=3, rate=0.01), make_run(steps=3, rate=0.02)
+    found = steepness(fast, Settings())
+    assert found == pytest.approx(2 * steepness(slow, Settings()), rel=0.2)
+    largest = []
+    for state in fast.states[:-1]:
+        explicit = Explicit(fast.model, state, Settings())
+        largest.append(float(torch.linalg.eigvalsh(explicit.batch(fast.data, 2))[-1]))
+    assert found == pytest.approx(0.02 * max(largest), rel=1e-3)
 
 
 def test_left_out_pairs_and_their_changes_are_seeded() -> None:

@@ -15,7 +15,13 @@ from pipeline.types import Checkpoint, PairBatch
 from tests.influence.test_diff_in import assert_close
 from tests.influence.towers import cast
 
-FAMILIES = {"tiny-vit": "clip", "tiny-resnet": "clip", "tiny-convnext": "clip", "tiny-siglip": "siglip"}
+FAMILIES = {
+    "tiny-vit": "clip",
+    "tiny-resnet": "clip",
+    "tiny-convnext": "clip",
+    "tiny-fastvit": "clip",
+    "tiny-siglip": "siglip",
+}
 
 
 def make_model(name, dtype=torch.float64):
@@ -89,3 +95,34 @@ def test_an_unknown_subset_is_refused():
         chosen_names(["visual.proj"], "first-2-blocks")
     with pytest.raises(InputError, match="projections"):
         chosen_names(["tower.weight", "logit_scale"], "projections")
+
+
+@pytest.mark.parametrize("estimator", ["diff-in", "tracin", "grand"])
+def test_with_projections_the_towers_run_once_and_carry_no_tangents(estimator):
+    model, checkpoint = make_model("tiny-vit")
+    batches = Batches(*(pairs_of(model, count, first) for count, first in ((4, 0), (6, 100), (4, 200))))
+    settings = Settings(estimator=estimator, parameters="projections", projections=20)
+    plan = prepare(model, checkpoint, batches, settings, dataset_size=50, num_checkpoints=1)
+    scorer = Scorer(model, [(checkpoint, plan)], batches.reference, settings)
+    seen = []
+
+    def look(module, inputs, output):
+        # vmap over directions and forward differentiation both wrap what depends on a direction
+        seen.append((output.ndim, torch.autograd.forward_ad.unpack_dual(output).tangent is None))
+
+    model.visual.transformer.register_forward_hook(look)
+    found = scorer.score(pairs_of(model, 3, 300)).terms
+    assert len(seen) == 1
+    assert bool(found.isfinite().all())
+
+
+def test_with_projections_one_pass_gives_what_separate_ones_give():
+    model, checkpoint = make_model("tiny-vit")
+    batches = Batches(*(pairs_of(model, count, first) for count, first in ((4, 0), (6, 100), (4, 200))))
+    settings = Settings(parameters="projections")
+    plan = prepare(model, checkpoint, batches, settings, dataset_size=50, num_checkpoints=1)
+    pairs, found = pairs_of(model, 3, 300), []
+    for choice in ("projections", "all"):  # the same plan: only the way of the passes differs
+        way = replace(settings, parameters=choice)
+        found.append(Scorer(model, [(checkpoint, plan)], batches.reference, way).score(pairs).terms)
+    assert_close(found[0], found[1], 1e-10)

@@ -30,6 +30,14 @@ def write(tmp_path: Path, text: str) -> str:
         ),
         ("data: {}", "data.shards: expected a value, this key is needed"),
         ("data: {shards: a.tar}\ntarget: {kind: shards}", "target: expected target.shards is needed with"),
+        (
+            "data: {shards: a.tar}\ntarget: {prompt: 'a {}'}",
+            "target: expected target.caption and target.prompt go with",
+        ),
+        (
+            "data: {shards: a.tar}\ntarget: {kind: shards, shards: b.tar, prompt: a photo}",
+            "target: expected a {} in target.prompt",
+        ),
         ("- a list", "expected a mapping of sections"),
         ("data: [", "expected readable YAML"),
         (
