@@ -1,6 +1,7 @@
 """Deletion: the model without a set of pairs, estimated instead of retrained.
 
-`theta - c * (summed parameter influence)`, with the one factor `c` fitted on a deletion held out for it.
+`theta - c * (summed parameter influence)`, with the one factor `c` fitted on a deletion held out for it. Beside it what
+needs no influence: a step of fine-tuning on the pairs that are left, its length fitted in the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Deletion:
     """How well one deletion was foretold.
 
     Attributes:
-        method: whose parameter influence.
+        method: whose parameter influence, or `fine-tuning`.
         predicted: change of the target loss at the estimated parameters.
         true: change of the target loss at the retrained ones.
         distance: from the estimated to the retrained parameters, as a share of the distance from the undeleted model to
@@ -91,6 +92,13 @@ class _Group:
     def hessian_product(self, state: Tree, vector: Tree) -> Tree:
         """`sum of H_z v over the set / n`."""
         return plus(self.all.hessian_product(state, vector), self.rest.hessian_product(state, vector), -self.share)
+
+
+def _by_fine_tuning(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bools) -> Tree:
+    """A step down the loss of the pairs that are left, at the end of the run: no influence in it."""
+    group = _Group(run, settings, chosen)
+    _, state, scale = _views(run, recorded[-1:], settings)[0]
+    return tree_map(torch.neg, scale(group.rest.gradient(state)))
 
 
 def _by_tracin(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bools) -> Tree:
@@ -160,6 +168,7 @@ def _views(
 
 
 _METHODS: dict[str, Callable[[SmallRun, Sequence[int], Settings, Bools], Tree]] = {
+    "fine-tuning": _by_fine_tuning,
     "diff-in": _by_diff_in,
     "tracin": _by_tracin,
     "unrolled (every step)": _by_unrolling,

@@ -92,14 +92,16 @@ def _cleaning(cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> Ta
 def _deletions(found: list[dict[str, Any]]) -> Table:
     shown = _table(
         "deletion of a tenth, estimated",
-        ("method", "correlation of predicted and true change", "distance (1 = no estimate)"),
+        ("method", "correlation of predicted and true change", "error of it left", "distance left"),
     )
+    shown.caption = "1 is what no estimate at all leaves"
     for method in dict.fromkeys(deletion["method"] for deletion in found):
         own = [deletion for deletion in found if deletion["method"] == method]
         both = np.array([[deletion["predicted"], deletion["true"]] for deletion in own])
         correlation = float(np.corrcoef(both.T)[0, 1]) if len(own) > 2 else float("nan")
+        error = float(np.abs(both[:, 0] - both[:, 1]).mean() / np.abs(both[:, 1]).mean())
         distances = np.array([deletion["distance"] for deletion in own])
-        shown.add_row(method, text.number(correlation, 2), f"{distances.mean():.3f}")
+        shown.add_row(method, text.number(correlation, 2), f"{error:.3f}", f"{distances.mean():.3f}")
     return shown
 
 

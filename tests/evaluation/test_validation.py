@@ -144,6 +144,7 @@ def test_deletion_by_unrolling_comes_near_the_retrained_model(optimizer: str) ->
     found = {(item.method, row): item for row, item in enumerate(deletions(run, [2, 5], Settings(), sets))}
     best = [item for (method, _), item in found.items() if method == "unrolled (every step)"]
     plain = [item for (method, _), item in found.items() if method == "tracin"]
+    assert {method for method, _ in found} == {"fine-tuning", "diff-in", "tracin", "unrolled (every step)"}
     assert len(best) == len(plain) == 2
     for item, other in zip(best, plain, strict=True):
         assert item.distance < 0.35

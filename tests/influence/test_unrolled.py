@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.func import functional_call
 
 from pipeline.errors import InputError, StageError
 from pipeline.influence import Batches, Replay, Scorer, Settings, StepRule, prepare_run
+from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.losses import Neighbours, pair_losses
+from pipeline.influence.optimizer import RunState, advanced
+from pipeline.influence.passes import Passes
 from pipeline.influence.unrolled import stretch
 from pipeline.types import AdamState, Checkpoint, PairBatch
 from tests.influence.oracle import Explicit
@@ -156,3 +161,37 @@ def test_directions_stay_bounded_past_stability():
     assert plan.facts["eta_lambda_max"] > 2
     assert plan.facts["damped_modes"] > 0
     assert all(bool(value.isfinite().all()) and value.abs().max() < 1e7 for value in plan.vectors["v"].values())
+
+
+def test_a_replay_past_stability_is_refused(monkeypatch):
+    monkeypatch.setattr("pipeline.influence.unrolled._GROWTH_LIMIT", 1e3)
+    model, rule = SmallTowers(), RULES["sgd"]
+    states = literal_run(model, rule)
+    initial, last = checkpoint_of(states, 0, rule), checkpoint_of(states, 7, rule)
+    steep = Replay(rule, [400.0] * 7, batch_of, initial)
+    monkeypatch.setattr("pipeline.influence.unrolled._REPLAY_LIMIT", float("inf"))
+    with pytest.raises(StageError, match=r"past stability \(eta \* lambda_max > 2\)"):
+        terms_of(model, [last], Settings(estimator="unrolled", replay="exact"), steep)
+
+
+def test_a_replay_holds_two_segments_of_states_at_most(monkeypatch):
+    model, rule, steps = SmallTowers(), RULES["sgd"], 36
+    alive, most = weakref.WeakSet(), 0
+
+    def watched(state, gradient, rate, rule):
+        nonlocal most
+        moved = advanced(state, gradient, rate, rule)
+        alive.add(moved.params["visual.0.weight"])
+        most = max(most, len(alive))
+        return moved
+
+    state = RunState.of(checkpoint_of(literal_run(model, rule), 0, rule), torch.device("cpu"))
+    initial = Checkpoint(0, 0.0, 0, state.params, {})
+    settings = Settings(estimator="unrolled", replay="exact")
+    for step in range(steps):
+        loss = BatchLoss(Passes(model, settings), batch_of(step), list(state.params))
+        state = advanced(state, loss.gradient(state.params), 0.01, rule)
+    monkeypatch.setattr("pipeline.influence.unrolled.advanced", watched)
+    last = Checkpoint(steps, 0.01, 0, state.params, {})
+    terms_of(model, [last], settings, Replay(rule, [0.01] * steps, batch_of, initial))
+    assert 6 <= most <= 2 * 6 + 2
