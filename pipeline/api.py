@@ -16,7 +16,7 @@ from pipeline.config import parse_config
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import Sample
 from pipeline.errors import ConfigError, InputError, StageError
-from pipeline.influence import UTILITY_SIGN, Batches, Scorer, Settings, prepare_run
+from pipeline.influence import Batches, Scorer, Settings, prepare_run, utility_of
 from pipeline.models.clip import PairModel
 from pipeline.run import RunFolder
 from pipeline.selection.select import select as make_selection
@@ -195,4 +195,4 @@ def score_pairs(
         planned += list(zip(of_run, plans, strict=True))
     found = Scorer(model, planned, batches.reference, settings, device, batch_size).score(pairs)
     score = found.terms.sum(1)
-    return PairScores(UTILITY_SIGN[settings.estimator] * score, score, found.terms, found.loss, found.similarity)
+    return PairScores(utility_of(settings.estimator, score), score, found.terms, found.loss, found.similarity)

@@ -24,7 +24,7 @@ from pipeline.cli import app
 from pipeline.config import Config, SelectConfig, load_config, parse_config
 from pipeline.emit.emit import emit
 from pipeline.estimators import markdown_table
-from pipeline.influence import UTILITY_SIGN
+from pipeline.influence import UTILITY
 from pipeline.reference import PAGES
 from pipeline.run import RunFolder
 from pipeline.selection.select import select
@@ -219,9 +219,9 @@ def test_tables_of_estimators_are_up_to_date() -> None:
     for line in markdown_table():
         assert line in readme
     concepts = (ROOT / "docs" / "concepts.md").read_text()
-    for name, sign in UTILITY_SIGN.items():
+    for name, form in UTILITY.items():
         (line,) = re.findall(rf"^\| `{name}` \|.*$", concepts, re.MULTILINE)
-        assert line.endswith("| score |" if sign > 0 else "| -score |")
+        assert line.endswith(f"| {form.replace('|', chr(92) + '|')} |")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

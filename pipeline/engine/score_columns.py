@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.influence import ScoreBatch
+from pipeline.config import EstimatorName
+from pipeline.influence import ScoreBatch, utility_of
 
 
 class ScoreColumns:
@@ -15,16 +16,16 @@ class ScoreColumns:
     Args:
         total: rows of the shard.
         runs: int64 `[m]`, the proxy run of each checkpoint.
-        sign: factor from score to utility.
+        estimator: decides how a score becomes a utility.
 
     Attributes:
         not_finite: for rows whose score is not a finite number: which checkpoint's term is to blame.
     """
 
-    def __init__(self, total: int, runs: NDArray[np.int64], sign: int) -> None:
+    def __init__(self, total: int, runs: NDArray[np.int64], estimator: EstimatorName) -> None:
         self.not_finite: dict[int, str] = {}
         self._runs = runs
-        self._sign = sign
+        self._estimator = estimator
         self._total = total
         self._terms: list[list[float | None] | None] = [None] * total
         self._values = {
@@ -47,7 +48,7 @@ class ScoreColumns:
         finite = np.isfinite(stored).all(1) & np.isfinite(score) & counts.any(1)
         good = places[finite]
         self._values["score"][good] = score[finite]
-        self._values["utility"][good] = self._sign * score[finite]
+        self._values["utility"][good] = utility_of(self._estimator, score[finite])
         self._values["utility_std"][good] = spread[finite]
         self._values["loss"][places] = scores.loss.float().numpy()
         self._values["similarity"][places] = scores.similarity.float().numpy()

@@ -21,7 +21,7 @@ from pipeline.data.reasons import Reason
 from pipeline.engine.failures import SampleError
 from pipeline.engine.score_columns import ScoreColumns
 from pipeline.errors import InputError
-from pipeline.influence import UTILITY_SIGN, Batches, ScoreBatch, Scorer
+from pipeline.influence import Batches, ScoreBatch, Scorer
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import load_batches, load_plan, settings_of
@@ -194,7 +194,7 @@ class ShardScorer:
 
     def _table(self, shard: ShardInfo, decoded: DecodedShard, scores: ScoreBatch | None) -> pa.Table:
         rows, config = decoded.rows, self._spec.config
-        numbers = ScoreColumns(len(rows), self._runs, UTILITY_SIGN[config.score.estimator])
+        numbers = ScoreColumns(len(rows), self._runs, config.score.estimator)
         embedding = None
         if scores is not None:
             numbers.fill(decoded.ok, scores)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import EstimatorName
 from pipeline.evaluation.correlation import Floats
 from pipeline.evaluation.small_run import SmallRun
-from pipeline.influence import UTILITY_SIGN, Batches, ProbePlan, Scorer, Settings, prepare_run
+from pipeline.influence import Batches, ProbePlan, Scorer, Settings, prepare_run, utility_of
 from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.passes import Passes
 from pipeline.influence.trees import dot, plus
@@ -101,7 +101,7 @@ class Estimator:
                 scores = _against_own_batches(run, plans, settings)
             else:
                 scores = scorer.score(run.data).terms.sum(1)
-        utilities = UTILITY_SIGN[settings.estimator] * np.asarray(scores.double().numpy(), np.float64)
+        utilities = utility_of(settings.estimator, np.asarray(scores.double().numpy(), np.float64))
         return Estimate(utilities, directions / self._unit, counter.get_total_flops() / self._unit)
 
     def _plans(self, form: Form) -> tuple[list[ProbePlan], int]:

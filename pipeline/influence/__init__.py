@@ -4,11 +4,11 @@ from pipeline.influence.optimizer import StepRule
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.prepare import prepare, prepare_run
 from pipeline.influence.scorer import Scorer
-from pipeline.influence.settings import UTILITY_SIGN, WHOLE_RUN, Batches, Estimator, ScoreBatch, Settings
+from pipeline.influence.settings import UTILITY, WHOLE_RUN, Batches, Estimator, ScoreBatch, Settings, utility_of
 from pipeline.influence.unrolled import Replay
 
 __all__ = [
-    "UTILITY_SIGN",
+    "UTILITY",
     "WHOLE_RUN",
     "Batches",
     "Estimator",
@@ -21,4 +21,5 @@ __all__ = [
     "StepRule",
     "prepare",
     "prepare_run",
+    "utility_of",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.types import PairBatch
@@ -15,21 +17,32 @@ Estimator = Literal[
     "clip-score", "neg-clip-loss", "el2n", "grand", "random",
 ]  # fmt: skip
 
-#: What a score is multiplied with to become a utility, in which higher means keep. The score keeps its published sign.
-UTILITY_SIGN: dict[str, int] = {
-    "diff-in": -1,
-    "diff-in-self": 1,
-    "tracin": 1,
-    "tracin-self": -1,
-    "moso": 1,
-    "unrolled": 1,
-    "z0": 1,
-    "clip-score": 1,
-    "neg-clip-loss": 1,
-    "el2n": 1,
-    "grand": 1,
-    "random": 1,
+#: How a score, which keeps its published sign, becomes a utility, in which higher means keep.
+UTILITY: dict[str, Literal["score", "-score", "-|score|"]] = {
+    "diff-in": "-score",
+    "diff-in-self": "-|score|",
+    "tracin": "score",
+    "tracin-self": "-score",
+    "moso": "score",
+    "unrolled": "score",
+    "z0": "score",
+    "clip-score": "score",
+    "neg-clip-loss": "score",
+    "el2n": "score",
+    "grand": "score",
+    "random": "score",
 }
+
+_Numbers = TypeVar("_Numbers", Tensor, NDArray[np.float32], NDArray[np.float64])
+
+
+def utility_of(estimator: str, score: _Numbers) -> _Numbers:
+    """The utility of scores of any shape. A self-influence of either sign is suspect when it is large."""
+    form = UTILITY[estimator]
+    if form == "score":
+        return score
+    return -score if form == "-score" else -abs(score)
+
 
 #: Estimators whose directions at one checkpoint depend on the others of the run: `prepare_run`, not `prepare`.
 WHOLE_RUN = frozenset({"unrolled", "z0"})

@@ -107,7 +107,7 @@ def test_a_shard_that_changed_since_the_inventory_and_a_sample_that_breaks_the_d
 
 
 def test_a_score_that_is_not_finite_is_a_reason_not_a_number() -> None:
-    columns = ScoreColumns(5, np.array([0, 0]), sign=-1)
+    columns = ScoreColumns(5, np.array([0, 0]), estimator="diff-in")
     terms = torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [3e38, 3e38], [1e39, 0.0]], dtype=torch.float64)
     ones = torch.ones(4)
     columns.fill(
@@ -128,7 +128,7 @@ def test_a_score_that_is_not_finite_is_a_reason_not_a_number() -> None:
 
 
 def test_terms_that_do_not_count_are_null_and_the_spread_is_that_of_the_runs_that_do() -> None:
-    columns = ScoreColumns(3, np.array([0, 0, 1, 2]), sign=-1)
+    columns = ScoreColumns(3, np.array([0, 0, 1, 2]), estimator="diff-in")
     nan = float("nan")
     terms = torch.tensor([[1.0, 2.0, nan, 5.0], [nan, nan, 4.0, nan], [nan] * 4], dtype=torch.float64)
     ones = torch.ones(3)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.influence import UTILITY_SIGN, Estimator, ProbePlan, Scorer, Settings, prepare_run
+from pipeline.influence import UTILITY, Estimator, ProbePlan, Scorer, Settings, prepare_run, utility_of
 from pipeline.influence.scorer import uniform
 from pipeline.types import PairBatch
 from tests.influence.oracle import Explicit
@@ -27,7 +27,14 @@ def scorer_of(settings, dtype=torch.float64, **kwargs):
 
 
 def test_every_estimator_has_a_sign():
-    assert set(UTILITY_SIGN) == set(ESTIMATORS)
+    assert set(UTILITY) == set(ESTIMATORS)
+
+
+def test_a_large_self_influence_is_suspect_whatever_its_sign():
+    scores = torch.tensor([-3.0, 0.5, 2.0])
+    assert utility_of("diff-in-self", scores).tolist() == [-3.0, -0.5, -2.0]
+    assert utility_of("diff-in", scores).tolist() == [3.0, -0.5, -2.0]
+    assert utility_of("tracin", scores).tolist() == scores.tolist()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from scipy.stats import spearmanr
 
-from pipeline.influence import UTILITY_SIGN, Batches, Replay, Scorer, Settings, StepRule, prepare_run
+from pipeline.influence import Batches, Replay, Scorer, Settings, StepRule, prepare_run, utility_of
 from pipeline.types import Checkpoint, PairBatch
 from tests.influence.towers import SmallTowers, make_pairs, mean_loss, state_of
 
@@ -58,7 +58,7 @@ def test_utility_ranks_pairs_as_training_without_them_does():
         batches = Batches(pool, pool, target)
         plans = prepare_run(model, checkpoints, batches, settings, dataset_size=len(pool), replay=replay)
         scorer = Scorer(model, list(zip(checkpoints, plans, strict=True)), pool, settings)
-        utility = UTILITY_SIGN[estimator] * scorer.score(pool).terms.sum(1)
+        utility = utility_of(estimator, scorer.score(pool).terms.sum(1))
         found[f"{estimator} {how}"] = float(spearmanr(utility[list(left_out)], usefulness)[0])
     assert found["unrolled exact"] > 0.95, found
     assert found["unrolled checkpoints"] > 0.9, found
