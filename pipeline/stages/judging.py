@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from pipeline.config import SelectConfig
 from pipeline.evaluation.quality import Detection, detect, read_truth
 from pipeline.selection.kept import kept_positions, ranked_values
 from pipeline.selection.tasks import thread_map
@@ -40,11 +42,15 @@ def judge(job: Job) -> Judgement | None:
     wrong = np.array([truth.get(uid, False) for uid in names], dtype=bool)
     out = np.ones(job.samples, dtype=bool)
     out[kept_positions(job.folder.selection(config.select.name), job.inventory)] = False
-    formulas = {"utility": "utility", "similarity": "similarity", "select": config.select.by}
-    formulas |= {name: changes.get("by", config.select.by) for name, changes in config.evaluate.compare.items()}
+    rankings: dict[str, dict[str, Any]] = {
+        "utility": {"by": "utility"},
+        "similarity": {"by": "similarity"},
+        "select": {},
+    }
     by = {}
-    for name, formula in formulas.items():
-        select = config.select.model_copy(update={"by": formula, "policy": "rank", "spread": None})
+    for name, changes in (rankings | config.evaluate.compare).items():
+        plain = {"policy": "rank", "spread": None}
+        select = SelectConfig.model_validate(config.select.model_dump() | changes | plain)
         values = ranked_values(job.folder, select, job.inventory, seed=config.seed, map_tasks=thread_map)
         by[name] = detect(values[known], wrong[known], int(wrong.sum()))
     return Judgement(by, int((out & known).sum()), int((out & wrong).sum()))
