@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,29 @@ def test_runs_side_by_side_leave_the_files_of_direct_runs(tmp_path: Path, ray_lo
     assert checkpoints(tmp_path / "ray") == checkpoints(tmp_path / "direct")
     assert [record.settings.run for record in records] == [0, 1]
     assert Manifest.read(str(tmp_path / "ray" / "checkpoints" / "manifest.json")).runs == [0, 1]
+
+
+class Meeting:
+    """Opens pairs once every one of `runs` tasks has come to open them: tasks one after the other would never meet."""
+
+    def __init__(self, folder: Path, runs: int) -> None:
+        self.folder = folder
+        self.runs = runs
+
+    def __call__(self) -> MemoryPairs:
+        (self.folder / f"here-{os.getpid()}").touch()
+        deadline = time.monotonic() + 120
+        while len(list(self.folder.glob("here-*"))) < self.runs:
+            if time.monotonic() > deadline:
+                raise StageError("the other run did not start beside this one")
+            time.sleep(0.05)
+        return MemoryPairs()
+
+
+def test_runs_train_at_the_same_time(tmp_path: Path, ray_local: None) -> None:
+    meeting = Meeting(tmp_path, runs=2)
+    records = train_runs(job(tmp_path / "ray", config_of(runs=2, gpus_per_worker=0), Factory(tmp_path), meeting))
+    assert [record.settings.run for record in records] == [0, 1]
 
 
 def test_divergence_in_a_task_is_the_stages_own_error(tmp_path: Path, ray_local: None) -> None:
