@@ -73,8 +73,8 @@ def image_embeddings(opened: OpenShard, judged: Judged, chosen: Bool | None = No
 
 def unit(vectors: Float32) -> Float32:
     """Rows [n, d] at length 1; zeros stay."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0))
+    length = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+    return np.asarray(vectors / np.maximum(length, np.finfo(np.float32).tiny))
 
 
 def find_clusters(

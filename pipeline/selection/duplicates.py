@@ -126,7 +126,7 @@ def _sketches(vectors: Float32) -> Float32:
     start = np.random.default_rng(0).normal(size=(vectors.shape[1], SKETCH)).astype(np.float32)
     basis, _ = np.linalg.qr(vectors.T @ (vectors @ start))
     inside = vectors @ basis
-    left = (vectors**2).sum(axis=1) - (inside**2).sum(axis=1)
+    left = np.einsum("ij,ij->i", vectors, vectors) - np.einsum("ij,ij->i", inside, inside)
     # The two sums differ by rounding: what is added is more than that, and the bound stays one.
     return np.column_stack([inside, np.sqrt(np.maximum(left, 0) + np.float32(1e-6))])
 
