@@ -37,7 +37,9 @@ Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder: a path or an fsspec URL.")]
 Shards = Annotated[
     list[str],
-    typer.Argument(metavar="SHARDS", help="WebDataset tars: paths, globs, brace patterns, URLs, a .txt of these."),
+    typer.Argument(
+        metavar="SHARDS", help="WebDataset tars: paths, folders, globs, brace patterns, URLs, a .txt of these."
+    ),
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up shards that were set aside.")]
 

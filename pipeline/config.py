@@ -36,8 +36,8 @@ class DataConfig(Section):
     """The pairs that are to be scored and pruned."""
 
     shards: Shards
-    """WebDataset tars: a brace pattern, a glob, a list, a `.txt` file of URLs, `::`-joined patterns; paths or
-    fsspec URLs."""
+    """WebDataset tars: a brace pattern, a glob, a local folder, a list, a `.txt` file of URLs, `::`-joined patterns;
+    paths or fsspec URLs."""
     caption: str = "txt"
     """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json."""
     max_pixels: PositiveInt = 64_000_000

@@ -19,10 +19,10 @@ from pipeline.store import storage
 def expand(shards: str | list[str], key: str = "data.shards") -> list[str]:
     """The URLs that `shards` names, in the order given (those of a glob sorted).
 
-    Takes brace patterns, globs, `.txt` files with one pattern per line (`#` starts a comment), patterns joined by
-    `::`, and lists of all these; paths (made absolute) and fsspec URLs. Raises `ConfigError` naming the pattern that
-    matches nothing, a file that is missing or is no tar, or a shard that is named twice. Web addresses are not asked
-    for here.
+    Takes brace patterns, globs, local folders (the tars in them), `.txt` files with one pattern per line (`#` starts a
+    comment), patterns joined by `::`, and lists of all these; paths (made absolute) and fsspec URLs. Raises
+    `ConfigError` naming the pattern that matches nothing, a file that is missing or is no tar, or a shard that is named
+    twice. Web addresses are not asked for here.
     """
     patterns = [shards] if isinstance(shards, str) else shards
     urls = [url for pattern in patterns for url in _expand(pattern, key)]
@@ -61,10 +61,12 @@ def _lines(url: str, key: str) -> list[str]:
 
 
 def _matches(name: str, key: str) -> list[str]:
-    """The shards that a glob names, or `name` itself."""
+    """The shards that a glob or a local folder names, or `name` itself."""
     if storage.is_local(name):
         path = storage.local_path(name)
-        if not glob.has_magic(path) or os.path.exists(path):
+        if os.path.isdir(path):
+            path = os.path.join(glob.escape(path), "*")
+        elif not glob.has_magic(path) or os.path.exists(path):
             return [os.path.abspath(path)]
         path = os.path.abspath(path)
         return sorted(match for match in glob.glob(path, recursive=True) if match.endswith(SUFFIXES))

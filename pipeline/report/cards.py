@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import DataConfig
 from pipeline.pictures import data_uri, open_image
 from pipeline.report.collect import Findings
-from pipeline.report.contents import Content
+from pipeline.report.contents import Content, Place
 from pipeline.report.rows import Pair
 from pipeline.text import count, number, plain, plus_minus
 
@@ -44,6 +44,7 @@ class Card:
     reason: str
     swatch: str
     source: str
+    cluster: str
     caption: str
     words: str
     alt: str
@@ -57,18 +58,36 @@ class Card:
 
 
 def make_cards(
-    found: Findings, contents: dict[tuple[int, int], Content], checkpoints: Sequence[str], data: DataConfig
+    found: Findings,
+    contents: Mapping[Place, Content],
+    checkpoints: Sequence[str],
+    data: DataConfig,
+    clusters: Mapping[Place, int],
 ) -> list[Card]:
-    """Cards of all galleries, in order."""
+    """Cards of all galleries, in order; `clusters` has the number of the cluster of some pairs."""
     return [
-        _card(gallery.id, pair, found, contents.get((pair.shard, pair.index)), checkpoints, data.max_pixels)
+        _card(
+            gallery.id,
+            pair,
+            found,
+            contents.get((pair.shard, pair.index)),
+            checkpoints,
+            data.max_pixels,
+            str(clusters.get((pair.shard, pair.index), "")),
+        )
         for gallery in GALLERIES
         for pair in found.galleries.get(gallery.id, [])
     ]
 
 
 def _card(
-    gallery: str, pair: Pair, found: Findings, content: Content | None, checkpoints: Sequence[str], max_pixels: int
+    gallery: str,
+    pair: Pair,
+    found: Findings,
+    content: Content | None,
+    checkpoints: Sequence[str],
+    max_pixels: int,
+    cluster: str,
 ) -> Card:
     caption = plain(content.caption) if content else ""
     scored = pair.status == "ok"
@@ -80,6 +99,7 @@ def _card(
         reason=reason,
         swatch=reason if scored else "rejected",
         source=plain(pair.source, 80),
+        cluster=cluster,
         caption=caption,
         words=f"{caption} {pair.uid}",
         alt=f"Image of the pair captioned: {plain(caption, 120)}" if caption else "Image of a pair without a caption",
@@ -89,7 +109,7 @@ def _card(
         tiny=image is not None and max(image.size) <= TINY,
         rank=f"{count(rank)} of {count(found.scored)}" if rank else "",
         utility=plus_minus(pair.utility, pair.utility_std) if scored else "",
-        details=list(_details(pair, scored, checkpoints)),
+        details=[*_details(pair, scored, checkpoints), *([("cluster", cluster)] if cluster else [])],
     )
 
 

@@ -18,6 +18,7 @@ from pipeline.data.inventory import ShardInfo, read_inventory
 from pipeline.errors import StageError
 from pipeline.report import evaluation, sections, tables
 from pipeline.report.cards import GALLERIES, make_cards
+from pipeline.report.clusters import find_clusters
 from pipeline.report.collect import Comparison, Findings, collect
 from pipeline.report.contents import fetch
 from pipeline.report.figures import agreement_figures, density_figure, utility_figure
@@ -58,14 +59,17 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
     names = checkpoint_names(manifest, number_of_terms)
     shown = {(pair.shard, pair.index) for pairs in found.galleries.values() for pair in pairs}
     captions = sections.frequent_captions(found.captions)
-    contents = fetch({*shown, *(group.example for group in captions)}, inventory, config.data)
-    cards = make_cards(found, contents, names, config.data)
+    clusters = find_clusters(run, found.shards, found.selection, shown, config.seed)
+    examples = [*captions, *(clusters.groups if clusters else ())]
+    contents = fetch({*shown, *(group.example for group in examples)}, inventory, config.data)
+    cards = make_cards(found, contents, names, config.data, clusters.of_pair if clusters else {})
     results = evaluation.read_results(run)
     groups = [
         section
         for section in (
             sections.source_section(found.sources, config.data.source),
             sections.caption_section(found.captions, captions, contents),
+            sections.cluster_section(clusters, contents) if clusters else None,
         )
         if section
     ]
@@ -90,6 +94,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "cards": cards,
         "reasons": sorted({card.reason for card in cards}),
         "card_sources": sorted({card.source for card in cards if card.source}),
+        "card_clusters": sorted({card.cluster for card in cards if card.cluster}, key=int),
         "checkpoints": _checkpoints(found, names, manifest) if number_of_terms > 1 else None,
         "group_sections": groups,
         "pruned": tables.pruned_table(run, found.selection),

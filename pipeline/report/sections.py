@@ -1,10 +1,11 @@
-"""The sections on groups of pairs: which sources gain and lose, and how captions that repeat are treated."""
+"""The sections on groups of pairs: sources that gain and lose, captions that repeat, clusters of alike images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.report.clusters import Clusters
 from pipeline.report.contents import Content
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.groups import Group, GroupCounter
@@ -35,11 +36,12 @@ def source_section(counter: GroupCounter, key: str) -> GroupSection | None:
     if number_of < 2:
         return None
     groups = counter.gained_and_lost(SHOWN)
-    intervals = [_interval(group, plain(str(group.name), 60) or "(no source)", counter) for group in groups]
+    overall = counter.kept / counter.pairs
+    intervals = [_interval(group, plain(str(group.name), 60) or "(no source)", overall) for group in groups]
     about = f"A pair's source is the json key {key!r} (its domain, for addresses). There are "
     about += f"{'at least ' if counter.dropped else ''}{plural(number_of, 'source')}"
     about += f"; shown are the {len(groups)} that change most." if number_of > len(groups) else "."
-    figure = _shares("Kept share by source", intervals, counter)
+    figure = _shares("Kept share by source", intervals, overall)
     return GroupSection("sources", "Sources", "Sources gained and lost", about, figure)
 
 
@@ -58,30 +60,48 @@ def caption_section(
     if not groups:
         return None
     ordered = sorted(groups, key=lambda group: -group.share)
-    intervals = []
-    for group in ordered:
-        content = contents.get(group.example)
-        caption = plain(content.caption, 60) if content else ""
-        intervals.append(_interval(group, caption or f"caption {group.name}", counter))
+    overall = counter.kept / counter.pairs
+    intervals = [_interval(group, _caption(group, contents) or f"caption {group.name}", overall) for group in ordered]
     repeated = sum(group.pairs for group in groups)
     about = (
         f"Captions repeat: the {count(len(groups))} most frequent ones cover {percent(repeated / counter.pairs)} of "
         "the scored pairs. A signed score can shift whole classes; quotas (select.balance) hold their shares."
     )
-    figure = _shares("Kept share by caption", intervals, counter)
+    figure = _shares("Kept share by caption", intervals, overall)
     return GroupSection("captions", "Repeated captions", "Kept share by repeated caption", about, figure)
 
 
-def _interval(group: Group, name: str, counter: GroupCounter) -> Interval:
+def cluster_section(clusters: Clusters, contents: Mapping[tuple[int, int], Content]) -> GroupSection:
+    """Kept share of clusters of image embeddings, each named by the caption of its most central pair."""
+    overall = clusters.kept_share
+    sampled = sum(group.pairs for group in clusters.groups)
+    intervals = []
+    for group in sorted(clusters.groups, key=lambda group: -group.share):
+        caption = _caption(group, contents)
+        intervals.append(_interval(group, f"{group.name}: {caption}" if caption else str(group.name), overall))
+    about = (
+        f"The images of {plural(sampled, 'scored pair')} in {plural(len(clusters.groups), 'cluster')} of alike "
+        "embeddings (spherical k-means at the last checkpoint), each with the caption of its most central pair. The "
+        "numbers are those of the gallery's filter. Quotas (select.balance) hold the shares of clusters."
+    )
+    figure = _shares("Kept share by cluster", intervals, overall)
+    return GroupSection("clusters", "Clusters", "Kept share by kind of image", about, figure)
+
+
+def _caption(group: Group, contents: Mapping[tuple[int, int], Content]) -> str:
+    """The caption of a group's example, made plain; empty where it cannot be read."""
+    content = contents.get(group.example)
+    return plain(content.caption, 60) if content else ""
+
+
+def _interval(group: Group, name: str, overall: float) -> Interval:
     low, high = group.interval()
-    overall = counter.kept / counter.pairs
     css = "kept" if low > overall else "pruned" if high < overall else "rejected"
     note = f"{percent(group.share)} of {plural(group.pairs, 'pair')}"
     return Interval(name, group.share, low, high, note, css)
 
 
-def _shares(title: str, intervals: list[Interval], counter: GroupCounter) -> Figure:
-    overall = counter.kept / counter.pairs
+def _shares(title: str, intervals: list[Interval], overall: float) -> Figure:
     above = sum(1 for interval in intervals if interval.low > overall)
     below = sum(1 for interval in intervals if interval.high < overall)
     see = (

@@ -36,6 +36,14 @@ def test_glob_is_sorted_and_takes_only_tars(folder: Path) -> None:
     assert names(expand(f"{folder}/**/*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
 
 
+def test_a_folder_means_the_tars_in_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert names(expand(f"{folder}/more")) == ["a.tar.gz", "b.tar.zst", "c.tgz"]
+    (folder / "more").rename(folder / "more[1]")
+    assert names(expand(f"{folder}/more[1]/")) == ["a.tar.gz", "b.tar.zst", "c.tgz"]
+    monkeypatch.chdir(folder)
+    assert expand(".") == [f"{folder}/{number:05d}.tar" for number in range(3)]
+
+
 def test_list_keeps_its_order(folder: Path) -> None:
     assert names(expand([f"{folder}/00002.tar", f"{folder}/more/*.tgz", f"{folder}/00000.tar"])) == [
         "00002.tar",
@@ -85,7 +93,6 @@ def test_memory_and_s3_urls(s3_bucket: Bucket, folder: Path) -> None:
         ("{folder}/none-*.tar", r"no file matches.*none-\*\.tar"),
         ("{folder}/{{00007..00009}}.tar", r"no file matches.*\{00007\.\.00009\}\.tar"),
         ("{folder}/{{00001..00004}}.tar", r"every shard of .*2 of 4 are missing.*00003\.tar"),
-        ("{folder}/more", r"names ending in \.tar"),
         ("{folder}/more/truth.csv", r"names ending in \.tar"),
         ("{folder}/00000.tar::{folder}/0000*.tar", r"named again.*00000\.tar"),
         ("{folder}/{{0..1.tar", r"no file matches|balanced braces"),

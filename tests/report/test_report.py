@@ -84,6 +84,15 @@ def test_galleries_hold_the_extremes_in_order(made: Made, page: Page, html: str)
     assert "rank 494 of 494" in page.words
 
 
+def test_galleries_can_be_filtered_by_cluster(page: Page, html: str) -> None:
+    clusters = {card["data-cluster"] for card in page.of_class("card")}
+    listed = re.search(r'<select name="cluster">(.*?)</select>', html)
+    assert listed is not None
+    assert set(re.findall(r"<option>(\d+)</option>", listed[1])) == clusters
+    assert len(clusters) > 1
+    assert "Kept share by cluster" in page.words
+
+
 def test_every_rejection_is_shown_with_its_reason(page: Page) -> None:
     reasons = sorted(card["data-reason"] or "" for card in page.of_class("card") if card["data-gallery"] == "rejected")
     assert reasons == ["rejected: corrupt-image"] * 3 + ["rejected: empty-caption"] * 2 + ["rejected: no-caption"]
@@ -115,7 +124,7 @@ def test_page_asks_nothing_of_the_network(page: Page, html: str) -> None:
 
 def test_every_plot_has_axes_description_and_sentence(page: Page, html: str) -> None:
     plots = re.findall(r'<figure class="plot">.*?</figure>', html, re.DOTALL)
-    assert len(plots) == 8
+    assert len(plots) == 9
     for plot in plots:
         assert len(re.findall(r'<svg class="(?:wide|narrow)"[^>]* role="img" aria-label="[^"]{20,}"', plot)) == 2
         assert len(re.findall(r'<text [^>]*class="label"', plot)) >= 2
