@@ -194,12 +194,14 @@ def select(
 
     Example: `diffprune select my.yaml --set select.name=half --set select.keep=0.5 --dry-run`
     """
-    from pipeline.stages import runner
-
     loaded = _load(config, set_, out)
     if dry_run:
-        runner.show_plan(loaded)
+        from pipeline.stages.looking import show_plan
+
+        show_plan(loaded)
     else:
+        from pipeline.stages import runner
+
         runner.run_stage("select", loaded)
 
 
@@ -248,9 +250,9 @@ def compare(
 
     Example: `diffprune compare runs/mine default half`
     """
-    from pipeline.stages import runner
+    from pipeline.stages.looking import show_comparison
 
-    runner.show_comparison(run, first, second)
+    show_comparison(run, first, second)
 
 
 @app.command(rich_help_panel=AFTER)

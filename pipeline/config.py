@@ -211,7 +211,9 @@ class EngineConfig(Section):
     """Workers, retries and what a restart does."""
 
     workers: PositiveInt | None = None
-    """Scoring actors; null takes one per GPU, or without GPUs one per `cpus_per_worker`."""
+    """Scoring actors, whether or not there is room for all of them yet: an autoscaling cluster grows to fit them. Null
+    takes one per GPU, or without GPUs one per `cpus_per_worker`; on a cluster that was joined, as many again are asked
+    for, so that one that can grow does."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
     """CPUs of an actor; null shares the machine's CPUs out evenly."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
@@ -228,6 +230,9 @@ class EngineConfig(Section):
     """Times a failed shard is tried again before it is set aside."""
     retry_wait: Annotated[float, Field(ge=0)] = 1.0
     """Seconds before the first retry; doubled each time."""
+    shard_timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds without news from a worker that has shards in hand, after which it is taken to hang, is killed and is
+    started anew; null takes 20 times the longest shard so far, and half an hour at least."""
     allowed_failures: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the shards that may fail for good without failing the run."""
     stale: Literal["refuse", "redo"] = "refuse"

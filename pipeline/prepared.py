@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from typing import Any
 
 import safetensors.torch
 
 from pipeline.config import Config
+from pipeline.data.decode import ImageSpec
 from pipeline.influence.plan import ProbePlan
 from pipeline.influence.settings import Batches, Settings
 from pipeline.store import storage
@@ -34,6 +37,24 @@ def settings_of(config: Config) -> Settings:
         chunk=score.batch_size,
         seed=config.seed,
     )
+
+
+def score_basis(config: Config, batches: Batches, images: ImageSpec) -> dict[str, Any]:
+    """What decides a run's scores beside config and checkpoints, as plain values for `score_fingerprint`.
+
+    Args:
+        config: its settings of the mathematics count, but for the size of a pass, which changes no score.
+        batches: R, B and V; their pairs' ids count.
+        images: the model's input.
+    """
+    settings = asdict(settings_of(config))
+    del settings["chunk"]
+    digests = {name: _pairs_digest(getattr(batches, name)) for name in Batches.__slots__}
+    return {"score": settings, **digests, "images": asdict(images)}
+
+
+def _pairs_digest(pairs: PairBatch) -> str:
+    return storage.checksum(pairs.ids.numpy().astype("<i8").tobytes())
 
 
 def batches_url(root: str) -> str:

@@ -127,12 +127,12 @@ def test_stages_get_the_config_with_overrides(stage: str, tmp_path: Path, monkey
 
 
 def test_flags_reach_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.stages import runner
+    from pipeline.stages import looking, runner
 
     calls: list[str] = []
     monkeypatch.setattr(runner, "run_all", lambda config, retry_failed: calls.append(f"run {retry_failed}"))
     monkeypatch.setattr(runner, "run_stage", lambda name, config, retry_failed: calls.append(f"{name} {retry_failed}"))
-    monkeypatch.setattr(runner, "show_plan", lambda config: calls.append(f"plan {config.select.name}"))
+    monkeypatch.setattr(looking, "show_plan", lambda config: calls.append(f"plan {config.select.name}"))
     path = tmp_path / "my.yaml"
     path.write_text("data: {shards: a.tar}\n")
     for arguments in (["run", "--retry-failed"], ["run"], ["score", "--retry-failed"], ["select", "--dry-run"]):

@@ -20,12 +20,17 @@ from PIL import Image
 from pipeline.errors import ConfigError
 from pipeline.store import storage
 
+#: Scans in all.
+SCANS = 1797
 #: Scans in the held-out target part and in the held-out test part; the others are for training.
 TARGET, TEST = 200, 400
 #: Pairs per shard.
 SHARD = 200
 #: Side of the written images in pixels (the scans have 8).
 SIDE = 32
+
+#: Shards of the training part.
+_SHARDS = -(-(SCANS - TARGET - TEST) // SHARD)
 
 _VERSION = 1
 _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -58,36 +63,44 @@ class DemoPaths:
     truth: str
 
 
+def demo_paths(folder: str) -> DemoPaths:
+    """Where `make_demo` puts the demo data below `folder`."""
+    return DemoPaths(
+        train=storage.join(folder, "train", f"{{00000..{_SHARDS - 1:05d}}}.tar"),
+        target=storage.join(folder, "target", "00000.tar"),
+        test=storage.join(folder, "test", "00000.tar"),
+        truth=storage.join(folder, "truth.csv"),
+    )
+
+
 def make_demo(folder: str, seed: int = 0, wrong_share: float = 0.3) -> DemoPaths:
     """Write the demo data to a local folder, unless they are there already, and say where.
 
     Equal arguments give equal bytes. Raises `ConfigError` when scikit-learn is not installed.
     """
-    target, test = storage.join(folder, "target", "00000.tar"), storage.join(folder, "test", "00000.tar")
-    truth = storage.join(folder, "truth.csv")
+    paths = demo_paths(folder)
+    mark = {"version": _VERSION, "seed": seed, "wrong_share": wrong_share, "pairs": SCANS}
+    if _mark(folder) == mark:
+        return paths
     scans, digits = _digits()
-    order = np.random.default_rng(seed).permutation(len(digits))
+    storage.remove(storage.join(folder, "demo.json"))
+    order = np.random.default_rng(seed).permutation(SCANS)
     train_rows, target_rows, test_rows = np.split(order, [-(TARGET + TEST), -TEST])
-    shards = -(-len(train_rows) // SHARD)
-    train = storage.join(folder, "train", f"{{00000..{shards - 1:05d}}}.tar")
-    mark = {"version": _VERSION, "seed": seed, "wrong_share": wrong_share, "pairs": len(digits)}
-    if _mark(folder) != mark:
-        storage.remove(storage.join(folder, "demo.json"))
-        rng = np.random.default_rng([seed, 1])
-        named = _wrong_captions(digits[train_rows], wrong_share, rng)
-        for number in range(shards):
-            part = slice(number * SHARD, (number + 1) * SHARD)
-            pairs = (
-                _Pair(row, scans[row], _phrase(name, rng), None)
-                for row, name in zip(train_rows[part], named[part], strict=True)
-            )
-            _write_tar(storage.join(folder, "train", f"{number:05d}.tar"), pairs)
-        held_out = (_Pair(row, scans[row], _phrase(digits[row], rng), None) for row in target_rows)
-        _write_tar(target, held_out)
-        _write_tar(test, (_Pair(row, scans[row], _phrase(digits[row]), int(digits[row])) for row in test_rows))
-        _write_truth(truth, train_rows, digits, named)
-        storage.write_json(storage.join(folder, "demo.json"), mark)
-    return DemoPaths(train, target, test, truth)
+    rng = np.random.default_rng([seed, 1])
+    named = _wrong_captions(digits[train_rows], wrong_share, rng)
+    for number in range(_SHARDS):
+        part = slice(number * SHARD, (number + 1) * SHARD)
+        pairs = (
+            _Pair(row, scans[row], _phrase(name, rng), None)
+            for row, name in zip(train_rows[part], named[part], strict=True)
+        )
+        _write_tar(storage.join(folder, "train", f"{number:05d}.tar"), pairs)
+    held_out = (_Pair(row, scans[row], _phrase(digits[row], rng), None) for row in target_rows)
+    _write_tar(paths.target, held_out)
+    _write_tar(paths.test, (_Pair(row, scans[row], _phrase(digits[row]), int(digits[row])) for row in test_rows))
+    _write_truth(paths.truth, train_rows, digits, named)
+    storage.write_json(storage.join(folder, "demo.json"), mark)
+    return paths
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,4 @@
-"""A seeded draw of pairs from all shards, reading only the shards that hold them.
-
-A pair's global position is the number of samples in the shards before its own plus its index in its shard.
-"""
+"""Reads and decodes the pairs at given positions, from only the shards that hold them."""
 
 from __future__ import annotations
 
@@ -10,33 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipeline.data.decode import Decoder
 from pipeline.data.inventory import ShardInfo
+from pipeline.data.positions import Positions, by_shard
 from pipeline.data.reader import Sample, read_shard
 from pipeline.errors import InputError
 from pipeline.types import PairBatch
-
-Positions = NDArray[np.int64]
-
-
-def offsets(inventory: Sequence[ShardInfo]) -> Positions:
-    """The global position of each shard's first sample, and the total: int64 `[shards + 1]`."""
-    return np.concatenate([[0], np.cumsum([info.samples for info in inventory], dtype=np.int64)]).astype(np.int64)
-
-
-def draw_positions(total: int, count: int, seed: int, exclude: Positions | None = None) -> Positions:
-    """Draw up to `count` different positions below `total` at random, none of `exclude`: int64, in random order.
-
-    With another `count` the draw is another one: draw generously once and take the first good ones.
-    """
-    barred = np.unique(np.asarray([] if exclude is None else exclude, np.int64))
-    barred = barred[(barred >= 0) & (barred < total)]
-    free = total - len(barred)
-    ranks = np.random.default_rng(seed).choice(free, size=min(count, free), replace=False)
-    # The r-th free position is r plus the barred ones before it, each of which lies at its own value minus its rank.
-    return np.asarray(ranks + np.searchsorted(barred - np.arange(len(barred)), ranks, side="right"), np.int64)
 
 
 def samples_at(info: ShardInfo, indices: Positions, caption: str) -> Iterator[Sample]:
@@ -56,18 +33,6 @@ def samples_at(info: ShardInfo, indices: Positions, caption: str) -> Iterator[Sa
                 if next_one is None:
                     return
     raise InputError(f"{info.url}: has no sample {next_one}, the inventory counted {info.samples}; was it changed?")
-
-
-def by_shard(inventory: Sequence[ShardInfo], positions: Positions) -> Iterator[tuple[ShardInfo, int, Positions]]:
-    """The shards that hold `positions` (sorted), in order: shard, position of its first sample, indices within it."""
-    starts = offsets(inventory)
-    if len(positions) and not 0 <= positions[0] <= positions[-1] < starts[-1]:
-        raise ValueError(f"positions must lie in [0, {starts[-1]})")
-    cuts = np.searchsorted(positions, starts)
-    for number, info in enumerate(inventory):
-        if cuts[number] < cuts[number + 1]:
-            start = int(starts[number])
-            yield info, start, positions[cuts[number] : cuts[number + 1]] - start
 
 
 def load_pairs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -60,12 +60,22 @@ class EmitSummary:
     warnings: list[str]
 
 
+#: Calls a picklable function with one item, in this process or another, and gives its result.
+Apart = Callable[[Callable[[Any], Any], Any], Any]
+
+
+def here(function: Callable[[Any], Any], item: Any) -> Any:
+    """Call it in this process."""
+    return function(item)
+
+
 def emit(
     run: RunFolder,
     config: Config,
     inventory: Sequence[ShardInfo],
     *,
     map_tasks: MapTasks = map,
+    apart: Apart = here,
     command: str = "",
 ) -> EmitSummary:
     """Write manifest, uids, training command, card and, if asked for, pruned tars of `config.select.name`.
@@ -74,6 +84,7 @@ def emit(
 
     Args:
         map_tasks: like `map`: applies a function to items, anywhere, and gives the results in order.
+        apart: calls a function with an item, anywhere: for the two passes over all uids and keys.
         command: the command line, for the card.
 
     Raises `StageError` when the selection is not finished or keeps nothing, `InputError` when a shard is no longer
@@ -95,7 +106,7 @@ def emit(
     summary = EmitSummary(
         selection=selection.name,
         counts=account(selection),
-        uids=write_uids(folder.uids, read_uids(keep_files)),
+        uids=apart(_write_uids, (folder.uids, keep_files)),
         tars=0,
         bytes=0,
         suffixed=False,
@@ -104,7 +115,7 @@ def emit(
         warnings=[],
     )
     if config.emit.materialize:
-        plan = make_plan(run, config, inventory, lines, fingerprint.digest)
+        plan = make_plan(run, config, inventory, lines, fingerprint.digest, apart)
         stats = reshard(plan, map_tasks)
         summary = replace(
             summary,
@@ -122,6 +133,11 @@ def emit(
     storage.write_bytes(folder.card, _card(run, config, inventory, selection, summary, command).encode())
     marks.write_mark(folder.mark, fingerprint, asdict(summary))
     return summary
+
+
+def _write_uids(files: tuple[str, list[str]]) -> int:
+    url, keep_files = files
+    return write_uids(url, read_uids(keep_files))
 
 
 def emit_fingerprint(config: Config, inventory: Sequence[ShardInfo], selection: SelectionSummary) -> Fingerprint:
@@ -158,6 +174,7 @@ def make_plan(
     inventory: Sequence[ShardInfo],
     lines: Sequence[ManifestLine],
     fingerprint: str,
+    apart: Apart = here,
 ) -> Plan:
     """Which kept pair goes to which pruned tar."""
     folder = SelectionFolder(run.selection(config.select.name))
@@ -178,7 +195,7 @@ def make_plan(
         inputs=inputs,
         pairs_per_shard=config.emit.pairs_per_shard,
         seed=config.seed if config.emit.shuffle else None,
-        suffix_keys=keys_repeat(item.keep for item in inputs),
+        suffix_keys=apart(keys_repeat, [item.keep for item in inputs]),
         fingerprint=fingerprint,
     )
 

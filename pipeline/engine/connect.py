@@ -27,20 +27,26 @@ def connect(config: EngineConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(config)
     try:
-        if address and address != "local":
+        if address is not None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local(config)
     except Exception as error:  # Ray raises many types here, a bare Exception among them
         ray.shutdown()
-        where = f"the Ray cluster at {address}" if address and address != "local" else "a local Ray"
+        where = f"the Ray cluster at {address}" if address is not None else "a local Ray"
         raise StageError(f"engine: {where} cannot be reached: {' '.join(str(error).split())}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_address(config: EngineConfig) -> str | None:
+    """The cluster that is joined: `config.address`, else that of the job or `RAY_ADDRESS`; None for an own Ray."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return address if address and address != "local" else None
 
 
 def _start_local(config: EngineConfig) -> None:

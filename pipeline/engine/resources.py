@@ -26,8 +26,11 @@ class WorkerPlan:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, **reserved}
 
 
-def plan_workers(config: EngineConfig, nodes: list[dict[str, float]]) -> WorkerPlan:
+def plan_workers(config: EngineConfig, nodes: list[dict[str, float]], *, may_grow: bool = False) -> WorkerPlan:
     """Decide the workers for `nodes`, the resources (`CPU`, `GPU`) of each machine that is alive.
+
+    With `may_grow` as many again are asked for as there is room for. Those that find none are pending: an autoscaler
+    adds machines for them, up to the cluster's own limit, and any other cluster leaves them pending.
 
     One actor per GPU where there are GPUs; otherwise a machine's CPUs are shared out evenly over at most
     `CPU_WORKERS_PER_NODE` actors. The result is never less than one worker: a cluster that still has no machine for
@@ -38,7 +41,7 @@ def plan_workers(config: EngineConfig, nodes: list[dict[str, float]]) -> WorkerP
     used = [node for node in nodes if node.get("GPU", 0) >= gpus and node.get("CPU", 0) > 0] if gpus else nodes
     cpus = config.cpus_per_worker or _cpu_share(used, gpus)
     fitting = sum(_fits(node, cpus, gpus) for node in used)
-    workers = config.workers or max(fitting, 1)
+    workers = config.workers or max(fitting, 1) * (2 if may_grow else 1)
     return WorkerPlan(workers, cpus, gpus, config.memory_per_worker)
 
 

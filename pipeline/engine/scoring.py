@@ -18,11 +18,12 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from pipeline.config import EngineConfig
 from pipeline.data.inventory import ShardInfo
-from pipeline.engine.connect import alive_nodes, node_is_alive
+from pipeline.engine.connect import alive_nodes, cluster_address, node_is_alive
 from pipeline.engine.failures import Aside, Failure, check_writable, read_aside, set_aside
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.metrics import DriverMetrics
-from pipeline.engine.progress import Display, Tally
+from pipeline.engine.patience import Patience
+from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.resources import plan_workers
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.engine.worker import Place, ScoreWorker, ShardStats, WorkerSpec
@@ -139,13 +140,17 @@ def _rejected(statuses: dict[str, int]) -> int:
 
 @dataclass
 class _Slot:
-    """One actor, or the wish for one. `life` counts its deaths, so that late news of an earlier life is ignored."""
+    """One actor, or the wish for one. `life` counts its deaths, so that late news of an earlier life is ignored.
+
+    `heard` is when it last had news, or got work after it had none.
+    """
 
     handle: Any
     ready: bool = False
     place: Place = field(default_factory=lambda: Place("", ""))
     life: int = 0
     waiting_since: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
 
 
 #: News of an actor: slot, its life, place of the shard (None: it started), and what came back.
@@ -179,11 +184,11 @@ class _Driver:
         self._looked = self._fed = 0.0
         self._last_ready = time.monotonic()
         self._metrics = DriverMetrics()
+        self._patience = Patience(config.shard_timeout)
 
     def work(self, pending: Sequence[int]) -> None:
         """Until every pending shard is settled."""
         config = self._config
-        self._at_most = len(pending)
         self._queue = ShardQueue(pending, depth=config.prefetch + 2, retries=config.retries, wait=config.retry_wait)
         try:
             with Interruption(lambda: self._display.note("finishing what is in hand (again: stop at once)")) as stop:
@@ -226,12 +231,14 @@ class _Driver:
         slot = self._slots.get(name)
         if slot is None or slot.life != life:
             return
+        slot.heard = time.monotonic()
         if isinstance(result, RayActorError):
             self._died(name, slot, place, result)
         elif place is None:
             self._started(name, slot, result)
         elif isinstance(result, ShardStats):
             self._queue.succeeded(name, place)
+            self._patience.saw(sum(result.seconds.values()))
             self._outcome.done += 1
             self._outcome.statuses.update(result.statuses)
             self._display.tally.add(result.pairs, _rejected(result.statuses), name)
@@ -254,15 +261,34 @@ class _Driver:
         if place is None and isinstance(error, ActorDiedError):
             self._drop(name, Failure.of(error, name))
             return
-        given_up = self._queue.died(name, blame=node_is_alive(slot.place.node_id))
-        if given_up is not None:
-            message = "the worker's process died each time it had this shard (out of memory, or a crash in native code)"
-            self._give_up(
-                given_up, Failure("WorkerDied", message, str(error)[-1000:], node=slot.place.host, worker=name)
-            )
+        why = "the worker's process died each time it had this shard (out of memory, or a crash in native code)"
+        failure = Failure("WorkerDied", why, str(error)[-1000:], node=slot.place.host, worker=name)
+        self._lost(name, failure, blame=node_is_alive(slot.place.node_id))
         if isinstance(error, ActorDiedError):
             slot.handle = self._actor(name)
         self._start(name, slot)
+
+    def _lost(self, name: str, failure: Failure, *, blame: bool) -> None:
+        """What a worker had in hand goes back to it, but for a shard that cost it its process too often."""
+        given_up = self._queue.died(name, blame=blame)
+        if given_up is not None:
+            self._give_up(given_up, failure)
+
+    def _replace_hanging(self) -> None:
+        """Kill workers that have been silent for too long with shards in hand, and start others in their place."""
+        now = time.monotonic()
+        for name, slot in self._slots.items():
+            silent = now - slot.heard
+            if not slot.ready or not self._queue.in_hand(name) or silent <= self._patience.seconds:
+                continue
+            self._display.note(f"worker {name} on {slot.place.host} was silent for {duration(silent)} and is killed")
+            self._metrics.worker_died()
+            slot.life += 1
+            ray.kill(slot.handle)
+            why = f"the worker hung each time it had this shard: silent for {silent:.0f} s (storage, or a deadlock)"
+            self._lost(name, Failure("WorkerHung", why, node=slot.place.host, worker=name), blame=True)
+            slot.handle = self._actor(name)
+            self._start(name, slot)
 
     def _drop(self, name: str, failure: Failure) -> None:
         """An actor could not start: do without it, unless no other is left."""
@@ -285,13 +311,17 @@ class _Driver:
         self._metrics.shard_failed()
 
     def _look_around(self) -> None:
-        """Every few seconds: as many actors as the cluster has room for now; free the shards of lost workers."""
+        """Every few seconds: kill what hangs, ask for the actors that are planned, free the shards of lost workers.
+
+        Actors that there is no room for yet are pending, which is what an autoscaler goes by.
+        """
         now = time.monotonic()
         if now - self._looked < LOOK_EVERY:
             return
         self._looked = now
-        self._plan = plan_workers(self._config, alive_nodes())
-        self._wanted = min(self._plan.workers, self._at_most)
+        self._replace_hanging()
+        self._plan = plan_workers(self._config, alive_nodes(), may_grow=cluster_address(self._config) is not None)
+        self._wanted = min(self._plan.workers, self._queue.left())
         while len(self._slots) < self._wanted and self._fruitless < self._wanted:
             name = str(self._made)
             self._made += 1
@@ -330,6 +360,8 @@ class _Driver:
     def _feed(self, name: str) -> None:
         slot = self._slots.get(name)
         while slot is not None and slot.ready and (place := self._queue.take(name)) is not None:
+            if self._queue.in_hand(name) == 1:
+                slot.heard = time.monotonic()
             # No retries by Ray: it would run a shard that kills its worker again and again. The queue counts.
             call = slot.handle.score_shard.options(max_task_retries=0)
             self._listen(call.remote(self._shards[place]), name, slot.life, place)

@@ -132,9 +132,13 @@ class ShardQueue:
         """Whether no worker has a shard in hand."""
         return not any(lane.in_hand for lane in self._lanes.values())
 
+    def left(self) -> int:
+        """Shards that are neither committed nor given up."""
+        return self._open + len(self._pending) - self._cursor
+
     def finished(self) -> bool:
         """Whether every shard is committed or given up."""
-        return self._open == 0 and self._cursor == len(self._pending)
+        return self.left() == 0
 
     def _release(self, worker: str, shard: int) -> None:
         lane = self._lanes.get(worker)

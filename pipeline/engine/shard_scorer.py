@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -14,101 +14,50 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import Config
-from pipeline.data.decode import DecodedShard, Decoder, ImageSpec
+from pipeline.data.decode import DecodedShard, Decoder
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.reader import Sample, read_shard
 from pipeline.data.reasons import Reason
 from pipeline.engine.failures import SampleError
 from pipeline.engine.score_columns import ScoreColumns
 from pipeline.errors import InputError
-from pipeline.influence import Batches, ScoreBatch, Scorer
+from pipeline.influence import ScoreBatch, Scorer
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import load_batches, load_plan, settings_of
 from pipeline.replay.record import trained_ids
 from pipeline.run import RunFolder
-from pipeline.store import storage
 from pipeline.store.commits import commit_scores
 from pipeline.store.fingerprint import Fingerprint
-from pipeline.store.scores import SCHEMA_VERSION, embedding_column, score_table
-from pipeline.types import PairBatch
+from pipeline.store.scores import embedding_column, score_table
 
 
-def score_fingerprint(config: Config, checkpoints: list[str], batches: Batches, images: ImageSpec) -> Fingerprint:
-    """The fingerprint of a run's scores, without a shard.
-
-    Args:
-        config: decides estimator and preprocessing; the batch size is left out, since it changes no score.
-        checkpoints: digest of each checkpoint's content, in manifest order.
-        batches: R, B and V; their pairs' ids count.
-        images: the model's input.
-    """
-    settings = asdict(settings_of(config))
-    del settings["chunk"]
-    return Fingerprint(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "checkpoints": checkpoints,
-            "score": settings,
-            "embeddings": config.score.embeddings,
-            "held_out": config.score.held_out,
-            "reference": _pairs_digest(batches.reference),
-            "gradient": _pairs_digest(batches.gradient),
-            "target": _pairs_digest(batches.target),
-            "preprocessing": {
-                **asdict(images),
-                "model": config.proxy.model,
-                "caption": config.data.caption,
-                "max_pixels": config.data.max_pixels,
-                "source": config.data.source,
-            },
-        }
+def build_scorer(config: Config, fingerprint: Fingerprint, worker: str) -> ShardScorer:
+    """Load model, checkpoints and plans once for this process; `fingerprint` is the run's, without a shard."""
+    cpus, gpus = _assigned()
+    model = build_model(config.proxy.model, loss=config.proxy.loss)
+    folder = RunFolder(config.out)
+    manifest = Manifest.read(folder.checkpoint_manifest)
+    checkpoints = []
+    for entry in manifest.checkpoints:
+        checkpoint = entry.load(model)
+        checkpoint.adam = checkpoint.momentum = None  # the plans have what they need of it
+        checkpoints.append(checkpoint)
+    scorer = Scorer(
+        model,
+        [(checkpoint, load_plan(config.out, number)) for number, checkpoint in enumerate(checkpoints)],
+        load_batches(config.out).reference,
+        settings_of(config),
+        device="cuda" if gpus and torch.cuda.is_available() else "cpu",
+        batch_size=config.score.batch_size,
+        trained={run: torch.from_numpy(trained_ids(folder, run)) for run in manifest.runs}
+        if config.score.held_out
+        else None,
     )
-
-
-def _pairs_digest(pairs: PairBatch) -> str:
-    return storage.checksum(pairs.ids.numpy().astype("<i8").tobytes())
-
-
-@dataclass(frozen=True)
-class ScorerSpec:
-    """Makes the scorer of an actor from the files of a run's folder.
-
-    Attributes:
-        config: the run's.
-        fingerprint: of the run's scores, without a shard.
-    """
-
-    config: Config
-    fingerprint: Fingerprint
-
-    def build(self, worker: str) -> ShardScorer:
-        """Load model, checkpoints and plans once for this process."""
-        config = self.config
-        cpus, gpus = _assigned()
-        model = build_model(config.proxy.model, loss=config.proxy.loss)
-        folder = RunFolder(config.out)
-        manifest = Manifest.read(folder.checkpoint_manifest)
-        checkpoints = []
-        for entry in manifest.checkpoints:
-            checkpoint = entry.load(model)
-            checkpoint.adam = checkpoint.momentum = None  # the plans have what they need of it
-            checkpoints.append(checkpoint)
-        scorer = Scorer(
-            model,
-            [(checkpoint, load_plan(config.out, number)) for number, checkpoint in enumerate(checkpoints)],
-            load_batches(config.out).reference,
-            settings_of(config),
-            device="cuda" if gpus and torch.cuda.is_available() else "cpu",
-            batch_size=config.score.batch_size,
-            trained={run: torch.from_numpy(trained_ids(folder, run)) for run in manifest.runs}
-            if config.score.held_out
-            else None,
-        )
-        decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
-        runs = np.array([checkpoint.run for checkpoint in checkpoints])
-        threads = config.engine.decode_threads or max(1, int(cpus))
-        return ShardScorer(self, scorer, decoder, runs, threads, worker)
+    decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
+    runs = np.array([checkpoint.run for checkpoint in checkpoints])
+    threads = config.engine.decode_threads or max(1, int(cpus))
+    return ShardScorer(config, fingerprint, scorer, decoder, runs, threads, worker)
 
 
 @dataclass
@@ -127,7 +76,8 @@ class ShardScorer:
     """The work of an actor (`pipeline.engine.worker.ShardWork`).
 
     Args:
-        spec: what it was made from.
+        config: the run's.
+        fingerprint: of the run's scores, without a shard.
         scorer: scores batches of pairs.
         decoder: decodes samples.
         runs: int64 `[m]`, the proxy run of each checkpoint.
@@ -137,15 +87,17 @@ class ShardScorer:
 
     def __init__(
         self,
-        spec: ScorerSpec,
+        config: Config,
+        fingerprint: Fingerprint,
         scorer: Scorer,
         decoder: Decoder,
         runs: NDArray[np.int64],
         threads: int,
         worker: str,
     ) -> None:
-        self._spec = spec
-        self._run = RunFolder(spec.config.out)
+        self._config = config
+        self._fingerprint = fingerprint
+        self._run = RunFolder(config.out)
         self._scorer = scorer
         self._decoder = decoder
         self._runs = runs
@@ -158,7 +110,7 @@ class ShardScorer:
         Raises `InputError` when the shard has not as many samples as the inventory says: it has changed since, or
         the connection broke in the middle; `SampleError` when one sample could not be dealt with at all.
         """
-        with read_shard(shard.url, caption=self._spec.config.data.caption) as reader:
+        with read_shard(shard.url, caption=self._config.data.caption) as reader:
             seen = _LastSample()
             try:
                 decoded = self._decoder.decode_shard(seen.watch(iter(reader)), self._threads)
@@ -183,8 +135,8 @@ class ShardScorer:
             self._run,
             shard,
             scored.table,
-            self._spec.fingerprint,
-            estimator=self._spec.config.score.estimator,
+            self._fingerprint,
+            estimator=self._config.score.estimator,
             seconds=seconds,
             finished=time.time(),
             worker=self._worker,
@@ -193,7 +145,7 @@ class ShardScorer:
         return dict(Counter({"ok": mark.ok}) + Counter(mark.reasons))
 
     def _table(self, shard: ShardInfo, decoded: DecodedShard, scores: ScoreBatch | None) -> pa.Table:
-        rows, config = decoded.rows, self._spec.config
+        rows, config = decoded.rows, self._config
         numbers = ScoreColumns(len(rows), self._runs, config.score.estimator)
         embedding = None
         if scores is not None:

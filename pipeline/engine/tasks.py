@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config import EngineConfig
 from pipeline.engine.connect import alive_nodes
@@ -18,7 +19,7 @@ from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.progress import Display, Tally
 from pipeline.engine.shard_queue import ShardQueue
-from pipeline.errors import StageError
+from pipeline.errors import DiffpruneError, StageError
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.task_marks import TaskMarks
@@ -135,6 +136,28 @@ def run_tasks(
     if marks is not None:
         storage.remove_temporary(marks.folder)
     return outcome
+
+
+def run_task(function: Callable[[Item], Result], item: Item, *, stage: str, config: EngineConfig) -> Result:
+    """`function(item)` in one Ray task: for work that needs more memory or imports than the driver shall have.
+
+    A task whose process dies is tried again `config.retries` times. Raises what the function raised, or `StageError`
+    when its process died too often.
+    """
+    task = ray.remote(_apply).options(max_retries=config.retries, name=stage)
+    try:
+        result: Result = ray.get(task.remote(function, item))
+    except RayTaskError as error:
+        if isinstance(error.cause, DiffpruneError | OSError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise StageError(f"{stage}: lost its process: {' '.join(str(error).split())[:300]}") from None
+    return result
+
+
+def _apply(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)
 
 
 @dataclass(frozen=True)

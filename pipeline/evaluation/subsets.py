@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,29 +17,6 @@ from pipeline.replay.train import Pairs, Trainer
 
 #: Added to the run number of every evaluation training, so that none repeats the order of a proxy run.
 FIRST_RUN = 1000
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of `evaluation/results.json`: a set, what chose it, its size, and the metric over the seeds.
-
-    `std` is the standard deviation over seeds (n - 1); NaN with one seed.
-    """
-
-    set: str
-    series: str
-    size: int
-    metric: str
-    mean: float
-    std: float
-    seeds: int
-    values: list[float]
-
-    @staticmethod
-    def of(name: str, series: str, size: int, metric: str, values: list[float]) -> Result:
-        """Mean and spread of `values`."""
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-        return Result(name, series, size, metric, float(np.mean(values)), std, len(values), values)
 
 
 def train_and_measure(

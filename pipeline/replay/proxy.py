@@ -14,7 +14,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, DiffpruneError
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint, serialise_checkpoint
 from pipeline.models.clip import PairModel
-from pipeline.replay.record import Record, RecordFolder, write_manifest, write_plan
+from pipeline.replay.files import RecordFolder
+from pipeline.replay.record import Record, write_manifest, write_plan
 from pipeline.replay.schedule import Rows, TrainingSettings, data_order, recorded_steps, training_rows
 from pipeline.replay.train import Pairs, Trainer
 from pipeline.replay.workers import Alone, Workers

@@ -1,30 +1,30 @@
-"""Proxy runs on a Ray cluster: one worker per run in plain tasks side by side, several per run through `ray.train`."""
+"""Proxy runs on a Ray cluster: one worker per run in plain tasks side by side, several per run through `ray.train`.
+
+The driver loads neither torch nor `ray.train`: functions that run in a task import what they need.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from pipeline.config import Config
 from pipeline.errors import DiffpruneError, StageError
-from pipeline.models.clip import PairModel
-from pipeline.replay.proxy import train_proxy
-from pipeline.replay.record import Record, RecordFolder
+from pipeline.replay.files import RecordFolder
 from pipeline.replay.schedule import Rows
-from pipeline.replay.train import Pairs
-from pipeline.replay.workers import Group
 from pipeline.run import RunFolder
 from pipeline.store import storage
+
+if TYPE_CHECKING:
+    from pipeline.models.clip import PairModel
+    from pipeline.replay.train import Pairs
 
 #: Called with the number of the run and what its `progress.json` says.
 RunProgress = Callable[[int, dict[str, Any]], None]
@@ -49,16 +49,19 @@ class ProxyJob:
     rows: Rows | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
 
-    def train(self, run: int, **where: Any) -> Record:
-        """Train one run here."""
+    def train(self, run: int, **where: Any) -> int:
+        """Train one run here; the number of its steps."""
+        from pipeline.replay.proxy import train_proxy
+
         pairs = self.open_pairs()
-        return train_proxy(
+        record = train_proxy(
             self.config, self.model_factory, pairs, self.folder, run, rows=self.rows, identity=self.identity, **where
         )
+        return len(record.rates)
 
 
-def train_runs(job: ProxyJob, progress: RunProgress | None = None) -> list[Record]:
-    """Train all `proxy.runs` on the connected Ray cluster; finished ones are only read.
+def train_runs(job: ProxyJob, progress: RunProgress | None = None) -> list[int]:
+    """Train all `proxy.runs` on the connected Ray cluster, and say how many steps each has; finished ones are read.
 
     With `proxy.workers: 1` the runs go side by side as resources allow; else one after the other, each through
     `ray.train` with that many workers. A lost worker is replaced `engine.retries` times and goes on from the last
@@ -72,7 +75,7 @@ def train_runs(job: ProxyJob, progress: RunProgress | None = None) -> list[Recor
         try:
             if proxy.workers == 1:
                 return _train_side_by_side(job)
-            return [_train_distributed(job, run) for run in range(proxy.runs)]
+            return [_gather(_train_distributed, job, [run], num_cpus=0)[0] for run in range(proxy.runs)]
         finally:
             finished.set()
 
@@ -82,27 +85,40 @@ def _gpus(job: ProxyJob) -> float:
     return given if given is not None else float(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
 
 
-def _train_side_by_side(job: ProxyJob) -> list[Record]:
-    task = ray.remote(_train_alone).options(num_gpus=_gpus(job), max_retries=job.config.engine.retries)
+def _train_side_by_side(job: ProxyJob) -> list[int]:
+    return _gather(_train_alone, job, range(job.config.proxy.runs), num_gpus=_gpus(job))
+
+
+def _gather(function: Callable[[ProxyJob, int], int], job: ProxyJob, runs: Iterable[int], **options: Any) -> list[int]:
+    """`function(job, run)` for all `runs` in Ray tasks. Raises `StageError`, and the project's own errors."""
+    task = ray.remote(function).options(max_retries=job.config.engine.retries, **options)
     sent = ray.put(job)
     try:
-        records: list[Record] = ray.get([task.remote(sent, run) for run in range(job.config.proxy.runs)])
+        steps: list[int] = ray.get([task.remote(sent, run) for run in runs])
     except RayTaskError as error:
         if isinstance(error.cause, DiffpruneError):
             raise error.cause from None
         raise
     except RayError as error:
-        raise StageError(
-            f"the proxy run was lost: {' '.join(str(error).split())[:300]}; start it again to go on"
-        ) from None
-    return records
+        raise _lost(error) from None
+    return steps
 
 
-def _train_alone(job: ProxyJob, run: int) -> Record:
+def _lost(error: Exception) -> StageError:
+    return StageError(f"the proxy run was lost: {' '.join(str(error).split())[:300]}; start it again to go on")
+
+
+def _train_alone(job: ProxyJob, run: int) -> int:
+    import torch
+
     return job.train(run, device="cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
 
 
-def _train_distributed(job: ProxyJob, run: int) -> Record:
+def _train_distributed(job: ProxyJob, run: int) -> int:
+    """Run `ray.train`'s own driver, in a task without resources; the training workers are actors beside it."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     files = RecordFolder.of(job.folder, run)
     storage.remove(files.failure)
     gpus = _gpus(job)
@@ -123,13 +139,11 @@ def _train_distributed(job: ProxyJob, run: int) -> Record:
     )
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise StageError(
-            f"the proxy run was lost: {' '.join(str(error).split())[:300]}; start it again to go on"
-        ) from None
+    except TrainingFailedError as error:
+        raise _lost(error) from None
     if storage.exists(files.failure):
         raise StageError(storage.read_json(files.failure)["error"])
-    return Record.read(job.folder, run)
+    return int(storage.read_json(files.progress)["steps"])
 
 
 def _storage_path(folder: RunFolder) -> str:
@@ -140,6 +154,10 @@ def _storage_path(folder: RunFolder) -> str:
 
 def _train_shared(parts: dict[str, Any]) -> None:
     """One worker of a distributed run."""
+    from ray.train.torch import get_device
+
+    from pipeline.replay.workers import Group
+
     job: ProxyJob = parts["job"]
     workers = Group()
     try:

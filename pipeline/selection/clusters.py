@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -104,6 +103,8 @@ def find_clusters(
 
 def assign(vectors: Float32, centroids: Float32, nearest: int) -> tuple[npt.NDArray[np.int64], Float32]:
     """The `nearest` centroids of each vector [n, nearest] and their cosine similarities [n, nearest]."""
+    import faiss  # here, since the driver loads this module too
+
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids))
     similarity, places = index.search(np.ascontiguousarray(vectors), min(nearest, len(centroids)))
@@ -159,6 +160,8 @@ def _write_parts(
 
 
 def _kmeans(vectors: Float32, count: int, seed: int) -> Float32:
+    import faiss
+
     count = min(count, len(vectors))
     means = faiss.Kmeans(
         vectors.shape[1], count, niter=ITERATIONS, spherical=True, seed=seed % 2**31, min_points_per_centroid=1

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import SelectConfig
 from pipeline.data.inventory import ShardInfo
-from pipeline.data.sampling import Positions, offsets
+from pipeline.data.positions import Positions, offsets
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.selection import layers

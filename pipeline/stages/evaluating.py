@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import groupby
 from typing import Any
 
-import numpy as np
 import ray
-import torch
 
 from pipeline.config import Config
-from pipeline.data.sampling import Positions
-from pipeline.engine.tasks import run_tasks
+from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
-from pipeline.evaluation.subsets import Result, train_and_measure
-from pipeline.evaluation.zeroshot import load_held_out
-from pipeline.stages.evaluation_sets import training_sets
+from pipeline.evaluation.results import Result
+from pipeline.stages.evaluation_sets import WrittenSet, write_sets
 from pipeline.stages.job import Job
-from pipeline.stages.training import build_proxy, evaluation_pairs, model_files
+from pipeline.stages.training import model_files
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
 
@@ -31,16 +27,14 @@ _OF_THE_PROXY_ALONE = {
 
 @dataclass(frozen=True)
 class _Training:
-    """One model to train: its set, the positions it may see, the seed, and the mark that its result goes to."""
+    """One model to train: the pairs it may see, and the mark that its result goes to."""
 
     config: Config
-    set: str
-    positions: Positions
-    seed: int
+    pairs: WrittenSet
     fingerprint: Fingerprint
 
     def __str__(self) -> str:
-        return f"{self.set}, seed {self.seed}"
+        return f"{self.pairs.name}, seed {self.pairs.seed}"
 
     @property
     def mark(self) -> str:
@@ -57,9 +51,8 @@ def evaluate(job: Job) -> list[Result]:
     config = job.config
     if config.evaluate is None or config.evaluate.shards is None:
         raise ConfigError("expected shards to measure on", key="evaluate.shards")
-    sets = list(training_sets(job))
-    seeds = range(config.evaluate.seeds)
-    trainings = [_training(job, each.name, each.positions(seed), seed) for each in sets for seed in seeds]
+    sets = run_task(write_sets, config, stage="evaluate", config=config.engine)
+    trainings = [_training(job, each) for each in sets]
     pending = {training.mark: training for training in trainings if marks.read_mark(training.mark) is None}
     outcome = run_tasks(
         _train,
@@ -72,12 +65,10 @@ def evaluate(job: Job) -> list[Result]:
         gpus=float(ray.cluster_resources().get("GPU", 0) > 0),  # type: ignore[no-untyped-call]
     )
     outcome.check("evaluate")
-    found = {training.mark: storage.read_json(training.mark) for training in trainings}
     results = []
-    for number, each in enumerate(sets):
-        mine = [found[training.mark] for training in trainings[number * len(seeds) : (number + 1) * len(seeds)]]
-        values = [mark["value"] for mark in mine]
-        results.append(Result.of(each.name, each.series, mine[0]["size"], mine[0]["metric"], values))
+    for (series, name), group in groupby(trainings, key=lambda training: (training.pairs.series, training.pairs.name)):
+        mine = [storage.read_json(training.mark) for training in group]
+        results.append(Result.of(name, series, mine[0]["size"], mine[0]["metric"], [mark["value"] for mark in mine]))
     storage.write_json(
         storage.join(job.folder.root, "evaluation", "results.json"),
         {"rows": [_without_nan(asdict(result)) for result in results]},
@@ -89,7 +80,7 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
 
 
-def _training(job: Job, name: str, positions: Positions, seed: int) -> _Training:
+def _training(job: Job, pairs: WrittenSet) -> _Training:
     config = job.config
     assert config.evaluate is not None
     fingerprint = Fingerprint(
@@ -103,23 +94,15 @@ def _training(job: Job, name: str, positions: Positions, seed: int) -> _Training
             "caption": config.data.caption,
             "max_pixels": config.data.max_pixels,
             "inventory": job.inventory_digest,
-            "positions": storage.checksum(positions.tobytes()),
-            "seed": [config.seed, seed],
+            "positions": pairs.checksum,
+            "seed": [config.seed, pairs.seed],
         }
     )
-    return _Training(config, name, positions, seed, fingerprint)
+    return _Training(config, pairs, fingerprint)
 
 
 def _train(training: _Training) -> None:
-    config = training.config
-    assert config.evaluate is not None  # checked before any task
-    assert config.evaluate.shards is not None
-    job = Job(config)
-    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
-    cache = evaluation_pairs(job)()
-    rows = np.flatnonzero(np.isin(cache.positions, training.positions))
-    held_out = load_held_out(config.evaluate.shards, job.decoder, config.data.caption, job.threads)
-    device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-    value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, training.seed, device)
-    result = {"set": str(training), "metric": held_out.metric, "size": len(rows), "value": value}
+    from pipeline.stages.subset_training import train_on
+
+    result = {"set": str(training), **train_on(training.config, training.pairs.file, training.pairs.seed)}
     marks.write_mark(training.mark, training.fingerprint, result)

@@ -1,7 +1,11 @@
-"""The sets that models are trained on to judge a selection: what it keeps, other choices, and baselines of its size."""
+"""The sets that models are trained on to judge a selection: what it keeps, other choices, and baselines of its size.
+
+They are arrays over all pairs, so they are made and read in tasks, and the driver knows files.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config import SelectConfig
-from pipeline.data.sampling import Positions, offsets
+from pipeline.config import Config, SelectConfig
+from pipeline.data.positions import Positions, offsets
 from pipeline.evaluation.quality import read_truth
 from pipeline.selection.kept import chosen_positions, kept_positions
 from pipeline.selection.summary import read_summary
@@ -35,6 +39,42 @@ class TrainingSet:
     series: str
     name: str
     positions: Callable[[int], Positions]
+
+
+@dataclass(frozen=True)
+class WrittenSet:
+    """A training set for one seed, as numbers that the driver may hold.
+
+    Attributes:
+        series, name: as in `TrainingSet`.
+        seed: number of the seed.
+        file: where the positions are (npy).
+        checksum: of the positions.
+    """
+
+    series: str
+    name: str
+    seed: int
+    file: str
+    checksum: str
+
+
+def write_sets(config: Config) -> list[WrittenSet]:
+    """Write the positions of every set for every seed; sets of equal pairs share a file."""
+    assert config.evaluate is not None  # checked before any task
+    job = Job(config)
+    written = []
+    for each in training_sets(job):
+        for seed in range(config.evaluate.seeds):
+            positions = each.positions(seed)
+            checksum = storage.checksum(positions.tobytes())
+            file = storage.join(job.folder.root, "evaluation", "sets", f"{checksum}.npy")
+            if not storage.exists(file):
+                buffer = io.BytesIO()
+                np.save(buffer, positions, allow_pickle=False)
+                storage.write_bytes(file, buffer.getvalue())
+            written.append(WrittenSet(each.series, each.name, seed, file, checksum))
+    return written
 
 
 def training_sets(job: Job) -> Iterator[TrainingSet]:

@@ -1,4 +1,4 @@
-"""One run as its stages see it: the config, the folder, the shards, the model's input, the seeded draws."""
+"""One run as its stages see it: the config, the folder, the shards, the seeded draws. Loads no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.decode import Decoder
-from pipeline.data.demo import make_demo
+from pipeline.data.demo import demo_paths
 from pipeline.data.inventory import ShardInfo, read_inventory
-from pipeline.data.sampling import Positions, draw_positions
+from pipeline.data.positions import Positions, draw_positions
 from pipeline.errors import ConfigError, StageError
-from pipeline.models.clip import PairModel, build_model
 from pipeline.run import RunFolder
 from pipeline.selection.kept import kept_positions
 from pipeline.store import marks, storage
@@ -92,17 +90,6 @@ class Job:
         within = kept_positions(self.config.proxy.within, self.inventory)
         return np.union1d(np.setdiff1d(np.arange(self.samples), within), self.held_out_positions)
 
-    def model(self, run: int = 0) -> PairModel:
-        """The proxy at its initial weights; each proxy run has a seed of its own."""
-        proxy = self.config.proxy
-        return build_model(proxy.model, pretrained=proxy.pretrained, loss=proxy.loss, seed=self.config.seed + run)
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """Decoder of pairs into the proxy's input; building the proxy for it is the dear part, so it is made once."""
-        model = self.model()
-        return Decoder(model.image_spec, model.tokenize, self.config.data.max_pixels, self.config.data.source)
-
     @cached_property
     def cache_folder(self) -> str:
         """Local folder of decoded training pairs: in the run's folder, or a temporary one for a remote run."""
@@ -124,13 +111,16 @@ class Job:
 
 
 def open_job(config: Config) -> Job:
-    """The job of a config, with `demo:` paths replaced by the demo data, which is written if need be."""
-    wanted = _demo_paths(config)
+    """The job of a config, with `demo:` paths replaced by those of the demo data in the run's folder.
+
+    Raises `ConfigError` for a `demo:` path that there is not, or a run's folder that is not local.
+    """
+    wanted = [(section, key) for section, key in _PATHS if is_demo(_value(config, section, key))]
     if not wanted:
         return Job(config)
     if not storage.is_local(config.out):
         raise ConfigError("expected a local folder, `demo:` paths are written into it", key="out", found=config.out)
-    demo = make_demo(os.path.join(storage.local_path(config.out), "demo"), seed=config.seed)
+    demo = demo_paths(demo_folder(config))
     places: dict[str, Any] = {"train": demo.train, "target": demo.target, "test": demo.test, "truth": demo.truth}
     tree = config.model_dump()
     for section, key in wanted:
@@ -145,11 +135,24 @@ def open_job(config: Config) -> Job:
     return Job(Config.model_validate(tree))
 
 
-def _demo_paths(config: Config) -> list[tuple[str, str]]:
-    candidates = {
-        ("data", "shards"): config.data.shards,
-        ("target", "shards"): config.target.shards,
-        ("evaluate", "shards"): config.evaluate.shards if config.evaluate else None,
-        ("evaluate", "truth"): config.evaluate.truth if config.evaluate else None,
-    }
-    return [key for key, value in candidates.items() if isinstance(value, str) and value.startswith(DEMO_PREFIX)]
+def is_demo(path: object) -> bool:
+    """Whether a path of a config stands for a part of the demo data."""
+    return isinstance(path, str) and path.startswith(DEMO_PREFIX)
+
+
+def uses_demo(config: Config) -> bool:
+    """Whether any path of a config stands for demo data, so that they must be written first."""
+    return any(is_demo(_value(config, section, key)) for section, key in _PATHS)
+
+
+def demo_folder(config: Config) -> str:
+    """Where the demo data of a run are."""
+    return os.path.join(storage.local_path(config.out), "demo")
+
+
+#: Keys whose value may be a `demo:` path.
+_PATHS = (("data", "shards"), ("target", "shards"), ("evaluate", "shards"), ("evaluate", "truth"))
+
+
+def _value(config: Config, section: str, key: str) -> object:
+    return getattr(getattr(config, section), key, None)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import SelectConfig
+from pipeline.config import Config, SelectConfig
+from pipeline.engine.tasks import run_task
 from pipeline.evaluation.quality import Detection, detect, read_truth
 from pipeline.selection.kept import kept_positions, ranked_values
 from pipeline.selection.tasks import thread_map
@@ -36,6 +37,14 @@ def judge(job: Job) -> Judgement | None:
     config = job.config
     if config.evaluate is None or config.evaluate.truth is None:
         return None
+    return run_task(_judge, config, stage="judge", config=config.engine)
+
+
+def _judge(config: Config) -> Judgement:
+    """In a task, as it holds arrays over all pairs."""
+    job = Job(config)
+    assert config.evaluate is not None
+    assert config.evaluate.truth is not None
     truth = read_truth(config.evaluate.truth)
     names = uids(job)
     known = np.array([uid in truth for uid in names], dtype=bool)

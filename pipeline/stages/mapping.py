@@ -1,15 +1,25 @@
-"""A `map` over Ray tasks for stages whose work is a list of items, such as resharding."""
+"""A `map` over Ray tasks, and a call in one, for stages whose work is a list of items, such as resharding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from pipeline.engine.tasks import run_tasks
+from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.stages.job import Job
 
-#: With fewer items the work is done before a Ray worker would have started.
+#: Fewer items go through one task: more would be over before their workers had started.
 WORTH_A_CLUSTER = 32
+
+
+def apart(job: Job, stage: str) -> Callable[[Callable[[Any], Any], Any], Any]:
+    """A function that calls a function with one item in a task."""
+
+    def call(function: Callable[[Any], Any], item: Any, /) -> Any:
+        return run_task(function, item, stage=stage, config=job.config.engine)
+
+    return call
 
 
 def ordered_map(job: Job, stage: str, unit: str, at_least: int = WORTH_A_CLUSTER) -> Callable[..., Iterable[Any]]:
@@ -18,7 +28,8 @@ def ordered_map(job: Job, stage: str, unit: str, at_least: int = WORTH_A_CLUSTER
     def apply(function: Callable[[Any], Any], items: Iterable[Any], /) -> Iterable[Any]:
         listed = list(items)
         if len(listed) < at_least:
-            return map(function, listed)
+            done: list[Any] = apart(job, stage)(partial(_all_of, function), listed)
+            return done
         found: dict[int, Any] = {}
         outcome = run_tasks(
             function,
@@ -34,3 +45,7 @@ def ordered_map(job: Job, stage: str, unit: str, at_least: int = WORTH_A_CLUSTER
         return [found[number] for number in range(len(listed))]
 
     return apply
+
+
+def _all_of(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    return [function(item) for item in items]

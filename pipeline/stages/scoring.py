@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pipeline.engine.scorer_spec import ScorerSpec, score_fingerprint
 from pipeline.engine.scoring import Outcome, score_shards
-from pipeline.engine.shard_scorer import ScorerSpec, score_fingerprint
 from pipeline.errors import StageError
-from pipeline.prepared import load_batches
+from pipeline.stages.directions import directions_fingerprint
 from pipeline.stages.job import Job
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
@@ -28,9 +28,22 @@ def score(job: Job, *, retry_failed: bool = False) -> Outcome:
 
 
 def scores_fingerprint(job: Job) -> Fingerprint:
-    """What decides the scores of the run, without a shard. Raises `StageError` before the directions are complete."""
-    mark = marks.read_mark(job.folder.directions_mark)
-    if mark is None:
+    """What decides the scores of the run, without a shard.
+
+    Raises `StageError` before the directions are complete, `FingerprintError` when they are of other settings.
+    """
+    found = known_fingerprint(job)
+    if found is None:
         raise StageError(f"no finished directions in {job.folder.root}: run `diffprune directions CONFIG` first")
-    batches = load_batches(job.folder.root)
-    return score_fingerprint(job.config, mark["checkpoints"], batches, job.decoder.spec)
+    return found
+
+
+def known_fingerprint(job: Job) -> Fingerprint | None:
+    """As `scores_fingerprint`; None before the directions are complete, or where they are to be done again."""
+    url = job.folder.directions_mark
+    mark = marks.read_mark(url)
+    if mark is None or not marks.is_current(
+        url, mark, directions_fingerprint(job, mark["checkpoints"]), job.config.engine.stale
+    ):
+        return None
+    return score_fingerprint(job.config, mark["checkpoints"], mark["basis"])

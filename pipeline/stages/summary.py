@@ -17,13 +17,13 @@ from rich.table import Table
 from pipeline import text
 from pipeline.emit.summary import account
 from pipeline.engine.scoring import Outcome
-from pipeline.evaluation.subsets import Result
+from pipeline.evaluation.results import Result
 from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.summary import read_summary, summary_file
 from pipeline.stages.job import Job
 from pipeline.stages.judging import judge
-from pipeline.stages.scoring import scores_fingerprint
-from pipeline.store import marks, storage
+from pipeline.stages.scoring import known_fingerprint
+from pipeline.store import storage
 from pipeline.store.commits import read_marks
 
 _PACKAGES = ("diffprune", "torch", "ray", "open_clip_torch", "webdataset", "pyarrow", "faiss-cpu", "timm")
@@ -31,12 +31,12 @@ _PACKAGES = ("diffprune", "torch", "ray", "open_clip_torch", "webdataset", "pyar
 
 def record_config(job: Job) -> None:
     """Write `config.yaml`: the resolved config, versions and git revision, and the scores' fingerprint once known."""
-    fingerprint = scores_fingerprint(job).digest if marks.read_mark(job.folder.directions_mark) else None
+    fingerprint = known_fingerprint(job)
     record = {
         "config": job.config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "git_revision": _git_revision(),
-        "fingerprint": fingerprint,
+        "fingerprint": fingerprint.digest if fingerprint else None,
     }
     storage.write_bytes(job.folder.config, yaml.safe_dump(record, sort_keys=False).encode())
 

@@ -7,26 +7,27 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.cache import PairCache, build_cache
 from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
-from pipeline.data.sampling import Positions
+from pipeline.data.positions import Positions
 from pipeline.data.shards import expand
 from pipeline.engine.progress import Display, Tally
-from pipeline.engine.tasks import run_tasks
+from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
-from pipeline.models.clip import PairModel
-from pipeline.models.manifest import import_checkpoints
 from pipeline.replay.ray_train import ProxyJob, train_runs
 from pipeline.replay.schedule import TrainingSettings, runs_to_hold_out
 from pipeline.stages.job import Job
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
+
+if TYPE_CHECKING:
+    from pipeline.data.cache import PairCache
+    from pipeline.models.clip import PairModel
 
 
 def take_inventory(job: Job) -> None:
@@ -64,27 +65,37 @@ def _inspect(item: tuple[int, str, str]) -> list[Any]:
 
 def build_proxy(config: Config, run: int) -> PairModel:
     """The proxy of a run at its initial weights."""
-    return Job(config).model(run)
+    from pipeline.stages.computing import ComputingJob
+
+    return ComputingJob(config).model(run)
 
 
 @dataclass(frozen=True)
 class TrainingPairs:
     """Opens the decoded training pairs on whatever machine it is called on; they are decoded there once.
 
+    It is sent to the workers: it holds no list of pairs, which would grow with the data.
+
     Attributes:
         config: the run's.
-        positions: the global positions of the pairs, or None for all.
-        name: the folder in the cache; pairs of another use have another one.
+        judged: the pairs that judged models draw from, all but the target held out; else those of the proxy runs.
     """
 
     config: Config
-    positions: Positions | None
-    name: str = "training"
+    judged: bool = False
 
     def __call__(self) -> PairCache:
         """Build or open the cache; a file lock lets one process per machine build it."""
-        job = Job(self.config)
-        folder = os.path.join(job.cache_folder, self.name)
+        from pipeline.data.cache import build_cache
+        from pipeline.stages.computing import ComputingJob
+
+        job = ComputingJob(self.config)
+        positions, name = training_positions(job), "training"
+        if self.judged:
+            free = _all_but(job, job.held_out_positions)
+            same = free is positions if free is None or positions is None else np.array_equal(free, positions)
+            positions, name = (positions, name) if same else (free, "evaluation")
+        folder = os.path.join(job.cache_folder, name)
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -93,37 +104,39 @@ class TrainingPairs:
                 job.inventory,
                 job.decoder,
                 self.config.data.caption,
-                self.positions,
+                positions,
                 job.threads,
             )
 
 
 def training_pairs(job: Job) -> tuple[TrainingPairs, Config]:
-    """The pairs that proxy runs draw from, and the config with `proxy.subset` as a share of these.
+    """The pairs that proxy runs draw from, and the config with `proxy.subset` as a share of these."""
+    config = job.config
+    if not _is_pool(config):
+        return TrainingPairs(config), config
+    smaller = config.proxy.model_copy(update={"subset": 1 / config.proxy.runs})
+    return TrainingPairs(config), config.model_copy(update={"proxy": smaller})
+
+
+def training_positions(job: Job) -> Positions | None:
+    """The global positions of the pairs that proxy runs draw from, sorted, or None for all.
 
     The target held out is left out, and what `proxy.within` does not keep. Where the runs together see less than half
     of the pairs, only a seeded pool of that size is decoded.
     """
-    config = job.config
-    barred = job.barred_positions
-    share = config.proxy.subset * config.proxy.runs
-    if share < 0.5:
+    proxy, barred = job.config.proxy, job.barred_positions
+    if _is_pool(job.config):
         free = job.samples - len(barred)
-        pool = job.draw(max(round(share * free), 1), Job.POOL_SEED, barred)
-        smaller = config.proxy.model_copy(update={"subset": 1 / config.proxy.runs})
-        return TrainingPairs(config, np.sort(pool)), config.model_copy(update={"proxy": smaller})
-    if not len(barred):
-        return TrainingPairs(config, None), config
-    return TrainingPairs(config, np.setdiff1d(np.arange(job.samples), barred)), config
+        return np.sort(job.draw(max(round(proxy.subset * proxy.runs * free), 1), Job.POOL_SEED, barred))
+    return _all_but(job, barred)
 
 
-def evaluation_pairs(job: Job) -> TrainingPairs:
-    """The pairs that judged models draw from: all but the target held out."""
-    held_out = job.held_out_positions
-    positions = np.setdiff1d(np.arange(job.samples), held_out) if len(held_out) else None
-    pool = training_pairs(job)[0].positions
-    same = positions is pool if positions is None or pool is None else np.array_equal(positions, pool)
-    return TrainingPairs(job.config, positions, "training" if same else "evaluation")
+def _all_but(job: Job, left_out: Positions) -> Positions | None:
+    return np.setdiff1d(np.arange(job.samples), left_out) if len(left_out) else None
+
+
+def _is_pool(config: Config) -> bool:
+    return config.proxy.subset * config.proxy.runs < 0.5
 
 
 def train(job: Job) -> None:
@@ -154,9 +167,8 @@ def train(job: Job) -> None:
                 seen[run] = int(progress["step"])
                 display.tick()
 
-        records = train_runs(proxy_job, show)
-        tally.total = tally.done = sum(len(record.rates) for record in records)
-    job.write_mark(mark, fingerprint, {"runs": len(records)})
+        tally.total = tally.done = sum(train_runs(proxy_job, show))
+    job.write_mark(mark, fingerprint, {"runs": config.proxy.runs})
 
 
 def _fingerprint(job: Job) -> Fingerprint:
@@ -187,12 +199,24 @@ def model_files(config: Config) -> dict[str, str]:
 
 def _identity(job: Job) -> dict[str, str]:
     """The pairs there are and those that the runs may not see."""
-    return {"inventory": job.inventory_digest, "barred": storage.checksum(job.barred_positions.tobytes())}
+    return {"inventory": job.inventory_digest, "barred": _barred(job)[1]}
+
+
+def _barred(job: Job) -> tuple[int, str]:
+    """How many pairs the runs may not see, and their checksum; with `proxy.within` from a task, as they grow then."""
+    if job.config.proxy.within is None:
+        return _count_barred(job.config)
+    return run_task(_count_barred, job.config, stage="train", config=job.config.engine)
+
+
+def _count_barred(config: Config) -> tuple[int, str]:
+    positions = Job(config).barred_positions
+    return len(positions), storage.checksum(positions.tobytes())
 
 
 def _check_batch(job: Job, config: Config) -> None:
     """Before anything is decoded: enough pairs for a batch."""
-    TrainingSettings.of(config, round((job.samples - len(job.barred_positions)) * config.proxy.subset))
+    TrainingSettings.of(config, round((job.samples - _barred(job)[0]) * config.proxy.subset))
 
 
 def _take_over(job: Job) -> None:
@@ -209,15 +233,14 @@ def _take_over(job: Job) -> None:
     mark = storage.join(job.folder.checkpoints, "imported.json")
     if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
         return
-    import_checkpoints(
-        sources,
-        job.model(),
-        job.folder.checkpoints,
-        dataset_size=job.samples,
-        steps=proxy.checkpoint_steps,
-        rates=proxy.checkpoint_rates,
-    )
+    run_task(_write_taken_over, job.config, stage="train", config=job.config.engine)
     job.write_mark(mark, fingerprint, {})
+
+
+def _write_taken_over(config: Config) -> None:
+    from pipeline.stages.computing import take_over_checkpoints
+
+    take_over_checkpoints(config)
 
 
 def check_checkpoints(config: Config) -> None:

@@ -30,8 +30,9 @@ from pipeline.evaluation.steepness import stability_limit, steepness
 from pipeline.evaluation.validation_plot import plot
 from pipeline.prepared import settings_of
 from pipeline.replay.schedule import TrainingSettings, recorded_steps
-from pipeline.stages.directions import draw_batches
+from pipeline.stages.computing import ComputingJob
 from pipeline.stages.job import OVERDRAW, Job
+from pipeline.stages.plans import draw_batches
 from pipeline.stages.training import take_inventory
 from pipeline.stages.validation_tables import show
 from pipeline.store import storage
@@ -92,7 +93,7 @@ def validate(job: Job) -> None:
 class _Pairs:
     """The pairs of all seeds: drawn and decoded alike in every task."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ComputingJob) -> None:
         self.job = job
         self.sizes = job.config.validation
 
@@ -126,7 +127,7 @@ class _Pairs:
 def measure(item: _Seed) -> dict[str, Any]:
     """Everything of one seed, as plain numbers."""
     config, sizes = item.config, item.config.validation
-    job = Job(config)
+    job = ComputingJob(config)
     torch.set_num_threads(1)
     pairs = _Pairs(job)
     (data, wrong), target = pairs.data, draw_batches(job).target

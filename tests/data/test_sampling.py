@@ -14,11 +14,12 @@ from pipeline.config import parse_config
 from pipeline.data.cache import PairCache, build_cache, open_cache
 from pipeline.data.decode import Decoder, ImageSpec, caption_id
 from pipeline.data.inventory import ShardInfo, inspect_shard, write_inventory
+from pipeline.data.positions import draw_positions
 from pipeline.data.reader import read_shard
-from pipeline.data.sampling import draw_positions, load_pairs
+from pipeline.data.sampling import load_pairs
 from pipeline.errors import InputError
-from pipeline.stages.directions import draw_batches
-from pipeline.stages.job import Job
+from pipeline.stages.computing import ComputingJob
+from pipeline.stages.plans import draw_batches
 from pipeline.types import PairBatch
 from tests.helpers import ByteTokenizer, Member, image_bytes, sample_members, write_tar
 
@@ -201,7 +202,7 @@ def test_classes_of_a_labelled_set_become_zero_shot_prompts(tmp_path: Path) -> N
             "proxy": {"model": "digits-vit"},
         }
     )
-    job = Job(config)
+    job = ComputingJob(config)
     write_inventory(job.folder.inventory, [inspect_shard(0, str(config.data.shards))])
     target = draw_batches(job).target
     assert sorted(target.captions.tolist()) == sorted(caption_id(f"a photo of a {name}.") for name in names)

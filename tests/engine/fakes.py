@@ -2,6 +2,7 @@
 
 In the folder `script` of a `FakeSpec`, a file named `<event>-<shard>` makes something happen:
 `raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once;
+`hang-N` never comes back from scoring it; `stop-N` stops the whole process;
 `full-N` makes the disk full while its file is written. `log` lists the shards scored: number, process, worker.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 import unittest.mock
 from dataclasses import dataclass
@@ -107,6 +109,10 @@ class FakeWork:
         if self._event("once", shard):
             Path(self._spec.script, f"once-{shard.index}").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._event("hang", shard):
+            threading.Event().wait()
+        if self._event("stop", shard):
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(self._spec.seconds)
         return loaded
 

@@ -9,12 +9,12 @@ from pipeline.config import Config, parse_config
 from pipeline.data.decode import Decoder
 from pipeline.data.inventory import ShardInfo, inspect_shard, write_inventory
 from pipeline.data.sampling import load_pairs
-from pipeline.engine.shard_scorer import score_fingerprint
+from pipeline.engine.scorer_spec import score_fingerprint
 from pipeline.influence import Batches, prepare
 from pipeline.models.checkpoint import save_checkpoint
 from pipeline.models.clip import build_model, split_state
 from pipeline.models.manifest import Manifest, ManifestEntry
-from pipeline.prepared import save_batches, save_plan, settings_of
+from pipeline.prepared import save_batches, save_plan, score_basis, settings_of
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
@@ -65,4 +65,4 @@ def prepare_run(
         save_plan(out, number, plan)
     Manifest(total, "adamw", tuple(entries)).write(run.checkpoint_manifest)
     torch.set_num_threads(1)
-    return config, infos, score_fingerprint(config, digests, batches, model.image_spec)
+    return config, infos, score_fingerprint(config, digests, score_basis(config, batches, model.image_spec))

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from pipeline.config import EngineConfig
-from pipeline.engine.connect import alive_nodes, connect, node_is_alive
+from pipeline.engine.connect import alive_nodes, cluster_address, connect, node_is_alive
 from pipeline.errors import StageError
 
 
@@ -40,4 +40,7 @@ def test_where_ray_is_looked_for(monkeypatch: pytest.MonkeyPatch, from_environme
             connect(EngineConfig(address=address)),
         ):
             pass
+        assert cluster_address(EngineConfig(address=address)) == (
+            address or ("10.0.0.1:6379" if from_environment else None)
+        )
     assert asked == ["10.0.0.1:6379" if from_environment else "local", "10.0.0.2:6379"]

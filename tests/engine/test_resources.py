@@ -35,3 +35,10 @@ def test_what_the_config_says_goes() -> None:
 
 def test_two_workers_share_a_gpu_when_each_takes_half() -> None:
     assert plan_workers(EngineConfig(gpus_per_worker=0.5), [{"CPU": 8, "GPU": 2}]).workers == 4
+
+
+def test_a_cluster_that_may_grow_is_asked_for_as_many_again() -> None:
+    nodes: list[dict[str, float]] = [{"CPU": 96, "GPU": 8}]
+    assert plan_workers(EngineConfig(), nodes, may_grow=True).workers == 16
+    assert plan_workers(EngineConfig(), [], may_grow=True).workers == 2
+    assert plan_workers(EngineConfig(workers=3), nodes, may_grow=True).workers == 3

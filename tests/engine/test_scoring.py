@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.config import EngineConfig
@@ -88,6 +90,35 @@ def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path: Path, config: 
     assert (outcome.done, outcome.failed) == (10, [])
     repeated = sum(count - 1 for count in scored_by(tmp_path).values())
     assert 1 <= repeated <= config.prefetch + 2
+
+
+@pytest.mark.parametrize("event", ["hang", "stop"])
+def test_a_shard_that_hangs_its_worker_is_set_aside_and_costs_no_other_shard(
+    tmp_path: Path, config: EngineConfig, event: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(8)
+    (tmp_path / f"{event}-3").touch()
+    config = config.model_copy(update={"shard_timeout": 1.0, "retries": 1})
+    outcome = score_shards(FakeSpec(run, script=str(tmp_path)), shards, run, FINGERPRINT, config)
+    assert outcome.done == 7
+    assert [(aside.item, aside.failure.exception) for aside in outcome.failed] == [(3, "WorkerHung")]
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len({worker for shard, _, worker in lines if shard == "3"}) == 1
+    for process in {int(process) for shard, process, _ in lines if shard == "3"}:
+        assert not alive(process), "the process that hung is still there"
+    assert "was silent for" in capsys.readouterr().err
+
+
+def alive(process: int) -> bool:
+    """Whether a process is there, for up to ten seconds; one that has ended and waits for its parent is not."""
+    for _ in range(100):
+        try:
+            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_stale_results_are_refused_by_name_or_redone(tmp_path: Path, config: EngineConfig) -> None:

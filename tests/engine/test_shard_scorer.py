@@ -12,8 +12,8 @@ from pipeline.data.inventory import inspect_shard
 from pipeline.engine import shard_scorer
 from pipeline.engine.failures import SampleError
 from pipeline.engine.score_columns import ScoreColumns
+from pipeline.engine.scorer_spec import ScorerSpec
 from pipeline.engine.scoring import score_shards
-from pipeline.engine.shard_scorer import ScorerSpec
 from pipeline.errors import InputError
 from pipeline.influence import ScoreBatch
 from pipeline.run import RunFolder

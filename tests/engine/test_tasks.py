@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 
 from pipeline.config import EngineConfig
 from pipeline.engine.failures import read_aside
-from pipeline.engine.tasks import run_tasks
-from pipeline.errors import StageError
+from pipeline.engine.tasks import run_task, run_tasks
+from pipeline.errors import ConfigError, StageError
 from pipeline.run import RunFolder
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
@@ -86,3 +87,29 @@ def test_trouble_within_the_retries_is_overcome_and_beyond_is_set_aside_until_th
     assert work() == []
     assert results[3] == 9
     assert read_aside(file) is None
+
+
+def test_one_task_gives_its_result_or_raises_what_the_function_raised(tmp_path: Path) -> None:
+    def one(function: Callable[[int], int], item: int) -> int:
+        return run_task(function, item, stage="square", config=CONFIG)
+
+    (tmp_path / "4-kill").touch()
+    assert one(Square(str(tmp_path)), 4) == 16  # its process died once
+    assert calls(tmp_path) == [4, 4]
+    with pytest.raises(ConfigError, match=r"proxy.model: expected a number, found 7") as caught:
+        one(_refuse, 7)
+    assert caught.value.key == "proxy.model"
+    with pytest.raises(FileNotFoundError, match="gone"):
+        one(_gone, 7)
+    for number in range(CONFIG.retries + 1):
+        (tmp_path / f"5-kill-{number}").touch()
+    with pytest.raises(StageError, match=r"^square: lost its process"):
+        one(Square(str(tmp_path)), 5)
+
+
+def _refuse(number: int) -> int:
+    raise ConfigError("expected a number", key="proxy.model", found=number)
+
+
+def _gone(number: int) -> int:
+    raise FileNotFoundError("gone")

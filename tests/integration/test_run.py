@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +127,12 @@ def test_another_keep_selects_anew_and_scores_nothing(finished: RunFolder, shard
 
 
 def test_other_settings_are_refused_and_named(finished: RunFolder, shards: list[str]) -> None:
-    with pytest.raises(FingerprintError, match=r"score\.estimator: \"diff-in\" there, \"tracin\" now"):
-        run_all(small_config(shards, finished.root, score={"estimator": "tracin"}))
+    before = Path(finished.config).read_bytes()
+    other = small_config(shards, finished.root, score={"estimator": "tracin"})
+    for run in (run_all, partial(run_stage, "score")):
+        with pytest.raises(FingerprintError, match=r"score\.estimator: \"diff-in\" there, \"tracin\" now"):
+            run(other)
+    assert Path(finished.config).read_bytes() == before
 
 
 def test_other_settings_are_redone_when_asked_for(shards: list[str], tmp_path: Path, ray_local: None) -> None:

@@ -14,7 +14,8 @@ import torch
 from pipeline.errors import InputError
 from pipeline.models.checkpoint import excluded_from_decay, load_checkpoint, save_checkpoint, serialise_checkpoint
 from pipeline.models.clip import PairModel, build_model, split_state
-from pipeline.models.manifest import Manifest, ManifestEntry, import_checkpoints
+from pipeline.models.manifest import Manifest, ManifestEntry
+from pipeline.models.takeover import import_checkpoints
 from pipeline.types import AdamState, Checkpoint, Tree
 
 

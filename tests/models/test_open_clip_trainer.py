@@ -13,7 +13,7 @@ import torch
 
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.clip import build_model
-from pipeline.models.manifest import import_checkpoints
+from pipeline.models.takeover import import_checkpoints
 from tests.helpers import write_shards
 
 CONFIG = Path(__file__).parents[2] / "pipeline" / "models" / "configs" / "tiny-vit.json"

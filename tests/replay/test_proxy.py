@@ -21,8 +21,9 @@ from pipeline.errors import FingerprintError, StageError
 from pipeline.influence.losses import batch_loss
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.manifest import Manifest
+from pipeline.replay.files import RecordFolder
 from pipeline.replay.proxy import train_proxy
-from pipeline.replay.record import Record, RecordFolder, trained_ids
+from pipeline.replay.record import Record, trained_ids
 from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates
 from pipeline.run import RunFolder
 from pipeline.store import storage

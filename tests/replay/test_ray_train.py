@@ -17,6 +17,7 @@ from pipeline.models.clip import PairModel
 from pipeline.models.manifest import Manifest
 from pipeline.replay.proxy import train_proxy
 from pipeline.replay.ray_train import ProxyJob, train_runs
+from pipeline.replay.record import Record
 from pipeline.run import RunFolder
 from tests.replay.pairs import Factory, MemoryPairs, config_of
 
@@ -55,7 +56,7 @@ def test_runs_side_by_side_leave_the_files_of_direct_runs(tmp_path: Path, ray_lo
     factory, config = Factory(tmp_path), config_of(runs=2, gpus_per_worker=0)
     seen: list[tuple[int, int]] = []
     trace = tmp_path / "died"
-    records = train_runs(
+    steps = train_runs(
         job(tmp_path / "ray", config, factory, lambda: DyingOnce(trace)),
         progress=lambda run, state: seen.append((run, state["step"])),
     )
@@ -64,7 +65,7 @@ def test_runs_side_by_side_leave_the_files_of_direct_runs(tmp_path: Path, ray_lo
     for run in range(2):
         train_proxy(config, factory, MemoryPairs(), RunFolder(str(tmp_path / "direct")), run)
     assert checkpoints(tmp_path / "ray") == checkpoints(tmp_path / "direct")
-    assert [record.settings.run for record in records] == [0, 1]
+    assert steps == [12, 12]
     assert Manifest.read(str(tmp_path / "ray" / "checkpoints" / "manifest.json")).runs == [0, 1]
 
 
@@ -102,7 +103,8 @@ def test_divergence_in_a_task_is_the_stages_own_error(tmp_path: Path, ray_local:
 def test_workers_that_share_a_run_equal_one_and_survive_a_death(tmp_path: Path, ray_local: None) -> None:
     factory, config = Factory(tmp_path), config_of(workers=2, gpus_per_worker=0, steps=9)
     trace = tmp_path / "died"
-    (record,) = train_runs(job(tmp_path / "ray", config, factory, lambda: DyingOnce(trace)))
+    assert train_runs(job(tmp_path / "ray", config, factory, lambda: DyingOnce(trace))) == [9]
+    record = Record.read(RunFolder(str(tmp_path / "ray")))
     assert trace.exists()
     single = train_proxy(config, factory, MemoryPairs(), RunFolder(str(tmp_path / "direct")))
     assert record.losses == pytest.approx(single.losses, rel=1e-4)

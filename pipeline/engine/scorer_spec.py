@@ -1,0 +1,60 @@
+"""What the driver knows of scoring: what decides a run's scores, and how an actor makes its scorer. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.scores import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from pipeline.engine.shard_scorer import ShardScorer
+
+
+def score_fingerprint(config: Config, checkpoints: list[str], basis: dict[str, Any]) -> Fingerprint:
+    """The fingerprint of a run's scores, without a shard.
+
+    Args:
+        config: decides preprocessing and what is stored.
+        checkpoints: digest of each checkpoint's content, in manifest order.
+        basis: `pipeline.prepared.score_basis` of the directions: settings, R, B, V and the model's input.
+    """
+    parts = dict(basis)
+    images = parts.pop("images")
+    return Fingerprint(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "checkpoints": checkpoints,
+            "embeddings": config.score.embeddings,
+            "held_out": config.score.held_out,
+            **parts,
+            "preprocessing": {
+                **images,
+                "model": config.proxy.model,
+                "caption": config.data.caption,
+                "max_pixels": config.data.max_pixels,
+                "source": config.data.source,
+            },
+        }
+    )
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Makes the scorer of an actor from the files of a run's folder.
+
+    Attributes:
+        config: the run's.
+        fingerprint: of the run's scores, without a shard.
+    """
+
+    config: Config
+    fingerprint: Fingerprint
+
+    def build(self, worker: str) -> ShardScorer:
+        """Load model, checkpoints and plans once for this process."""
+        from pipeline.engine.shard_scorer import build_scorer
+
+        return build_scorer(self.config, self.fingerprint, worker)

@@ -1,0 +1,52 @@
+"""A job as the processes that compute see it: with the proxy and the decoder of its input. Loads torch and open_clip.
+
+The driver never imports this module: it hands work to tasks that do.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from pipeline.config import Config
+from pipeline.data.decode import Decoder
+from pipeline.errors import ConfigError, InputError
+from pipeline.models.clip import PairModel, build_model
+from pipeline.models.takeover import import_checkpoints
+from pipeline.stages.job import Job
+
+
+class ComputingJob(Job):
+    """A job with its model."""
+
+    def model(self, run: int = 0) -> PairModel:
+        """The proxy at its initial weights; each proxy run has a seed of its own."""
+        proxy = self.config.proxy
+        return build_model(proxy.model, pretrained=proxy.pretrained, loss=proxy.loss, seed=self.config.seed + run)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Decoder of pairs into the proxy's input; building the proxy for it is the dear part, so it is made once."""
+        model = self.model()
+        return Decoder(model.image_spec, model.tokenize, self.config.data.max_pixels, self.config.data.source)
+
+
+def check_proxy(config: Config) -> None:
+    """Raises `ConfigError` when the proxy of a config cannot be built."""
+    try:
+        ComputingJob(config).model()
+    except InputError as error:
+        raise ConfigError(str(error), key="proxy.model") from None
+
+
+def take_over_checkpoints(config: Config) -> None:
+    """Check the checkpoints that the config names and write them to the run's folder in our form."""
+    job = ComputingJob(config)
+    proxy = config.proxy
+    import_checkpoints(
+        proxy.checkpoints or [],
+        job.model(),
+        job.folder.checkpoints,
+        dataset_size=job.samples,
+        steps=proxy.checkpoint_steps,
+        rates=proxy.checkpoint_rates,
+    )

@@ -1,0 +1,80 @@
+"""What a selection would keep, and how two selections differ, on the terminal; nothing is written."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import text
+from pipeline.config import Config
+from pipeline.run import RunFolder
+from pipeline.selection.compare import compare
+from pipeline.selection.select import select
+from pipeline.selection.tasks import thread_map
+from pipeline.stages.job import open_job
+from pipeline.stages.selecting import require_scores
+
+#: Rows of a table; what comes after is counted.
+LONGEST_TABLE = 20
+
+
+def show_plan(config: Config) -> None:
+    """Print what a selection would keep; write nothing."""
+    job = open_job(config)
+    require_scores(job)
+    plan = select(job.folder, config.select, seed=config.seed, dry_run=True, map_tasks=thread_map)
+    console = Console()
+    console.print(
+        f"{plan.total:,} pairs: {plan.kept:,} kept, {_by_reason('pruned', plan.pruned)}, "
+        f"{_by_reason('rejected', plan.rejected)}",
+        soft_wrap=True,
+    )
+    if plan.threshold is not None:
+        console.print(f"threshold: {config.select.by} >= {plan.threshold:.6g}", markup=False, soft_wrap=True)
+    if plan.shortfall:
+        console.print(f"{plan.shortfall:,} fewer than asked for: no more can be kept")
+    if plan.harmful_kept:
+        console.print(f"{plan.harmful_kept:,} harmful ones are needed to meet the quota")
+    if config.select.balance.by == "caption":
+        _show_shares("caption", [(group.name, group.size, group.kept) for group in plan.groups], console)
+    _show_shares("cluster", [(cluster.name, cluster.size, cluster.kept) for cluster in plan.clusters], console)
+    _show_shares(
+        "source", [(source.name or "(unknown)", source.pairs, source.kept) for source in plan.sources], console
+    )
+    _show_shares("shard", [(shard.url, shard.rows, shard.kept) for shard in plan.shards], console)
+
+
+def _by_reason(fate: str, counts: dict[str, int]) -> str:
+    """Such as `9 pruned (quota 7, where 2)`."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+    return f"{sum(counts.values()):,} {fate}" + (f" ({reasons})" if reasons else "")
+
+
+def _show_shares(title: str, entries: list[tuple[str, int, int]], console: Console) -> None:
+    if not entries:
+        return
+    table = Table(title=f"by {title}", title_justify="left", box=None)
+    for heading in (title, "pairs", "kept", "share"):
+        table.add_column(heading, justify="left" if heading == title else "right")
+    for name, pairs, kept in entries[:LONGEST_TABLE]:
+        table.add_row(name, f"{pairs:,}", f"{kept:,}", text.percent(kept / pairs) if pairs else "")
+    console.print(table)
+    if len(entries) > LONGEST_TABLE:
+        console.print(f"... and {len(entries) - LONGEST_TABLE} more")
+
+
+def show_comparison(root: str, first: str, second: str) -> None:
+    """Print the overlap of two selections of a run, and where they differ most."""
+    found = compare(RunFolder(root), first, second, map_tasks=thread_map)
+    console = Console()
+    for overlaps, title in (([found.overall], "all"), (found.sources, "source"), (found.shards, "shard")):
+        table = Table(title=f"by {title}", title_justify="left", box=None)
+        for heading in (title, "both", f"only {first}", f"only {second}", "shared"):
+            table.add_column(heading, justify="left" if heading == title else "right")
+        for overlap in overlaps[:LONGEST_TABLE]:
+            counts = (f"{overlap.both:,}", f"{overlap.only_a:,}", f"{overlap.only_b:,}")
+            table.add_row(overlap.name, *counts, text.percent(overlap.jaccard))
+        console.print(table)
+    both, only_first, only_second = found.mean_utility
+    console.print(f"rank correlation of the two rankings: {found.spearman:.3f}")
+    console.print(f"mean utility: both {both:.4g}, only {first} {only_first:.4g}, only {second} {only_second:.4g}")

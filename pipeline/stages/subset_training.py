@@ -1,0 +1,33 @@
+"""What an evaluation's task does: trains a model on a set of pairs and measures it."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from pipeline.config import Config
+from pipeline.evaluation.subsets import train_and_measure
+from pipeline.evaluation.zeroshot import load_held_out
+from pipeline.stages.computing import ComputingJob
+from pipeline.stages.training import TrainingPairs, build_proxy
+from pipeline.store import storage
+
+
+def train_on(config: Config, positions_file: str, seed: int) -> dict[str, Any]:
+    """Train a model on the pairs of a set; metric, pairs that were there (size) and value."""
+    assert config.evaluate is not None  # checked before any task
+    assert config.evaluate.shards is not None
+    job = ComputingJob(config)
+    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+    cache = TrainingPairs(config, judged=True)()
+    chosen = np.load(io.BytesIO(storage.read_bytes(positions_file)), allow_pickle=False)
+    rows = np.flatnonzero(np.isin(cache.positions, chosen))
+    held_out = load_held_out(config.evaluate.shards, job.decoder, config.data.caption, job.threads)
+    device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, seed, device)
+    return {"metric": held_out.metric, "size": len(rows), "value": value}
