@@ -26,12 +26,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
-from pipeline.data.places import is_mappable, map_file
+from pipeline.data.places import is_mappable, map_file, read_places
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, read_manifest
 from pipeline.emit.members import locate_samples, sample_in
 from pipeline.emit.plan import printable
 from pipeline.emit.train_script import consumer_url
 from pipeline.errors import ConfigError, DiffpruneError, InputError, StageError
+from pipeline.run import run_of
 from pipeline.store import storage
 
 #: A sample as webdataset passes it on: `__key__`, `__url__`, and the bytes of each member by ending.
@@ -97,8 +98,8 @@ class KeptPairs(Dataset[Any]):
     """The kept pairs of uncompressed local shards, by number in input order, for `torch.utils.data.DataLoader`.
 
     An item is a dictionary as webdataset's (`__key__`, `__url__`, `uid`, and bytes by ending: `jpg`, `txt`, ...),
-    or what `transform` makes of it. Each process finds the members of a shard when it first needs one of them, by
-    reading its headers alone.
+    or what `transform` makes of it. Each process finds the members of a shard when it first needs one of them: where
+    the run's inventory keeps it, or by reading the shard's headers alone.
 
     Raises `StageError` where nothing was emitted in `folder`, and `InputError` for shards that are compressed or
     remote.
@@ -141,7 +142,10 @@ class KeptPairs(Dataset[Any]):
         line = self._lines[shard]
         with storage.open_read(storage.join(self._folder.root, str(line.keep))) as handle:
             table = pq.read_table(handle, columns=["index", "key", "uid"])
-        places = locate_samples(line.url, table["index"].to_pylist())
+        indices = table["index"].to_pylist()
+        number = int(storage.basename(str(line.keep)).partition(".")[0])
+        known = read_places(run_of(self._folder.root).places(number), line.url, indices)
+        places = known.spans() if known is not None else locate_samples(line.url, indices)
         if places is None:
             raise InputError(f"{line.url}: expected a plain tar, found links or sparse files; use keep_only")
         return places, table["key"].to_pylist(), table["uid"].to_pylist()

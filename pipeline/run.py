@@ -77,3 +77,9 @@ class RunFolder:
     def report(self) -> str:
         """The report page."""
         return storage.join(self.root, "report", "index.html")
+
+
+def run_of(selection: str) -> RunFolder:
+    """The run that a selection's folder (`RUN/pruned` or `RUN/selections/NAME`) is in."""
+    root = selection.rstrip("/").rpartition("/")[0]
+    return RunFolder(root.rpartition("/")[0] if storage.basename(root) == "selections" else root)

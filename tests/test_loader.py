@@ -112,6 +112,18 @@ def test_pairs_by_number_are_the_kept_ones_in_input_order(made: MadeRun) -> None
             pairs[beyond]
 
 
+def test_pairs_by_number_are_found_without_walking_a_shard_that_the_inventory_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run(tmp_path / "run", write_shards(tmp_path / "in"), select={"keep": 0.5, "name": "half"})
+    emit(made.run, made.config, made.inventory)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.loader.read_places", lambda *_: None)
+        walked = [KeptPairs(made.folder.root)[number] for number in range(8)]
+    monkeypatch.setattr("pipeline.loader.locate_samples", None)
+    assert [KeptPairs(made.folder.root + "/")[number] for number in range(8)] == walked
+
+
 def test_pairs_by_number_work_in_workers_and_shuffled(made: MadeRun) -> None:
     pairs = KeptPairs(made.folder.root, caption_of_item)
     expected = sorted(pairs[number] for number in range(16))

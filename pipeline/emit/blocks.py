@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from pipeline.emit.members import too_few
 from pipeline.emit.plan import Input, KeptColumns, changed
 from pipeline.emit.tar import ChangedError, TarWriter, headers, json_of
 from pipeline.errors import InputError
+
+#: Runs of members that are asked for before they are copied.
+AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class Block:
         names = layout.names.view(f"S{layout.names.shape[1]}").reshape(-1).tolist()
         members = list(zip(begins.tolist(), names, blocks, strict=True))
         first = layout.first.tolist()
-        runs = self._runs(begins, ends, has_json)
-        for sample, start, stop in zip(*(column.tolist() for column in runs), strict=True):
+        runs = list(zip(*(column.tolist() for column in self._runs(begins, ends, has_json)), strict=True))
+        for number, (sample, start, stop) in enumerate(runs):
+            if number % AHEAD == 0:
+                self._ask_for(files, runs[number + AHEAD if number else 0 : number + 2 * AHEAD], begins, ends)
             url = self.inputs[self.owner[sample]].url
             try:
                 writer.copy(files.descriptor(url), members[start][0], int(ends[stop - 1]), members[start:stop])
@@ -69,6 +75,13 @@ class Block:
                 writer.add(*json_of(self.keys[sample], self.uids[sample]))
         found: list[bool] = has_json.tolist()
         return found
+
+    def _ask_for(self, files: OpenFiles, runs: list[tuple[int, int, int]], begins: Int64, ends: Int64) -> None:
+        """Have the system read runs from disk that will be copied soon, all at once rather than one after the other."""
+        for sample, start, stop in runs:
+            begin, end = int(begins[start]), int(ends[stop - 1])
+            file = files.descriptor(self.inputs[self.owner[sample]].url)
+            os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _runs(self, begins: Int64, ends: Int64, has_json: Bool) -> tuple[Int64, Int64, Int64]:
         """Members with nothing between them, in the inputs or to be added: the sample of the last one of each run,

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.engine.tasks import run_task, run_tasks
+from pipeline.selection.tasks import thread_map
 from pipeline.stages.job import Job
 
 #: Fewer items go through one task: more would be over before their workers had started.
@@ -48,4 +49,4 @@ def ordered_map(job: Job, stage: str, unit: str, at_least: int = WORTH_A_CLUSTER
 
 
 def _all_of(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-    return [function(item) for item in items]
+    return list(thread_map(function, items))

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.reshard_speed --shards 20 --folder /path/on/the/disk
 
 Pairs of about 50 KB, 30 % of them kept at random. Each round times `cat`, the reshard in input order and the shuffled
-one, each ended by a flush to disk; `--cold` drops the inputs from the page cache before each. Prints one JSON line:
-written bytes per second of the best round, the ratios to `cat` (the bar is 0.6), and CPU seconds per written GB, which
-say what the ratio would be where other programs take the CPUs.
+one, tar by tar and with a thread per CPU (as `diffprune emit` writes a few tars), each ended by a flush to disk;
+`--cold` drops the inputs from the page cache before each. Prints one JSON line, of medians over the rounds: written
+bytes per second, their ratios to those of `cat` in the same round (the bar is 0.6), and CPU seconds per written GB.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing import get_context
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,6 +30,7 @@ from pipeline.emit.plan import Input, Plan
 from pipeline.emit.reshard import MapTasks, reshard
 from pipeline.emit.tar import TarWriter
 from pipeline.emit.uids import read_uids, write_uids
+from pipeline.selection.tasks import thread_map
 
 PAIRS_PER_SHARD = 1000
 KEPT = 0.3
@@ -109,39 +110,37 @@ def uid_rate(folder: Path) -> float:
     return UID_ROWS / (time.perf_counter() - start)
 
 
+def medians(works: Iterable[str], values: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Of each kind of work, over the rounds; values `[rounds, works]`."""
+    return dict(zip(works, np.median(values, axis=0).round(2).tolist(), strict=True))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where to work; the default is the temporary folder")
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as name, get_context("spawn").Pool(given.processes) as pool:
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         inputs = make_inputs(folder, given.shards)
-        map_tasks: MapTasks = map if given.processes == 1 else pool.imap
         works: dict[str, Callable[[], int]] = {
             "cat": lambda: copy(inputs, folder / "copy"),
-            "in order": lambda: prune(inputs, folder / "out", None, map_tasks),
-            "shuffled": lambda: prune(inputs, folder / "out", 0, map_tasks),
+            "in order": lambda: prune(inputs, folder / "out", None, map),
+            "shuffled": lambda: prune(inputs, folder / "out", 0, map),
+            "in order, threads": lambda: prune(inputs, folder / "out", None, thread_map),
+            "shuffled, threads": lambda: prune(inputs, folder / "out", 0, thread_map),
         }
-        list(map_tasks(abs, range(given.processes)))
-        rates = dict.fromkeys(works, 0.0)
-        cpu = dict.fromkeys(works, float("inf"))
-        for _ in range(given.rounds):
-            for kind, work in works.items():
-                rate, seconds = timed(inputs, given.cold, work)
-                rates[kind], cpu[kind] = max(rates[kind], rate), min(cpu[kind], seconds)
+        rounds = [[timed(inputs, given.cold, work) for work in works.values()] for _ in range(given.rounds)]
+        rates, cpu = np.array(rounds).transpose(2, 0, 1)
         result = {
             "input_bytes": sum(Path(item.url).stat().st_size for item in inputs),
-            "processes": given.processes,
             "cold": given.cold,
-            "bytes_per_second": {kind: round(rate) for kind, rate in rates.items()},
-            "cpu_seconds_per_gb": {kind: round(seconds, 2) for kind, seconds in cpu.items()},
-            "ratio_in_order": round(rates["in order"] / rates["cat"], 2),
-            "ratio_shuffled": round(rates["shuffled"] / rates["cat"], 2),
+            "bytes_per_second": medians(works, rates),
+            "cpu_seconds_per_gb": medians(works, cpu),
+            "ratios": medians(works, rates / rates[:, :1]),
             "uids_per_second": round(uid_rate(folder)),
         }
     print(json.dumps(result))
