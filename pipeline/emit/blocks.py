@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.layout import BLOCK, Bool, Int64, Layout
+from pipeline.data.layout import BLOCK, NAME_BYTES, Bool, Bytes, Int64, Layout
 from pipeline.data.places import locate_members, read_places
 from pipeline.emit.files import OpenFiles
 from pipeline.emit.members import too_few
@@ -28,6 +28,7 @@ class Block:
         owner: which of the inputs each sample is of, int64 `[k]`.
         uids: of the samples `[k]`.
         keys: of the samples `[k]`.
+        suffixes: what follows the keys in the output, for each of the inputs.
         indices: of the samples in their input `[k]`.
         layout: where their members lie.
     """
@@ -36,6 +37,7 @@ class Block:
     owner: Int64
     uids: list[str]
     keys: list[str]
+    suffixes: list[str]
     indices: list[int]
     layout: Layout
 
@@ -43,6 +45,11 @@ class Block:
     def sources(self) -> list[Input]:
         """The input of each sample `[k]`."""
         return [self.inputs[number] for number in self.owner.tolist()]
+
+    @property
+    def targets(self) -> list[str]:
+        """The key of each sample in the output `[k]`."""
+        return [key + self.suffixes[number] for key, number in zip(self.keys, self.owner.tolist(), strict=True)]
 
     def write(self, writer: TarWriter, files: OpenFiles) -> list[bool]:
         """Append the samples; a json with the uid is added where there is none. Returns which had one `[k]`.
@@ -55,9 +62,9 @@ class Block:
             return []
         has_json = np.add.reduceat(layout.json, layout.first[:-1]) > 0
         begins, ends = layout.data - BLOCK, layout.ends
-        made = headers(layout.names, layout.sizes).reshape(-1).data
-        blocks = [made[start : start + BLOCK] for start in range(0, len(made), BLOCK)]
         names = layout.names.view(f"S{layout.names.shape[1]}").reshape(-1).tolist()
+        made = headers(self._new_names(names), layout.sizes).reshape(-1).data
+        blocks = [made[start : start + BLOCK] for start in range(0, len(made), BLOCK)]
         members = list(zip(begins.tolist(), names, blocks, strict=True))
         first = layout.first.tolist()
         runs = list(zip(*(column.tolist() for column in self._runs(begins, ends, has_json)), strict=True))
@@ -72,9 +79,20 @@ class Block:
                     f"{url}: expected the sample {self.keys[sample]!r} where it was found before; the shard has changed"
                 ) from None
             if stop == first[sample + 1] and not has_json[sample]:
-                writer.add(*json_of(self.keys[sample], self.uids[sample]))
+                key = self.keys[sample] + self.suffixes[self.owner[sample]]
+                writer.add(*json_of(key, self.uids[sample]))
         found: list[bool] = has_json.tolist()
         return found
+
+    def _new_names(self, names: list[bytes]) -> Bytes:
+        """The members' names in the output, uint8 `[m, w]`."""
+        if not any(self.suffixes):
+            return self.layout.names
+        first = self.layout.first.tolist()
+        samples = zip(self.keys, self.targets, first, first[1:], strict=False)
+        new = [target.encode() + n[len(key) :] for key, target, start, stop in samples for n in names[start:stop]]
+        array = np.array(new, "S")
+        return array.view(np.uint8).reshape(len(new), array.itemsize)
 
     def _ask_for(self, files: OpenFiles, runs: list[tuple[int, int, int]], begins: Int64, ends: Int64) -> None:
         """Have the system read runs from disk that will be copied soon, all at once rather than one after the other."""
@@ -96,18 +114,19 @@ class Block:
         return sample[stops - 1], starts, stops
 
 
-def read_block(kept: KeptColumns) -> Block | None:
+def read_block(kept: KeptColumns, suffix: str) -> Block | None:
     """The kept samples of an input shard; None for other shards than usual plain local tars.
 
     Raises `InputError` when the shard holds other samples than the keep list says.
     """
-    layout = locate(kept)
+    layout = locate(kept, suffix)
     if layout is None:
         return None
-    return Block([kept.source], np.zeros(len(kept.keys), np.int64), kept.uids, kept.keys, kept.indices, layout)
+    owner = np.zeros(len(kept.keys), np.int64)
+    return Block([kept.source], owner, kept.uids, kept.keys, [suffix], kept.indices, layout)
 
 
-def locate(kept: KeptColumns) -> Layout | None:
+def locate(kept: KeptColumns, suffix: str) -> Layout | None:
     """Where the kept samples of an input shard lie in it, as `read_block` finds them."""
     url = kept.source.url
     found = read_places(kept.source.places, url, kept.indices)
@@ -123,4 +142,4 @@ def locate(kept: KeptColumns) -> Layout | None:
     for index, expected, key in zip(kept.indices, kept.keys, keys, strict=True):
         if key != expected:
             raise changed(kept.source, index, expected, key)
-    return found
+    return found if found.names.shape[1] + len(suffix) <= NAME_BYTES else None

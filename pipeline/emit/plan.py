@@ -99,9 +99,9 @@ class Plan:
             raise ValueError("a plan without a seed keeps the order of the inputs")
         return Permutation(self.pairs, self.seed)
 
-    def target_key(self, source: Input, key: str) -> str:
-        """The key of a pair in its pruned tar: its own, or followed by its input's number if keys repeat."""
-        return f"{key}-{source.number:05d}" if self.suffix_keys else key
+    def suffix(self, source: Input) -> str:
+        """What follows a pair's own key in its pruned tar: its input's number if keys repeat."""
+        return f"-{source.number:05d}" if self.suffix_keys else ""
 
     @property
     def parts(self) -> str:

@@ -94,10 +94,10 @@ def write_shard(plan: Plan, shard: int) -> ShardStats:
         for part in _in_order(plan, begin, end) if plan.seed is None else shuffle.gather(plan, begin, end, files):
             if isinstance(part, Block):
                 owners, uids, source_keys, indices = part.sources, part.uids, part.keys, part.indices
-                keys, has_json = part.keys, part.write(writer, files)
+                keys, has_json = part.targets, part.write(writer, files)
             else:
                 row, sample = part
-                key = plan.target_key(row.source, sample.key)
+                key = sample.key + plan.suffix(row.source)
                 owners, uids, source_keys, indices = [row.source], [row.uid], [row.key], [row.index]
                 keys, has_json = [printable(key)], [_add_sample(writer, key, sample, row.uid)]
             json_added += has_json.count(False)
@@ -132,7 +132,7 @@ def _in_order(plan: Plan, begin: int, end: int) -> Iterator[Block | tuple[KeptRo
         if start >= end:
             return
         kept = read_keep(plan.inputs[number], max(0, begin - start), end - start)
-        block = None if plan.suffix_keys else read_block(kept)
+        block = read_block(kept, plan.suffix(kept.source))
         if block is None:
             yield from kept_samples(kept.rows())
         else:

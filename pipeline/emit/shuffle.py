@@ -35,7 +35,7 @@ def prepare(plan: Plan, number: int) -> None:
     start = int(plan.starts[number])
     places = plan.permutation.place(np.arange(start, start + source.kept))
     order = np.argsort(places)
-    found = None if plan.suffix_keys else locate(kept)
+    found = locate(kept, plan.suffix(source))
     columns: dict[str, Any] = {"place": places[order]}
     if found is not None:
         columns |= to_columns(found.of(order))
@@ -111,7 +111,9 @@ def _block(plan: Plan, inputs: list[int], tables: list[pa.Table]) -> Block:
     owner = np.repeat(np.arange(len(inputs)), counts)[order]
     taken = merged.select(["uid", "key", "index"]).take(pa.array(order))
     uids, keys, indices = (taken[name].to_pylist() for name in ("uid", "key", "index"))
-    return Block([plan.inputs[number] for number in inputs], owner, uids, keys, indices, from_columns(merged).of(order))
+    sources = [plan.inputs[number] for number in inputs]
+    suffixes = [plan.suffix(source) for source in sources]
+    return Block(sources, owner, uids, keys, suffixes, indices, from_columns(merged).of(order))
 
 
 def clean_up(plan: Plan) -> None:

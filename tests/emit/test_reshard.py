@@ -142,8 +142,21 @@ def test_keys_that_repeat_get_the_number_of_their_input_shard(tmp_path: Path, se
     ]
     made = make_run(tmp_path / "run", shards, keep=1.0)
     reshard(plan_of(made, tmp_path / "out", pairs_per_shard=12, suffix_keys=True, seed=seed))
-    captions = {name: content for name, content in members_of(tmp_path / "out" / "00000.tar") if name.endswith("txt")}
+    written = members_of(tmp_path / "out" / "00000.tar")
+    captions = {name: content for name, content in written if name.endswith("txt")}
     assert captions == {f"{n}-{shard:05d}.txt": f"{shard}{n}".encode() for shard in range(3) for n in range(4)}
+    added = {name: json.loads(content)["uid"] for name, content in written if name.endswith("json")}
+    assert added == {f"{key}-{shard:05d}.json": uid for shard, uid, key, _ in made.kept()}
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_name_that_gets_too_long_for_one_header_has_two(tmp_path: Path, seed: int | None) -> None:
+    key = "n" * 92
+    shards = [write_tar(tmp_path / f"{n}.tar", sample_members(key, b"x", f"caption {n}")) for n in range(2)]
+    made = make_run(tmp_path / "run", shards, keep=1.0)
+    reshard(plan_of(made, tmp_path / "out", suffix_keys=True, seed=seed))
+    names = [name for name, _ in members_of(tmp_path / "out" / "00000.tar")]
+    assert sorted(names) == [f"{key}-{n:05d}.{ending}" for n in range(2) for ending in ("jpg", "json", "txt")]
 
 
 def test_a_json_with_the_uid_is_added_where_there_is_none_and_no_json_is_changed(tmp_path: Path) -> None:
