@@ -52,4 +52,4 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for number, child in enumerate(value):
             yield from _leaves(child, f"{prefix}[{number}]")
     else:
-        yield prefix, json.dumps(value, sort_keys=True)
+        yield prefix, json.dumps(value)

@@ -43,7 +43,7 @@ def is_current(url: str, mark: dict[str, Any] | None, fingerprint: Fingerprint, 
     if stale == "redo":
         return False
     found = mark.get("parts")
-    differences = fingerprint.differences(found if isinstance(found, dict) else {})
+    differences = fingerprint.differences(found) if isinstance(found, dict) and found else []
     named = "; ".join(differences[:NAMED_DIFFERENCES]) or "its values are not recorded"
     more = len(differences) - NAMED_DIFFERENCES
     named += f"; and {more} more" if more > 0 else ""

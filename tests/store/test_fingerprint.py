@@ -38,7 +38,29 @@ def test_differences_name_each_value_that_changed() -> None:
         'checkpoints[2]: nothing there, "dd" now',
         'score.estimator: "diff-in" there, "tracin" now',
     ]
+    assert changed(checkpoints=["aa"]).differences(PARTS) == ['checkpoints[1]: "bb" there, nothing now']
     assert Fingerprint(PARTS).differences(PARTS) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        ({}, "(its values are not recorded)"),
+        (
+            {"seed": 1, "a": 1, "b": 2, "c": 3},
+            "(a: 1 there, nothing now; b: 2 there, nothing now; c: 3 there, nothing now):",
+        ),
+        ({"seed": 1, "a": 1, "b": 2, "c": 3}, "b: 2 there, nothing now; c: 3 there, nothing now):"),
+        ({"a": 1, "b": 2, "c": 3}, "c: 3 there, nothing now; and 1 more)"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4}, "c: 3 there, nothing now; and 2 more)"),
+        ("no parts", "(its values are not recorded)"),
+        ({"seed": 1}, "(its values are not recorded)"),
+    ],
+)
+def test_a_refusal_names_some_differences_and_counts_the_others(there: object, named: str) -> None:
+    with pytest.raises(FingerprintError) as refused:
+        marks.is_current("mark.json", {"fingerprint": "other", "parts": there}, Fingerprint({"seed": 1}), "refuse")
+    assert named in str(refused.value)
 
 
 def test_a_stale_mark_is_refused_or_redone(tmp_path: object) -> None:
