@@ -15,6 +15,7 @@ from pipeline.data.inventory import inspect_shard
 from pipeline.pictures import data_uri, open_image
 from pipeline.report.contents import fetch
 from pipeline.report.evaluation import Result, evaluation_section, read_results
+from pipeline.report.figures import spearman, variance_shares
 from pipeline.report.plots import Canvas, Scale, tick_labels
 from pipeline.report.tables import quality_table, settings
 from pipeline.run import RunFolder
@@ -146,6 +147,20 @@ def test_evaluation_results_are_read_tolerantly(tmp_path: Path) -> None:
     assert read_results(run) == []
 
 
+def test_terms_that_do_not_count_are_left_out_of_agreement_and_add_nothing() -> None:
+    rng = np.random.default_rng(0)
+    terms = rng.normal(size=(200, 3))
+    terms[:, 1] = terms[:, 0] + 0.1 * terms[:, 1]
+    terms[:100, 0] = np.nan
+    terms[100:, 2] = np.nan
+    correlations = spearman(terms)
+    assert correlations[0, 1] == pytest.approx(spearman(terms[100:, :2])[0, 1])
+    assert correlations[1, 2] == pytest.approx(spearman(terms[:100, 1:])[0, 1])
+    assert np.isnan(correlations[0, 2])  # no pair is scored by both
+    assert np.allclose(variance_shares(terms), variance_shares(np.nan_to_num(terms)))
+    assert variance_shares(terms).sum() == pytest.approx(1)
+
+
 def test_sets_of_several_sizes_are_drawn_as_curves() -> None:
     def result(series: str, size: int, mean: float) -> Result:
         return Result(f"{series} {size} %", size, "accuracy", mean, 0.01, 3, series)
@@ -166,12 +181,12 @@ def test_best_set_is_named_by_the_metric_direction() -> None:
 
 
 def test_quality_table_takes_one_ranking_or_several() -> None:
-    one = {"auroc": 0.8, "precision": 0.5, "suspects": 100, "pairs": 1000, "base_rate": 0.1}
+    one = {"auroc": 0.8, "average_precision": 0.6, "precision": 0.5, "suspects": 100, "pairs": 1000, "base_rate": 0.1}
     table = quality_table({"by": {"utility": one}})
     assert table is not None
     # Hanley and McNeil: se = 0.0272 for 100 wrong and 900 right pairs
     cells = [" ".join(cell.split()) for cell in table.rows[0]]
-    assert cells == ["utility", "0.800 ± 0.053", "50.0 % (40.4 % to 59.6 %) of 100", "10.0 %"]
+    assert cells == ["utility", "0.800 ± 0.053", "0.600", "50.0 % (40.4 % to 59.6 %) of 100", "10.0 %"]
     assert quality_table({}) is None
     several = quality_table({"auroc": 0.8, "by": {"utility": one, "similarity": {"auroc": 0.7}}})
     assert several is not None
