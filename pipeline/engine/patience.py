@@ -1,4 +1,4 @@
-"""How long a worker with shards in hand may be silent before it is taken to hang."""
+"""How long workers with shards in hand may be silent before they are taken to hang."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,7 +18,8 @@ from pipeline.config import EngineConfig
 from pipeline.engine.connect import alive_nodes
 from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
 from pipeline.engine.interrupt import Interruption
-from pipeline.engine.progress import Display, Tally
+from pipeline.engine.patience import Patience
+from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
 from pipeline.run import RunFolder
@@ -65,6 +67,7 @@ def run_tasks(
     unit: str = "tasks",
     cpus: float = 1,
     gpus: float = 0,
+    patience: Patience | None = None,
 ) -> TaskOutcome:
     """Run `function(item)` for every item in Ray tasks.
 
@@ -80,6 +83,8 @@ def run_tasks(
         name: how an item is called in messages.
         cpus: CPUs of one task.
         gpus: GPUs of one task.
+        patience: when no task has come back for so long, those in hand are taken to hang: they are killed, and count as
+            failed. None waits for ever, for tasks of which nothing is known.
 
     Raises `StageError` when the run folder cannot be written or the run is interrupted.
     """
@@ -98,7 +103,9 @@ def run_tasks(
     )
     function_ref = ray.put(function)
     events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    in_hand: dict[int, tuple[Any, float]] = {}  # by number: Ray's reference, and since when
 
+    heard = time.monotonic()
     tally = Tally(len(items), done=outcome.done)
     with (
         Display(stage, unit, tally) as display,
@@ -111,17 +118,30 @@ def run_tasks(
                     f"{stage}: interrupted, {left} of {outcome.total} {unit} left; the same command goes on"
                 )
             while not stop.requested and (due := waiting.take(_LANE)) is not None:
-                future: Future[Any] = remote.remote(function_ref, items[due], due, marks).future()
+                ref = remote.remote(function_ref, items[due], due, marks)
+                if not in_hand:
+                    heard = time.monotonic()
+                in_hand[due] = (ref, time.monotonic())
+                future: Future[Any] = ref.future()
                 future.add_done_callback(partial(_report, events.put, due))
             display.tick()
             try:
                 number, result = events.get(timeout=TICK)
             except queue.Empty:
+                if patience is not None and in_hand and time.monotonic() - heard > patience.seconds:
+                    display.note(f"no news for {duration(patience.seconds)}: {len(in_hand)} {unit} in hand are killed")
+                    heard = time.monotonic()
+                    for ref, _ in in_hand.values():
+                        ray.cancel(ref, force=True)
                 continue
+            heard = time.monotonic()
+            _, since = in_hand.pop(number)
             if isinstance(result, _Done):
                 waiting.succeeded(_LANE, number)
                 outcome.done += 1
                 tally.add()
+                if patience is not None:
+                    patience.saw(heard - since)
                 on_result(number, result.value)
                 continue
             failure = result if isinstance(result, Failure) else Failure.of(result)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from pipeline.engine.patience import Patience
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.selection.tasks import thread_map
 from pipeline.stages.job import Job
@@ -41,6 +42,7 @@ def ordered_map(job: Job, stage: str, unit: str, at_least: int = WORTH_A_CLUSTER
             on_result=found.__setitem__,
             name=lambda item: str(item)[:200],
             unit=unit,
+            patience=Patience(job.config.engine.shard_timeout),
         )
         outcome.check(stage)
         return [found[number] for number in range(len(listed))]

@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
 from pipeline.data.positions import Positions
 from pipeline.data.shards import expand
+from pipeline.engine.patience import Patience
 from pipeline.engine.progress import Display, Tally
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
@@ -51,6 +52,7 @@ def take_inventory(job: Job) -> None:
         name=lambda item: item[1],
         marks=marks if len(urls) > 1 else None,
         unit="shards",
+        patience=Patience(job.config.engine.shard_timeout),
     )
     outcome.check("inventory")
     write_inventory(job.folder.inventory, [found[number] for number in range(len(urls))])

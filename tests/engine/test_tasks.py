@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from pipeline.config import EngineConfig
 from pipeline.engine.failures import read_aside
+from pipeline.engine.patience import Patience
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError, StageError
 from pipeline.run import RunFolder
@@ -36,6 +38,8 @@ class Square:
             trouble.unlink()
             if trouble.name.startswith(f"{number}-kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if trouble.name == f"{number}-hang":
+                threading.Event().wait()
             raise ValueError(f"no square of {number}")
         return number * number
 
@@ -87,6 +91,23 @@ def test_trouble_within_the_retries_is_overcome_and_beyond_is_set_aside_until_th
     assert work() == []
     assert results[3] == 9
     assert read_aside(file) is None
+
+
+def test_tasks_that_hang_are_killed_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "1-hang").touch()
+    results: dict[int, int] = {}
+    outcome = run_tasks(
+        Square(str(tmp_path)),
+        [0, 1, 2, 3],
+        run=RunFolder(str(tmp_path / "run")),
+        stage="squares",
+        config=CONFIG,
+        on_result=results.__setitem__,
+        patience=Patience(2.0),
+    )
+    assert (outcome.done, results) == (4, {0: 0, 1: 1, 2: 4, 3: 9})
+    assert calls(tmp_path).count(1) == 2
+    assert "1 tasks in hand are killed" in capsys.readouterr().err
 
 
 def test_one_task_gives_its_result_or_raises_what_the_function_raised(tmp_path: Path) -> None:
