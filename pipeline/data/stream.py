@@ -126,7 +126,7 @@ def patiently(url: str, ask: Any) -> Any:
     """
     # Clients of object stores raise errors of many unrelated classes, hence all but the hopeless ones.
     patience = Retrying(
-        retry=retry_if_exception(lambda error: not _is_final(error)),
+        retry=retry_if_exception(lambda error: isinstance(error, Exception) and not _is_final(error)),
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_exponential_jitter(initial=0.1, max=5, jitter=0.1),
         reraise=True,
@@ -134,16 +134,22 @@ def patiently(url: str, ask: Any) -> Any:
     try:
         return patience(ask)
     except Exception as error:
-        # Of a web address fsspec says no more than that it is not there, whatever the server said.
-        cause = error.__cause__ if isinstance(error, _GONE) and error.__cause__ is not None else error
-        text = " ".join(str(cause).split()) or type(cause).__name__
+        said = _server_says(error) or error
+        text = " ".join(str(said).split()) or type(said).__name__
         raise InputError(f"{url}: cannot be read: {text}") from error
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether asking again is no use. A web server that is down or busy is `FileNotFoundError` to fsspec, too."""
-    status = getattr(error.__cause__, "status", None)
-    return isinstance(error, _GONE) and (error.__cause__ is None or status in _FINAL_STATUS)
+    """Whether asking again is no use."""
+    said = _server_says(error)
+    return isinstance(error, _GONE) if said is None else getattr(said, "status", None) in _FINAL_STATUS
+
+
+def _server_says(error: BaseException) -> BaseException | None:
+    """What a web server answered, or that it did not, where fsspec says no more than that the file is not there."""
+    cause = error.__cause__
+    web = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    return cause if isinstance(error, FileNotFoundError) and web else None
 
 
 class _Ranges(io.RawIOBase):
