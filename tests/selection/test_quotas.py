@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import BalanceConfig, SelectConfig
-from pipeline.selection import grouping
+from pipeline.selection import cuts, grouping
 from pipeline.selection.quotas import count_of, share_out
 from tests.selection.scores import kept, ranking, row, select, write_run
 
@@ -49,6 +53,61 @@ def test_fractions_are_decimal():
     assert count_of(0.3, 10) == 3
     assert count_of(0.35, 10) == 4  # 3.5 in decimal; 0.35 in binary is below
     assert count_of(1e-9, 10) == 0
+
+
+# uid, value, standard error, caption, status: with ties, and values that are not finite
+PAIR = st.tuples(
+    st.integers(0, 30),
+    st.sampled_from([0.0, 0.5, -0.5, 2.0, -2.0, math.nan, math.inf]),
+    st.sampled_from([0.1, 1.0, None]),
+    st.integers(0, 2),
+    st.booleans(),
+)
+
+
+def tier(entry):
+    """0 for helpful, 1 for a tie, 2 for harmful beyond the standard error; a pair without one is a tie."""
+    margin = math.inf if entry["utility_std"] is None else entry["utility_std"]
+    return 0 if entry["utility"] > margin else 2 if entry["utility"] < -margin else 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    drawn=st.lists(st.lists(PAIR, max_size=25), min_size=1, max_size=3),
+    keep=st.floats(0.01, 1.0),
+    quota=st.sampled_from(["proportional", "equal"]),
+    collect=st.sampled_from([1, 1 << 21]),
+)
+def test_every_caption_keeps_its_quota_of_helpful_then_ties_then_harmful(drawn, keep, quota, collect):
+    shards = [
+        [row(number, value if ok else None, utility_std=std, caption_id=caption, status="ok" if ok else "bad")
+         for number, value, std, caption, ok in rows]
+        for rows in drawn
+    ]  # fmt: skip
+    order = ranking(shards)
+    if not any(shards[shard][index]["utility_std"] for shard, index in order):
+        return  # no spread: refused, see test_formula
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "MIN_PAIRS", 1)
+        patch.setattr(cuts, "COLLECT", collect)
+        run = write_run(Path(folder), shards)
+        config = SelectConfig(
+            keep=keep, policy="significant", fill="utility", balance=BalanceConfig(by="caption", quota=quota)
+        )
+        summary = select(run, config, seed=0)
+        found = kept(run)
+    groups = [[place for place in order if shards[place[0]][place[1]]["caption_id"] == caption] for caption in range(3)]
+    groups = [group for group in groups if group]
+    sizes = np.array([len(group) for group in groups])
+    weights = sizes.astype(float) if quota == "proportional" else np.ones(len(groups))
+    quotas = share_out(count_of(keep, len(order)), weights, sizes)
+    expected = []
+    for group, count in zip(groups, quotas, strict=True):
+        expected += sorted(group, key=lambda place: tier(shards[place[0]][place[1]]))[:count]
+    assert found == sorted(expected)
+    assert summary.kept == count_of(keep, len(order))
+    assert summary.harmful_kept == sum(tier(shards[shard][index]) == 2 for shard, index in expected)
+    assert summary.total == summary.kept + sum(summary.pruned.values()) + sum(summary.rejected.values())
 
 
 @pytest.mark.parametrize("quota", ["proportional", "equal"])
