@@ -205,6 +205,12 @@ class ScoreConfig(Section):
     """How self-influences are computed; `exact` takes a gradient per pair (small models)."""
     replay: Literal["exact", "checkpoints"] = "checkpoints"
     """`unrolled`: back through every recorded step, or with each checkpoint's own Hessian in between."""
+    sample: Fraction = 1.0
+    """Share of the pairs, drawn by their uids, that is scored; the others' scores are predicted from one forward pass
+    per proxy run. 1 scores every pair."""
+    min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """With `sample` below 1: the least rank correlation of predicted with computed scores, on pairs that were not
+    fitted on; below it the stage is refused."""
 
 
 class EngineConfig(Section):

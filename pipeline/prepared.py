@@ -11,7 +11,9 @@ import safetensors.torch
 from pipeline.config import Config
 from pipeline.data.decode import ImageSpec
 from pipeline.influence.plan import ProbePlan
+from pipeline.influence.regressor import Regressor
 from pipeline.influence.settings import Batches, Settings
+from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.types import PairBatch
 
@@ -94,6 +96,25 @@ def save_plan(root: str, number: int, plan: ProbePlan) -> None:
 def load_plan(root: str, number: int) -> ProbePlan:
     """The inverse of `save_plan`."""
     data = storage.read_bytes(plan_url(root, number))
+    return ProbePlan.from_tensors(safetensors.torch.load(data), _metadata(data))
+
+
+def save_regressor(root: str, regressor: Regressor) -> str:
+    """Write what scores are predicted with; returns the checksum of its file."""
+    tensors, rest = regressor.to_tensors()
+    data = safetensors.torch.save(tensors, metadata={_METADATA_KEY: rest})
+    storage.write_bytes(RunFolder(root).regressor, data)
+    return storage.checksum(data)
+
+
+def load_regressor(root: str) -> Regressor:
+    """The inverse of `save_regressor`."""
+    data = storage.read_bytes(RunFolder(root).regressor)
+    return Regressor.from_tensors(safetensors.torch.load(data), _metadata(data))
+
+
+def _metadata(data: bytes) -> str:
+    """Our entry of a safetensors file's metadata, which the library's loader does not give."""
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    return ProbePlan.from_tensors(safetensors.torch.load(data), header["__metadata__"][_METADATA_KEY])
+    text: str = json.loads(data[8 : 8 + length])["__metadata__"][_METADATA_KEY]
+    return text

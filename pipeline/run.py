@@ -60,6 +60,22 @@ class RunFolder:
         """The commit mark of input shard number `shard` (JSON)."""
         return storage.join(self.scores, f"{shard:05d}.json")
 
+    @property
+    def sample(self) -> str:
+        """With `score.sample`: a folder like this one, with the computed scores of the sampled pairs and the embeddings
+        of all; its `scores/` are not needed any more once all shards are scored."""
+        return storage.join(self.root, "sample")
+
+    @property
+    def regressor(self) -> str:
+        """With `score.sample`: what the other pairs' scores are predicted with (safetensors)."""
+        return storage.join(self.sample, "regressor.safetensors")
+
+    @property
+    def regressor_mark(self) -> str:
+        """Its commit mark: rank correlation on held-out pairs, by the share that is sampled (JSON)."""
+        return storage.join(self.sample, "regressor.json")
+
     def failure_file(self, shard: int) -> str:
         """Why input shard number `shard` was set aside (JSON)."""
         return storage.join(self.root, "failed", f"{shard:05d}.json")

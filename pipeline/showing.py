@@ -247,7 +247,7 @@ def _facts(story: Story) -> Iterator[tuple[str, str]]:
             "utility",
             f"{plus_minus(pair.utility, pair.utility_std)}, rank {count(story.rank)} of {count(story.scored)}",
         )
-        yield "score", number(pair.score)
+        yield "score", number(pair.score) + (", predicted from the embedding" if pair.predicted else "")
         yield "loss", f"{number(pair.loss)} nats"
         yield "similarity", number(pair.similarity)
     for name, verdict in story.verdicts.items():

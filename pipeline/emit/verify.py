@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.data.inventory import ShardInfo, read_inventory
 from pipeline.emit.manifest import SelectionFolder
 from pipeline.emit.summary import account
-from pipeline.emit.verify_scores import check_scores
+from pipeline.emit.verify_scores import check_sample, check_scores
 from pipeline.emit.verify_selection import check_selection
 from pipeline.emit.verify_tars import check_tars
 from pipeline.errors import DiffpruneError
@@ -37,6 +37,7 @@ def verify(run: RunFolder | str) -> list[str]:
 def _problems(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
     yield from _leftovers(run)
     yield from check_scores(run, inventory)
+    yield from check_sample(run, inventory)
     for name in _selections(run):
         try:
             selection = read_summary(run, name)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipeline.data.inventory import ShardInfo
 from pipeline.run import RunFolder
 from pipeline.store import marks, storage
-from pipeline.store.commits import ScoreMark, ShardCounts
+from pipeline.store.commits import ScoreMark, ShardCounts, read_marks
 from pipeline.store.fingerprint import Fingerprint
 
 
@@ -45,6 +45,21 @@ def check_scores(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str
         yield from _check_file(file, mark)
     for name in sorted(files):
         yield f"{storage.join(run.scores, name)}: belongs to no shard of the inventory"
+
+
+def check_sample(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
+    """Problems of amortised scores: of the sample's own files, where they are still there, and of the regressor."""
+    mark = marks.read_mark(run.regressor_mark)
+    yield from check_scores(RunFolder(run.sample), inventory)
+    if mark is None:
+        return
+    if not storage.exists(run.regressor):
+        yield f"{run.regressor}: missing, though its commit mark is there"
+    elif storage.file_checksum(run.regressor) != mark.get("regressor"):
+        yield f"{run.regressor}: changed since it was committed: its checksum is not {mark.get('regressor')}"
+    for score in read_marks(run):
+        if score.parts.get("regressor") not in (None, mark.get("regressor")):
+            yield f"{run.score_mark(score.shard)}: stale: predicted with another regressor than {run.regressor}"
 
 
 def _check_fingerprint(url: str, mark: ScoreMark, info: ShardInfo, common: dict[str, Any]) -> Iterator[str]:

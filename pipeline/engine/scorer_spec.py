@@ -10,6 +10,8 @@ from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.scores import SCHEMA_VERSION
 
 if TYPE_CHECKING:
+    from pipeline.engine.predictor import ShardPredictor
+    from pipeline.engine.sample_scorer import SampleScorer
     from pipeline.engine.shard_scorer import ShardScorer
 
 
@@ -23,8 +25,10 @@ def score_fingerprint(config: Config, checkpoints: list[str], basis: dict[str, A
     """
     parts = dict(basis)
     images = parts.pop("images")
+    sampled = {"sample": config.score.sample} if config.score.sample < 1 else {}
     return Fingerprint(
         {
+            **sampled,
             "schema_version": SCHEMA_VERSION,
             "checkpoints": checkpoints,
             "embeddings": config.score.embeddings,
@@ -55,6 +59,43 @@ class ScorerSpec:
 
     def build(self, worker: str) -> ShardScorer:
         """Load model, checkpoints and plans once for this process."""
+        from pipeline.engine.shard_scorer import ShardScorer, build_scorer
+
+        return build_scorer(ShardScorer, self.config, self.fingerprint, worker)
+
+
+@dataclass(frozen=True)
+class SampleSpec(ScorerSpec):
+    """Makes the work of amortised scoring's first pass: scores of the sampled pairs, embeddings of all."""
+
+    def build(self, worker: str) -> SampleScorer:
+        """Load model, checkpoints and plans once for this process."""
+        from pipeline.engine.sample_scorer import SampleScorer
         from pipeline.engine.shard_scorer import build_scorer
 
-        return build_scorer(self.config, self.fingerprint, worker)
+        return build_scorer(SampleScorer, self.config, self.fingerprint, worker)
+
+
+@dataclass(frozen=True)
+class PredictorSpec:
+    """Makes the work of the second pass: score files from those of the first and the regressor.
+
+    Attributes:
+        config: the run's.
+        fingerprint: of the run's scores, the regressor's content included, without a shard.
+        sampled: of the first pass, without a shard.
+        runs: the proxy run of each checkpoint.
+        error: root mean square error of predicted scores on held-out pairs.
+    """
+
+    config: Config
+    fingerprint: Fingerprint
+    sampled: Fingerprint
+    runs: tuple[int, ...]
+    error: float
+
+    def build(self, worker: str) -> ShardPredictor:
+        """Load the regressor."""
+        from pipeline.engine.predictor import build_predictor
+
+        return build_predictor(self.config, self.fingerprint, self.sampled, self.runs, self.error, worker)

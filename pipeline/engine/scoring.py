@@ -77,6 +77,7 @@ def score_shards(
     config: EngineConfig,
     *,
     retry_failed: bool = False,
+    title: str = "score",
 ) -> Outcome:
     """Score every shard that is not yet committed with this fingerprint.
 
@@ -87,6 +88,7 @@ def score_shards(
         fingerprint: the run's, without a shard.
         config: workers, retries, and what happens to stale results.
         retry_failed: take up the shards again that an earlier call set aside.
+        title: what the display calls the work.
 
     Raises `FingerprintError` for results of other settings with `stale: refuse`; `StageError` when the run folder
     cannot be written, no worker can start, or the run is interrupted. Failed shards are in the outcome, not raised.
@@ -97,7 +99,7 @@ def score_shards(
     pending = _pending(shards, run, fingerprint, config, outcome, retry_failed)
     tally = Tally(len(shards), done=outcome.done, pairs=outcome.statuses.total(), rejected=_rejected(outcome.statuses))
     tally.failed = len(outcome.failed)
-    with Display("score", "shards", tally) as display:
+    with Display(title, "shards", tally) as display:
         if pending:
             _Driver(spec, shards, run, fingerprint, config, outcome, display).work(pending)
     storage.remove_temporary(run.scores)

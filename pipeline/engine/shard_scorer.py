@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from pipeline.data.reasons import Reason
 from pipeline.engine.failures import SampleError
 from pipeline.engine.score_columns import ScoreColumns
 from pipeline.errors import InputError
-from pipeline.influence import ScoreBatch, Scorer
+from pipeline.influence import Scorer
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import load_batches, load_plan, settings_of
@@ -31,8 +32,10 @@ from pipeline.store.commits import commit_scores
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.scores import embedding_column, score_table
 
+Work = TypeVar("Work", bound="ShardScorer")
 
-def build_scorer(config: Config, fingerprint: Fingerprint, worker: str) -> ShardScorer:
+
+def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, worker: str) -> Work:
     """Load model, checkpoints and plans once for this process; `fingerprint` is the run's, without a shard."""
     cpus, gpus = _assigned()
     model = build_model(config.proxy.model, loss=config.proxy.loss)
@@ -57,7 +60,7 @@ def build_scorer(config: Config, fingerprint: Fingerprint, worker: str) -> Shard
     decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
     runs = np.array([checkpoint.run for checkpoint in checkpoints])
     threads = config.engine.decode_threads or max(1, int(cpus))
-    return ShardScorer(config, fingerprint, scorer, decoder, runs, threads, worker)
+    return kind(config, fingerprint, scorer, decoder, runs, threads, worker)
 
 
 @dataclass
@@ -95,14 +98,18 @@ class ShardScorer:
         threads: int,
         worker: str,
     ) -> None:
-        self._config = config
+        self.config = config
+        self.scorer = scorer
+        self.runs = runs
         self._fingerprint = fingerprint
-        self._run = RunFolder(config.out)
-        self._scorer = scorer
         self._decoder = decoder
-        self._runs = runs
         self._threads = threads
         self._worker = worker
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the score files go."""
+        return RunFolder(self.config.out)
 
     def load(self, shard: ShardInfo) -> _Loaded:
         """Read and decode every sample.
@@ -110,7 +117,7 @@ class ShardScorer:
         Raises `InputError` when the shard has not as many samples as the inventory says: it has changed since, or
         the connection broke in the middle; `SampleError` when one sample could not be dealt with at all.
         """
-        with read_shard(shard.url, caption=self._config.data.caption) as reader:
+        with read_shard(shard.url, caption=self.config.data.caption) as reader:
             seen = _LastSample()
             try:
                 decoded = self._decoder.decode_shard(seen.watch(iter(reader)), self._threads)
@@ -125,18 +132,16 @@ class ShardScorer:
 
     def score(self, shard: ShardInfo, loaded: _Loaded) -> _Scored:
         """Score the readable pairs; a row for every sample."""
-        decoded = loaded.decoded
-        scores = self._scorer.score(decoded.batch) if len(decoded.batch) else None
-        return _Scored(self._table(shard, decoded, scores), loaded.end_error)
+        return _Scored(self.table(shard, loaded.decoded), loaded.end_error)
 
     def commit(self, shard: ShardInfo, scored: _Scored, seconds: dict[str, float]) -> dict[str, int]:
         """Write score file and mark; returns rows by status."""
         mark = commit_scores(
-            self._run,
+            self.folder,
             shard,
             scored.table,
             self._fingerprint,
-            estimator=self._config.score.estimator,
+            estimator=self.config.score.estimator,
             seconds=seconds,
             finished=time.time(),
             worker=self._worker,
@@ -144,40 +149,51 @@ class ShardScorer:
         )
         return dict(Counter({"ok": mark.ok}) + Counter(mark.reasons))
 
-    def _table(self, shard: ShardInfo, decoded: DecodedShard, scores: ScoreBatch | None) -> pa.Table:
-        rows, config = decoded.rows, self._config
-        numbers = ScoreColumns(len(rows), self._runs, config.score.estimator)
-        embedding = None
+    def table(self, shard: ShardInfo, decoded: DecodedShard) -> pa.Table:
+        """The score file's content: a row for every sample."""
+        config, total = self.config, len(decoded.rows)
+        numbers = ScoreColumns(total, self.runs, config.score.estimator)
+        scores = self.scorer.score(decoded.batch) if len(decoded.batch) else None
         if scores is not None:
             numbers.fill(decoded.ok, scores)
+        embedding = None
         if config.score.embeddings:
             values = scores.embedding.numpy() if scores is not None else self._no_embedding()
-            embedding = embedding_column(values, decoded.ok, len(rows))
-        status = [row.status for row in rows]
-        errors = [row.error for row in rows]
-        for place, error in numbers.not_finite.items():
-            status[place], errors[place] = str(Reason.NOT_FINITE), error
-        columns = {
-            "uid": [row.uid for row in rows],
-            "key": [row.key for row in rows],
-            "shard": [shard.name] * len(rows),
-            "index": [row.index for row in rows],
-            "status": status,
-            "error": errors,
-            **numbers.columns(),
-            "width": [row.width for row in rows],
-            "height": [row.height for row in rows],
-            "caption_length": [row.caption_length for row in rows],
-            "source": [row.source for row in rows],
-            "content": [row.content for row in rows],
-            "caption_id": [row.caption_id for row in rows],
-        }
-        return score_table(columns, embedding)
+            embedding = embedding_column(values, decoded.ok, total)
+        return decoded_table(shard, decoded, numbers, embedding)
 
     def _no_embedding(self) -> NDArray[np.float16]:
         """`[0, 2 d]`: the width must be right even in a file without a single scored pair."""
-        one = self._scorer.score(self._scorer.reference[:1].to("cpu"))
+        one = self.scorer.score(self.scorer.reference[:1].to("cpu"))
         return np.empty((0, one.embedding.shape[1]), np.float16)
+
+
+def decoded_table(
+    shard: ShardInfo, decoded: DecodedShard, numbers: ScoreColumns, embedding: pa.Array | None
+) -> pa.Table:
+    """A score table from decoded samples and their numbers, all of them computed."""
+    rows = decoded.rows
+    status = [row.status for row in rows]
+    errors = [row.error for row in rows]
+    for place, error in numbers.not_finite.items():
+        status[place], errors[place] = str(Reason.NOT_FINITE), error
+    columns = {
+        "uid": [row.uid for row in rows],
+        "key": [row.key for row in rows],
+        "shard": [shard.name] * len(rows),
+        "index": [row.index for row in rows],
+        "status": status,
+        "error": errors,
+        **numbers.columns(),
+        "predicted": np.zeros(len(rows), dtype=bool),
+        "width": [row.width for row in rows],
+        "height": [row.height for row in rows],
+        "caption_length": [row.caption_length for row in rows],
+        "source": [row.source for row in rows],
+        "content": [row.content for row in rows],
+        "caption_id": [row.caption_id for row in rows],
+    }
+    return score_table(columns, embedding)
 
 
 class _LastSample:

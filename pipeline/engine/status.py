@@ -27,12 +27,13 @@ class RunStatus:
     """Numbers of a run. `pairs_per_second` and `seconds_left` are None while too little is committed to tell.
 
     `stages` says of each stage whether its last file is there. `inventoried` is False before the inventory, when
-    totals are still unknown and 0.
+    totals are still unknown and 0. While `sampling` (the first pass of `score.sample`) the counts are that pass's.
     """
 
     root: str
     stages: dict[str, bool]
     inventoried: bool = False
+    sampling: bool = False
     shards: int = 0
     pairs: int = 0
     shards_done: int = 0
@@ -78,12 +79,15 @@ def run_status(root: str) -> RunStatus:
         return RunStatus(root, stages)
     samples = pq.read_table(io.BytesIO(storage.read_bytes(run.inventory)), columns=["samples"])["samples"]
 
+    sampled = RunFolder(run.sample)
+    sampling = not storage.exists(run.regressor_mark) and bool(storage.list_files(sampled.scores, ".json"))
+    here = sampled if sampling else run
     pairs_done = shards_done = 0
     reasons: Counter[str] = Counter()
     recent: list[tuple[float, int, str]] = []  # finished, pairs, worker; pruned as it grows
     newest = 0.0
     done: set[int] = set()
-    for mark in read_marks(run):
+    for mark in read_marks(here):
         done.add(mark.shard)
         shards_done += 1
         pairs_done += mark.rows
@@ -93,11 +97,12 @@ def run_status(root: str) -> RunStatus:
         if len(recent) > 100_000:
             recent = [entry for entry in recent if entry[0] > newest - RATE_SECONDS]
     recent = [entry for entry in recent if entry[0] > newest - RATE_SECONDS]
-    asides = (read_aside(url) for url in storage.list_files(storage.join(root, "failed"), ".json"))
+    asides = (read_aside(url) for url in storage.list_files(storage.join(here.root, "failed"), ".json"))
     return RunStatus(
         root=root,
-        stages={"inventory": True, **stages, "score": shards_done == len(samples)},
+        stages={"inventory": True, **stages, "score": not sampling and shards_done == len(samples)},
         inventoried=True,
+        sampling=sampling,
         shards=len(samples),
         pairs=int(pc.sum(samples).as_py() or 0),
         shards_done=shards_done,
@@ -125,6 +130,8 @@ def print_status(root: str) -> None:
     table = Table(show_header=False, box=None, title=f"Run {root}", title_justify="left")
     for name in ("inventory", "train", "directions", "score", "select", "emit", "report"):
         table.add_row(name, "done" if status.stages.get(name) else "not finished")
+    if status.sampling:
+        table.add_row("", "counted below: the pass that scores the sample; predicting the others follows")
     if status.inventoried:
         table.add_row(
             "shards", f"{status.shards_done:,} done, {len(status.failed):,} failed, {status.shards_left:,} left"

@@ -3,6 +3,7 @@
 from pipeline.influence.optimizer import StepRule
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.prepare import prepare, prepare_run
+from pipeline.influence.regressor import Observed, Regressor, fit, scaled_up
 from pipeline.influence.scorer import Scorer
 from pipeline.influence.settings import UTILITY, WHOLE_RUN, Batches, Estimator, ScoreBatch, Settings, utility_of
 from pipeline.influence.unrolled import Replay
@@ -12,14 +13,18 @@ __all__ = [
     "WHOLE_RUN",
     "Batches",
     "Estimator",
+    "Observed",
     "Probe",
     "ProbePlan",
+    "Regressor",
     "Replay",
     "ScoreBatch",
     "Scorer",
     "Settings",
     "StepRule",
+    "fit",
     "prepare",
     "prepare_run",
+    "scaled_up",
     "utility_of",
 ]

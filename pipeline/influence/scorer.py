@@ -11,6 +11,7 @@ from pipeline.influence.losses import Neighbours, error_norms, pair_losses, simi
 from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets
 from pipeline.influence.per_pair import self_values
 from pipeline.influence.plan import Probe, ProbePlan
+from pipeline.influence.regressor import Observed
 from pipeline.influence.settings import ScoreBatch, Settings
 from pipeline.influence.trees import plus, restricted, to_device
 from pipeline.types import Checkpoint, Features, PairBatch, Tree
@@ -79,6 +80,44 @@ class Scorer:
         return ScoreBatch(
             *(torch.cat([getattr(part, name) for part in parts])[restore] for name in ScoreBatch.__slots__)
         )
+
+    def observe(self, batch: PairBatch) -> Observed:
+        """What the forward pass at the last checkpoint of each run shows of the batch, in its order; no tangents."""
+        order = _by_caption_length(batch.tokens)
+        with torch.no_grad(), self.passes.ready(differentiable=False):
+            parts = [self._observe(block.to(self.device)) for block in chunks(batch[order], _BLOCK)]
+        return Observed(*(torch.cat([getattr(part, name) for part in parts]) for name in Observed.__slots__))[
+            order.argsort()
+        ]
+
+    def _observe(self, batch: PairBatch) -> Observed:
+        embedding: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
+        counts: list[Tensor] = []
+        everyone = self.neighbours(batch)
+        for part in (part for part in self._parts if part.observed):
+            rows = self._held_out(part.run, batch)
+            # The last run's embedding is wanted of every pair.
+            whole = bool(rows.all()) or part is self._parts[-1]
+            taken = torch.ones_like(rows) if whole else rows
+            sides = torch.zeros(len(batch), 2 * self._width, dtype=torch.float16, device=self.device)
+            values = torch.full((2, len(batch)), torch.nan, dtype=part.dtype, device=self.device)
+            if taken.any():
+                some = batch if whole else batch[taken]
+                loss, features = part.observe(some, everyone if whole else self.neighbours(some))
+                sides[taken] = torch.cat([features.image, features.text], 1).half()
+                values[:, taken] = torch.stack([loss, similarities(features)])
+            values[:, ~rows] = torch.nan
+            embedding.append(sides.cpu())
+            seen.append((values[0], values[1]))
+            counts.append(rows.cpu())
+        loss, similarity = (torch.stack(values).nanmean(0).float().cpu() for values in zip(*seen, strict=True))
+        return Observed(torch.stack(embedding, 1), torch.stack(counts, 1), loss, similarity)
+
+    @property
+    def _width(self) -> int:
+        """Values of one side of an embedding."""
+        return self._parts[-1].reference_jets[()][()].image.shape[1]
 
     def _score(self, batch: PairBatch) -> ScoreBatch:
         held_out = {run: self._held_out(run, batch) for run in self._runs}
@@ -176,6 +215,11 @@ class _CheckpointScorer:
         """Features of a batch at the checkpoint itself."""
         parts = chunks(batch, self.scorer.batch_size)
         return joined([self.scorer.passes.jet(self.state, {}, part, [()])[()] for part in parts])
+
+    def observe(self, batch: PairBatch, near: Neighbours) -> tuple[Tensor, Features]:
+        """Loss and features of the pairs at the checkpoint itself."""
+        features = self.features(batch)
+        return self._pair_losses(near)(features, self.reference_jets[()][()]), features
 
     @property
     def dtype(self) -> torch.dtype:

@@ -124,6 +124,8 @@ def _details(pair: Pair, scored: bool, checkpoints: Sequence[str]) -> list[tuple
     for name, value in (("similarity", pair.similarity), ("loss", pair.loss), ("score", pair.score)):
         if math.isfinite(value):
             facts.append((name, number(value)))
+    if pair.predicted:
+        facts.append(("score is", "predicted from the embedding"))
     if len(pair.terms) > 1:
         names = checkpoints if len(checkpoints) == len(pair.terms) else [str(i + 1) for i in range(len(pair.terms))]
         facts += [(f"term, {name}", number(term)) for name, term in zip(names, pair.terms, strict=True) if term == term]

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, read_inventory
 from pipeline.errors import StageError
-from pipeline.report import evaluation, sections, tables
+from pipeline.report import evaluation, predicted, sections, tables
 from pipeline.report.cards import GALLERIES, make_cards
 from pipeline.report.clusters import find_clusters
 from pipeline.report.collect import Comparison, Findings, collect
@@ -90,6 +90,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "quality": tables.quality_table(summary.get("quality") or {}),
         "evaluation": evaluation.evaluation_section(results) if results else None,
         "scores": _scores(found),
+        "predicted": predicted.predicted_section(run) if config.score.sample < 1 else None,
         "galleries": [gallery for gallery in GALLERIES if found.galleries.get(gallery.id)],
         "cards": cards,
         "reasons": sorted({card.reason for card in cards}),
@@ -238,6 +239,7 @@ def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("overview", "Overview", True),
         ("evaluation", "Training on it", context["evaluation"]),
         ("scores", "Scores", context["scores"]),
+        ("predicted", "Predicted scores", context["predicted"]),
         ("pairs", "Pairs to look at", True),
         ("checkpoints", "Checkpoints", context["checkpoints"]),
         *((section.id, section.short, True) for section in context["group_sections"]),

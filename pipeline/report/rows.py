@@ -22,8 +22,8 @@ Bools = NDArray[np.bool_]
 
 #: What the report reads of a score file; columns that are not there are read as missing values.
 COLUMNS = (
-    "uid", "key", "index", "status", "error", "utility", "utility_std", "score", "terms", "loss", "similarity",
-    "width", "height", "caption_length", "source", "caption_id",
+    "uid", "key", "index", "status", "error", "utility", "utility_std", "score", "terms", "predicted", "loss",
+    "similarity", "width", "height", "caption_length", "source", "caption_id",
 )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class Pair:
     height: int
     caption_length: int
     source: str
+    predicted: bool = False
 
 
 class ShardRows:
@@ -116,6 +117,7 @@ class ShardRows:
             height=int(values.get("height") or 0),
             caption_length=int(values.get("caption_length") or 0),
             source=values.get("source") or "",
+            predicted=bool(values.get("predicted")),
         )
 
 

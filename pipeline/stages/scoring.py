@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.engine.scorer_spec import ScorerSpec, score_fingerprint
 from pipeline.engine.scoring import Outcome, score_shards
 from pipeline.errors import StageError
+from pipeline.stages.amortising import score_amortised
 from pipeline.stages.directions import directions_fingerprint
 from pipeline.stages.job import Job
 from pipeline.store import marks, storage
@@ -15,20 +16,23 @@ def score(job: Job, *, retry_failed: bool = False) -> Outcome:
     """Score every shard that is not committed yet. Failed shards are in the outcome; too many raise `StageError`."""
     config = job.config
     fingerprint = scores_fingerprint(job)
-    outcome = score_shards(
-        ScorerSpec(config, fingerprint),
-        job.inventory,
-        job.folder,
-        fingerprint,
-        config.engine,
-        retry_failed=retry_failed,
-    )
+    if config.score.sample < 1:
+        outcome = score_amortised(job, fingerprint, retry_failed=retry_failed)
+    else:
+        outcome = score_shards(
+            ScorerSpec(config, fingerprint),
+            job.inventory,
+            job.folder,
+            fingerprint,
+            config.engine,
+            retry_failed=retry_failed,
+        )
     outcome.check(config.engine.allowed_failures, storage.join(job.folder.root, "failed"))
     return outcome
 
 
 def scores_fingerprint(job: Job) -> Fingerprint:
-    """What decides the scores of the run, without a shard.
+    """What decides the scores of the run (of amortised ones, those computed), without a shard.
 
     Raises `StageError` before the directions are complete, `FingerprintError` when they are of other settings.
     """

@@ -18,6 +18,7 @@ from pipeline import text
 from pipeline.emit.summary import account
 from pipeline.engine.scoring import Outcome
 from pipeline.evaluation.results import Result
+from pipeline.run import RunFolder
 from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.summary import read_summary, summary_file
 from pipeline.stages.job import Job
@@ -87,8 +88,13 @@ def note_scores(job: Job, outcome: Outcome | None = None) -> None:
         rows += mark.rows
         for reason, count in mark.reasons.items():
             reasons[reason] = reasons.get(reason, 0) + count
-        for phase, value in mark.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + value
+        _add(seconds, mark.seconds)
+    predicted = {}
+    if job.config.score.sample < 1:
+        for mark in read_marks(RunFolder(job.folder.sample)):
+            _add(seconds, mark.seconds)
+        found = storage.read_json(job.folder.regressor_mark)
+        predicted = {"predicted": {"sample": job.config.score.sample, "kind": found["kind"], **found["curve"][-1]}}
     failed = [str(aside) for aside in outcome.failed] if outcome else []
     busy = seconds.get("score", 0.0)
     _note(
@@ -103,9 +109,15 @@ def note_scores(job: Job, outcome: Outcome | None = None) -> None:
                 "rejected_by_reason": dict(sorted(reasons.items())),
                 "worker_seconds": {phase: round(value, 2) for phase, value in sorted(seconds.items())},
                 "pairs_per_worker_second": round(rows / busy, 1) if busy else None,
+                **predicted,
             }
         },
     )
+
+
+def _add(seconds: dict[str, float], more: dict[str, float]) -> None:
+    for phase, value in more.items():
+        seconds[phase] = seconds.get(phase, 0.0) + value
 
 
 def note_selection(job: Job) -> None:
@@ -134,6 +146,12 @@ def show(job: Job, results: list[Result], console: Console | None = None) -> Non
     )
     if failed := summary.get("scores", {}).get("failed_shards"):
         table.add_row("failed shards", f"{len(failed)} (allowed by engine.allowed_failures): {'; '.join(failed[:3])}")
+    if predicted := summary.get("scores", {}).get("predicted"):
+        table.add_row(
+            "scores",
+            f"{text.percent(predicted['sample'])} computed, the others predicted "
+            f"(rank correlation {predicted['correlation']:.3f} on held-out pairs)",
+        )
     _add_quality(table, job, summary)
     _add_results(table, results)
     seconds = summary["seconds"]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: Rows per row group: small enough that a filter on `utility` or `status` skips most of a file.
 ROW_GROUP_ROWS = 4096
@@ -43,6 +43,7 @@ _COLUMNS: list[tuple[str, pa.DataType, bool, str]] = [
         True,
         "one per checkpoint, null where its run is not held out; they add up to score",
     ),
+    ("predicted", pa.bool_(), False, "whether score and terms were predicted rather than computed (score.sample)"),
     ("loss", pa.float32(), True, "the pair's loss at the last checkpoint, mean over runs"),
     ("similarity", pa.float32(), True, "cosine similarity of image and text at the last checkpoint, mean over runs"),
     ("width", pa.int32(), True, "of the original image, pixels"),

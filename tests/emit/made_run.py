@@ -67,6 +67,7 @@ def make_run(folder: Path | str, shards: list[str], keep: float = 0.5, seed: int
             "status": [sample.status for sample in samples],
             "error": [sample.error for sample in samples],
             "utility": [None if np.isnan(value) else float(value) for value in utility],
+            "predicted": [False] * len(samples),
         }
         commit_scores(
             run, info, score_table(columns), FINGERPRINT, estimator="tracin", seconds={"decode": 0.1}, finished=1.0

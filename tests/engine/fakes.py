@@ -61,6 +61,7 @@ def fake_table(shard: ShardInfo, spread: float = 1.0) -> pa.Table:
             "utility_std": [None] * count,
             "score": when_ok(score),
             "terms": [[float(s) / 2, float(s) / 2] if fine else None for s, fine in zip(score, ok, strict=True)],
+            "predicted": [False] * count,
             "loss": when_ok(np.abs(score)),
             "similarity": when_ok(np.tanh(score)),
             "width": when_ok(np.full(count, 32, dtype=np.int32)),

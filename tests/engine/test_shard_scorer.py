@@ -120,11 +120,11 @@ def test_a_score_that_is_not_finite_is_a_reason_not_a_number() -> None:
         3: "the sum of the terms overflows",
         4: "term of checkpoint 0 is inf",
     }
-    assert values["score"].to_pylist() == [3.0, None, None, None, None]  # type: ignore[union-attr]
-    assert values["utility"].to_pylist() == [-3.0, None, None, None, None]  # type: ignore[union-attr]
-    assert values["utility_std"].null_count == 5  # type: ignore[union-attr]
-    assert values["terms"] == [[1.0, 2.0], None, None, None, None]
-    assert values["loss"].to_pylist() == [1.0, 1.0, None, 1.0, 1.0]  # type: ignore[union-attr]
+    assert values["score"].to_pylist() == [3.0, None, None, None, None]
+    assert values["utility"].to_pylist() == [-3.0, None, None, None, None]
+    assert values["utility_std"].null_count == 5
+    assert values["terms"].to_pylist() == [[1.0, 2.0], None, None, None, None]
+    assert values["loss"].to_pylist() == [1.0, 1.0, None, 1.0, 1.0]
 
 
 def test_terms_that_do_not_count_are_null_and_the_spread_is_that_of_the_runs_that_do() -> None:
@@ -134,10 +134,10 @@ def test_terms_that_do_not_count_are_null_and_the_spread_is_that_of_the_runs_tha
     ones = torch.ones(3)
     columns.fill(np.arange(3), ScoreBatch(terms, ~terms.isnan(), ones, ones, ones[:, None].half()))
     values = columns.columns()
-    assert values["terms"] == [[1.0, 2.0, None, 5.0], [None, None, 4.0, None], None]
-    assert values["score"].to_pylist() == [8.0, 4.0, None]  # type: ignore[union-attr]
+    assert values["terms"].to_pylist() == [[1.0, 2.0, None, 5.0], [None, None, 4.0, None], None]
+    assert values["score"].to_pylist() == [8.0, 4.0, None]
     # Two runs count for the first pair, with scores 2 * 3 and 2 * 5, and one for the second.
-    assert values["utility_std"].to_pylist() == [pytest.approx(2.0), None, None]  # type: ignore[union-attr]
+    assert values["utility_std"].to_pylist() == [pytest.approx(2.0), None, None]
     assert columns.not_finite == {2: "every proxy run was trained on the pair, none is held out"}
 
 

@@ -109,7 +109,8 @@ def test_only_runs_that_did_not_train_on_a_pair_score_it():
     ids = pairs.ids
     # The first pair was seen by no run, the second by one, the third by two, the fourth by all; 5 and 6 by run 1.
     trained = {0: ids[[1, 2, 3]], 1: ids[[2, 3, 4, 5]], 2: ids[[3]]}
-    found = Scorer(*given, batch_size=4, trained={run: rows.sort()[0] for run, rows in trained.items()}).score(pairs)
+    scorer = Scorer(*given, batch_size=4, trained={run: rows.sort()[0] for run, rows in trained.items()})
+    found, shown = scorer.score(pairs), scorer.observe(pairs)
     every = Scorer(*given).score(pairs)
     seen = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 0], [0, 1, 0]], dtype=torch.bool)
     assert torch.equal(found.counts, ~seen)
@@ -126,6 +127,15 @@ def test_only_runs_that_did_not_train_on_a_pair_score_it():
         values = getattr(found, name)
         assert_close((values.nansum(1) if name == "terms" else values)[left], expected[left], 1e-9)
     assert torch.equal(found.embedding, every.embedding)
+    # One forward pass shows the same of each pair, and of each run that counts its embedding.
+    assert torch.equal(shown.counts, found.counts)
+    assert_close(shown.loss[left].double(), found.loss[left].double(), 1e-6)
+    assert_close(shown.similarity[left].double(), found.similarity[left].double(), 1e-6)
+    assert shown.loss[~left].isnan().all()
+    for run in (0, 1, 2):
+        rows = shown.counts[:, run]
+        assert torch.equal(shown.embedding[rows, run], alone[run].embedding[rows])
+    assert torch.equal(shown.embedding[:, -1], found.embedding)
 
 
 def test_loss_and_similarity_are_those_of_the_last_checkpoint():

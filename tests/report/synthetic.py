@@ -115,8 +115,8 @@ def _write_shard(folder: Path, shard: int, samples: int, size: int) -> str:
 
 def _score(run: RunFolder, info: ShardInfo, rng: np.random.Generator, spread: bool) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in (
-        "uid", "key", "shard", "index", "status", "error", "utility", "utility_std", "score", "terms", "loss",
-        "similarity", "width", "height", "caption_length", "source", "content", "caption_id",
+        "uid", "key", "shard", "index", "status", "error", "utility", "utility_std", "score", "terms",
+        "predicted", "loss", "similarity", "width", "height", "caption_length", "source", "content", "caption_id",
     )}  # fmt: skip
     with read_shard(info.url) as reader:
         for sample in reader:
@@ -136,6 +136,7 @@ def _score(run: RunFolder, info: ShardInfo, rng: np.random.Generator, spread: bo
                 "utility": -score if ok else None,
                 "utility_std": 1e-5 * float(rng.uniform(0.5, 2)) if ok and spread else None,
                 "score": score if ok else None, "terms": terms.tolist() if ok else None,
+                "predicted": False,
                 "loss": float(4 - 0.6 * quality + 0.3 * rng.normal()) if ok else None,
                 "similarity": float(np.clip(0.2 + 0.05 * quality + 0.05 * rng.normal(), -1, 1)) if ok else None,
                 "width": 48, "height": 48, "caption_length": len(sample.caption or ""),

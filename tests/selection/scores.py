@@ -29,8 +29,9 @@ def row(number: int, utility: float | None, **columns: Any) -> Row:
     base: Row = {
         "uid": uid(number), "key": f"key{number}", "status": "ok", "error": "", "utility": utility,
         "utility_std": None, "score": None if utility is None else -utility,
-        "terms": [] if utility is None else [-utility], "loss": 1.0, "similarity": 0.5, "width": 64, "height": 48,
-        "caption_length": 10, "source": "a.org", "content": uid(number + 10**9), "caption_id": number,
+        "terms": [] if utility is None else [-utility], "predicted": False, "loss": 1.0, "similarity": 0.5,
+        "width": 64, "height": 48, "caption_length": 10, "source": "a.org", "content": uid(number + 10**9),
+        "caption_id": number,
     }  # fmt: skip
     return {**base, **columns}
 

@@ -48,7 +48,7 @@ def test_row_groups_carry_statistics_and_the_file_its_provenance() -> None:
     assert file.metadata.row_group(0).column(utility).statistics.has_min_max
     assert file.metadata.row_group(0).column(utility).compression == "ZSTD"
     found = {key: file.metadata.metadata[key] for key in (b"estimator", b"fingerprint", b"schema_version")}
-    assert found == {b"estimator": b"fake", b"fingerprint": b"f", b"schema_version": b"1"}
+    assert found == {b"estimator": b"fake", b"fingerprint": b"f", b"schema_version": b"2"}
 
 
 def test_four_readers_read_it_unaided(tmp_path: Path) -> None:
