@@ -106,6 +106,24 @@ def inspect(
 
 
 @app.command(rich_help_panel=BEFORE)
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    out: Out = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what a run will take: time, GPU hours, memory and storage of each stage, after a short calibration here.
+
+    Nothing is written to the run's folder (but for the demo data, where the config asks for it).
+
+    Example: `diffprune plan my.yaml --set score.sample=0.05`
+    """
+    from pipeline.stages.planning import show_plan
+
+    show_plan(_load(config, set_, out), as_json=json)
+
+
+@app.command(rich_help_panel=BEFORE)
 def estimators() -> None:
     """List the estimators: what they cost in passes per pair and checkpoint, and what they are good for.
 

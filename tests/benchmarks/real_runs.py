@@ -55,10 +55,8 @@ def config_of(name: str, data: Path, out: Path) -> dict[str, Any]:
     return tree
 
 
-def run(name: str, data: Path, folder: Path) -> dict[str, Any]:
-    """Run the job in processes of its own and read off what it says of itself."""
-    config = folder / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(config_of(name, data, folder / name)))
+def run(config: Path, folder: Path) -> dict[str, Any]:
+    """Run the job of a config file in processes of its own, and read off what it says of itself in its folder."""
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "pipeline.cli", "run", str(config)])
     peak = {"driver": 0, "worker": 0, "all": 0}
@@ -68,7 +66,7 @@ def run(name: str, data: Path, folder: Path) -> dict[str, Any]:
     status = process.wait()
     done.set()
     watcher.join()
-    summary = json.loads((folder / name / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     return {"status": status, "total": time.monotonic() - start, "peak": peak, **summary}
 
 
@@ -94,7 +92,9 @@ def main() -> None:
     data = Path(os.environ["DIFFPRUNE_TEST_DATA"])
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[1:] or SETS:
-            found = run(name, data, Path(folder))
+            config = Path(folder, f"{name}.yaml")
+            config.write_text(yaml.safe_dump(config_of(name, data, Path(folder, name))))
+            found = run(config, Path(folder, name))
             counts, pairs = found["counts"], found["counts"]["in"]
             stages = ", ".join(
                 f"{stage} {pairs / max(value, 0.01):,.0f}/s" for stage, value in found["seconds"].items()

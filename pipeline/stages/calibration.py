@@ -1,0 +1,257 @@
+"""What this machine does per second: a few seconds of each kind of work, in as many processes at once as a run has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import Config
+from pipeline.data.decode import Decoder
+from pipeline.data.reader import ShardReader, read_shard
+from pipeline.engine.resources import WorkerPlan
+from pipeline.errors import InputError
+from pipeline.influence import Batches, ProbePlan, Scorer, Settings, prepare_run
+from pipeline.models.clip import PairModel, build_model, split_state
+from pipeline.prepared import settings_of
+from pipeline.replay.schedule import TrainingSettings, data_order
+from pipeline.replay.train import Trainer
+from pipeline.types import AdamState, Checkpoint, PairBatch
+
+#: Seconds that each kind of work is measured for, about.
+SECONDS = 2.0
+#: Pairs that are decoded, and the most that later measurements work on.
+PAIRS = 512
+#: Fewest pairs of a measurement: below it a pass costs more per pair than in a run.
+FEWEST = 8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one process, while others do the same.
+
+    Attributes:
+        start: from asking for a worker until it has built the model.
+        count: per sample, to count the samples of a shard.
+        decode: per pair, read and decoded by the threads of one worker.
+        checkpoint: per pair, one checkpoint's terms.
+        observe: per pair, the forward pass at a run's last checkpoint.
+        directions: all of one run's checkpoints.
+        step: a training step at the config's batch size.
+        parameters: of the model.
+        directed: values of the vectors at one checkpoint.
+        pixels: bytes of a decoded image.
+        tokens: of a caption.
+        embedding: values of one pair's embedding, both towers.
+    """
+
+    start: float
+    count: float
+    decode: float
+    checkpoint: float
+    observe: float
+    directions: float
+    step: float
+    parameters: int
+    directed: int
+    pixels: int
+    tokens: int
+    embedding: int
+
+
+def calibrate(config: Config, urls: Sequence[str], plan: WorkerPlan, checkpoints: int) -> Rates:
+    """Measure in `plan.workers` processes of the connected cluster at once; means over them.
+
+    Args:
+        config: the run's.
+        urls: the input shards; the first ones are read.
+        plan: how many processes, and what each of them asks for.
+        checkpoints: recorded ones per run.
+
+    Raises `InputError` when no pair of these shards can be decoded.
+    """
+    threads = config.engine.decode_threads or max(1, int(plan.cpus))
+    scoring = ray.remote(_measure).options(max_retries=0, **plan.options())
+    # Proxy runs are fewer processes, which share the machine with less.
+    training = ray.remote(_training_step).options(max_retries=0, num_cpus=1, num_gpus=plan.gpus)
+    asked = time.time()
+    shards = [urls[number % len(urls)] for number in range(plan.workers)]
+    try:
+        found: list[Rates] = ray.get(
+            [scoring.remote(config, url, threads, checkpoints, SECONDS, asked) for url in shards]
+        )
+        steps = ray.get([training.remote(config, url, threads, SECONDS) for url in shards[: config.proxy.runs]])
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, InputError) else error from None
+    times = ("start", "count", "decode", "checkpoint", "observe", "directions")
+    means: dict[str, Any] = {name: float(np.mean([getattr(rates, name) for rates in found])) for name in times}
+    return replace(found[0], **means, step=float(np.mean(steps)))
+
+
+def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: float, asked: float) -> Rates:
+    """Runs in a process like those that score; all but the training step."""
+    device, model = _device(), build_model(config.proxy.model, loss=config.proxy.loss)
+    start = time.time() - asked
+    count = _seconds_per_sample(url)
+    begin = time.perf_counter()
+    pairs = _first_pairs(config, url, model, threads)
+    decode = (time.perf_counter() - begin) / len(pairs)
+    points = [_checkpoint(model, number, config) for number in range(2)]
+    settings = settings_of(config)
+    directions, plans = _directions(model.to(device), points, pairs, settings, config, checkpoints, seconds)
+    few = pairs[: config.reference.pairs]
+    last, both = (
+        Scorer(model, list(zip(points, plans, strict=True))[-n:], few, settings, device, config.score.batch_size)
+        for n in (1, 2)
+    )
+    size = min(config.score.batch_size, len(pairs))
+
+    def per_pair(work: Callable[[PairBatch], object]) -> float:
+        return seconds_of(lambda n: work(pairs[:n]), size, size, seconds) / size
+
+    one, two, observe = per_pair(last.score), per_pair(both.score), per_pair(last.observe)
+    return Rates(
+        start=start,
+        count=count,
+        decode=decode,
+        checkpoint=max(two - one, 0.0),
+        observe=observe,
+        directions=directions,
+        step=0.0,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        directed=sum(value.numel() for tree in plans[-1].vectors.values() for value in tree.values()),
+        pixels=pairs.images[0].numel(),
+        tokens=pairs.tokens.shape[1],
+        embedding=last.observe(pairs[:1]).embedding.shape[2],
+    )
+
+
+def _device() -> str:
+    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+
+
+def _first_pairs(config: Config, url: str, model: PairModel, threads: int) -> PairBatch:
+    decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
+    with read_shard(url, caption=config.data.caption) as reader:
+        pairs = decoder.decode_shard(islice(iter(reader), PAIRS), threads).batch
+    if len(pairs) < FEWEST:
+        raise InputError(f"{url}: expected at least {FEWEST} readable pairs to calibrate with, found {len(pairs)}")
+    return pairs
+
+
+def seconds_of(work: Callable[[int], object], target: int, most: int, seconds: float) -> float:
+    """Seconds of `work(target)`, after a few calls with smaller sizes.
+
+    Sizes are doubled until a call takes `seconds` or `most` is reached; from there on it goes by the slope between the
+    last two, since small sizes cost more per pair. The last size is called until `seconds` are over, the mean counts.
+    """
+    size = min(FEWEST, most, target)
+    work(size)
+    before = (0, 0.0)
+    taken = _called(work, size, 0.0)
+    while taken < seconds and size < min(most, target):
+        before = (size, taken)
+        size = min(2 * size, most, target)
+        taken = _called(work, size, 0.0)
+    taken = _called(work, size, seconds)
+    slope = max((taken - before[1]) / (size - before[0]), 0.0)
+    return taken + slope * (target - size)
+
+
+def _called(work: Callable[[int], object], size: int, seconds: float) -> float:
+    """Mean seconds of `work(size)`, called until `seconds` are over, once at least."""
+    calls, begin = 0, time.perf_counter()
+    while not calls or time.perf_counter() - begin < seconds:
+        work(size)
+        calls += 1
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def _seconds_per_sample(url: str) -> float:
+    begin = time.perf_counter()
+    with ShardReader(url) as reader:
+        samples = reader.count()
+    return (time.perf_counter() - begin) / max(samples, 1)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Pairs in memory, as a trainer takes them."""
+
+    pairs: PairBatch
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self.pairs.ids.numpy()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, rows: NDArray[np.int64]) -> PairBatch:
+        return self.pairs[torch.from_numpy(rows)]
+
+
+def _training_step(config: Config, url: str, threads: int, seconds: float) -> float:
+    """Seconds of a step in a process of a proxy run."""
+    device, model = _device(), build_model(config.proxy.model, loss=config.proxy.loss)
+    pairs = _first_pairs(config, url, model, threads)
+    trainers: dict[int, Trainer] = {}
+
+    def step(size: int) -> None:
+        if size not in trainers:
+            trainers[size] = _trainer(model, pairs, size, config, device)
+        trainers[size].advance()
+
+    return seconds_of(step, config.proxy.batch_size, len(pairs), seconds)
+
+
+def _trainer(model: PairModel, pairs: PairBatch, size: int, config: Config, device: str) -> Trainer:
+    proxy = config.proxy.model_copy(update={"batch_size": size, "workers": 1})
+    settings = replace(
+        TrainingSettings.of(config.model_copy(update={"proxy": proxy}), size), steps=10_000 // size, lr=1e-6
+    )
+    return Trainer(model, _Held(pairs), data_order(np.arange(len(pairs)), settings), settings, device)
+
+
+def _checkpoint(model: PairModel, number: int, config: Config) -> Checkpoint:
+    """The model as a recorded checkpoint, with Adam's state where a run has it."""
+    params, buffers = split_state(model)
+    params = {name: value.detach().clone() for name, value in params.items()}
+    adam = None
+    if config.proxy.optimizer == "adamw":
+        mean, square = ({name: torch.full_like(value, 1e-3) for name, value in params.items()} for _ in range(2))
+        adam = AdamState(10, mean, square, config.proxy.beta1, config.proxy.beta2, config.proxy.eps)
+    return Checkpoint(10 * (number + 1), config.proxy.lr, 0, params, dict(buffers), adam)
+
+
+def _directions(
+    model: PairModel,
+    points: list[Checkpoint],
+    pairs: PairBatch,
+    settings: Settings,
+    config: Config,
+    checkpoints: int,
+    seconds: float,
+) -> tuple[float, list[ProbePlan]]:
+    """Seconds for all checkpoints of a run, and plans of the two."""
+    gradient, target = config.reference.gradient_pairs, config.target.pairs
+    reference = pairs[: config.reference.pairs]
+    how = replace(settings, replay="checkpoints")
+
+    def plans(size: int) -> list[ProbePlan]:
+        # B and V overlap here, which changes no cost.
+        parts = (pairs[: max(2, round(size * share / (gradient + target)))] for share in (gradient, target))
+        return prepare_run(model, points, Batches(reference, *parts), how, dataset_size=1000)
+
+    taken = seconds_of(plans, gradient + target, len(pairs), seconds)
+    return taken * checkpoints / len(points), plans(FEWEST)

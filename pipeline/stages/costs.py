@@ -1,0 +1,159 @@
+"""Time, GPU hours, memory and storage of a run's stages, from rates that were measured and counts that are known."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.estimators import ESTIMATORS
+from pipeline.stages.calibration import Rates
+
+#: Bytes of a score file per pair without embeddings (measured: docs/operations.md).
+SCORE_BYTES = 110
+#: Bytes of the keep list, of `uids.npy` and of the manifest per kept pair.
+KEEP_BYTES = 60
+#: Selecting and listing, rows per second of one process (docs/performance.md).
+SELECT_RATE = 600_000
+#: Copying kept members into new tars: bytes per second of one CPU, about half of what copying a file does.
+RESHARD_RATE = 150e6
+#: Steps of an exact replay, in training steps: the step itself and a Hessian product.
+REPLAY_STEPS = 4
+#: Reading, resident: interpreter, torch, open_clip, and activations of a small model.
+PROCESS_BYTES = 700 << 20
+#: Processes that read shards or train at once take this many CPUs each.
+TASK_CPUS = 1
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a run has to deal with: shards, pairs and bytes of the input, and the machines' CPUs and GPUs."""
+
+    shards: int
+    pairs: int
+    bytes: int
+    cpus: int
+    gpus: int
+    workers: int
+    steps: int
+    checkpoints: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: seconds, hours of all GPUs it holds, bytes in memory of its largest process, bytes on storage."""
+
+    stage: str
+    seconds: float
+    gpu_hours: float
+    memory: int
+    storage: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def costs(config: Config, rates: Rates, volume: Volume) -> list[StageCost]:
+    """The stages in order. `volume.checkpoints` counts those of one run, `volume.steps` a run's steps."""
+    return [
+        _inventory(rates, volume),
+        _train(config, rates, volume),
+        _directions(config, rates, volume),
+        _score(config, rates, volume),
+        _select(config, volume),
+        _emit(config, volume),
+    ]
+
+
+def _at_once(count: int, places: int) -> int:
+    """Rounds in which `count` equal pieces of work are done in `places` places."""
+    return ceil(count / max(min(count, places), 1)) if count else 0
+
+
+def _inventory(rates: Rates, volume: Volume) -> StageCost:
+    shard = rates.count * volume.pairs / max(volume.shards, 1)
+    seconds = rates.start + shard * _at_once(volume.shards, volume.cpus // TASK_CPUS)
+    return StageCost("inventory", seconds, 0.0, PROCESS_BYTES, 100 * volume.shards)
+
+
+def _train(config: Config, rates: Rates, volume: Volume) -> StageCost:
+    model = 4 * rates.parameters
+    adam = 3 if config.proxy.optimizer == "adamw" else 1
+    storage = model * adam * volume.checkpoints * volume.runs
+    if config.proxy.checkpoints is not None:
+        return StageCost("train", 0.0, 0.0, PROCESS_BYTES, storage)
+    share = config.proxy.subset * config.proxy.runs
+    cached = volume.pairs if share >= 0.5 else share * volume.pairs
+    cache = rates.start + rates.decode * cached * volume.workers / max(volume.cpus, 1)
+    places = volume.gpus or volume.cpus // TASK_CPUS
+    if config.proxy.workers > 1:
+        steps = volume.runs * volume.steps * rates.step / min(config.proxy.workers, max(places, 1))
+    else:
+        steps = _at_once(volume.runs, places) * volume.steps * rates.step
+    hours = (cache + steps) / 3600 * min(volume.gpus, volume.runs * config.proxy.workers)
+    batch = config.proxy.batch_size * rates.pixels * 4
+    stored = storage + cached * (rates.pixels + 4 * rates.tokens + 24)
+    return StageCost("train", cache + steps, hours, PROCESS_BYTES + 4 * model + batch, int(stored))
+
+
+def _directions(config: Config, rates: Rates, volume: Volume) -> StageCost:
+    m = volume.checkpoints * volume.runs
+    whole_run = config.score.estimator in ("unrolled", "z0")
+    places = volume.gpus or volume.cpus // TASK_CPUS
+    pieces = volume.runs if whole_run else m
+    piece = rates.directions if whole_run else rates.directions / volume.checkpoints
+    if config.score.estimator == "unrolled" and config.score.replay == "exact":
+        piece = volume.steps * rates.step * REPLAY_STEPS
+    drawn = config.reference.pairs + config.reference.gradient_pairs
+    drawn += config.target.pairs
+    # Each of R, B and V is drawn from all shards, which are read up to the last pair that is wanted.
+    read = 2 * rates.count * min(volume.pairs, drawn / max(volume.shards, 1) * volume.pairs)
+    seconds = rates.start + read + rates.decode * drawn + piece * _at_once(pieces, places)
+    memory = PROCESS_BYTES + 4 * (6 * rates.parameters + rates.directed)
+    storage = 4 * rates.directed * m + drawn * (rates.pixels + 8 * rates.tokens + 16)
+    return StageCost("directions", seconds, seconds / 3600 * volume.gpus, memory, int(storage))
+
+
+def _score(config: Config, rates: Rates, volume: Volume) -> StageCost:
+    m, sample = volume.checkpoints * volume.runs, config.score.sample
+    facts = next(facts for facts in ESTIMATORS if facts.name == config.score.estimator)
+    terms = rates.checkpoint * m if facts.tangents or facts.forwards else 0.0
+    seen = rates.observe * volume.runs
+    device = sample * terms + seen
+    # Without a GPU decoding takes the same cores as the passes; with one it overlaps them.
+    pair = max(device, rates.decode) if volume.gpus else device + rates.decode
+    reference = (terms + seen) * config.reference.pairs
+    rounds = _at_once(volume.shards, volume.workers)
+    seconds = rates.start + reference + rounds * pair * volume.pairs / max(volume.shards, 1)
+    stored = SCORE_BYTES + (2 * rates.embedding if config.score.embeddings else 0)
+    if sample < 1:
+        seconds += 2 * rates.start  # the fit, and the workers that predict
+        stored += SCORE_BYTES + 2 * rates.embedding * volume.runs
+    weights = 4 * (rates.parameters * (2 + m) + rates.directed * m)
+    shard = volume.pairs / max(volume.shards, 1) * (rates.pixels + 8 * rates.tokens)
+    memory = PROCESS_BYTES + weights + (config.engine.prefetch + 1) * shard
+    hours = seconds / 3600 * min(volume.gpus, volume.workers)
+    return StageCost("score", seconds, hours, int(memory), int(stored * volume.pairs))
+
+
+def _select(config: Config, volume: Volume) -> StageCost:
+    kept = int(KEEP_BYTES * _kept(config, volume.pairs))
+    return StageCost("select", volume.pairs / SELECT_RATE, 0.0, PROCESS_BYTES, kept)
+
+
+def _emit(config: Config, volume: Volume) -> StageCost:
+    share = _kept(config, volume.pairs) / max(volume.pairs, 1)
+    copied = share * volume.bytes if config.emit.materialize else 0
+    seconds = volume.pairs * share / SELECT_RATE + copied / RESHARD_RATE / max(volume.cpus, 1)
+    return StageCost("emit", seconds, 0.0, PROCESS_BYTES, int(copied + 16 * share * volume.pairs))
+
+
+def _kept(config: Config, pairs: int) -> float:
+    """Pairs that a fraction or count keeps; of a threshold or a band all, which is the most it can be."""
+    keep = config.select.keep
+    if isinstance(keep, float):
+        return keep * pairs
+    return min(keep, pairs) if isinstance(keep, int) else pairs

@@ -1,0 +1,124 @@
+"""`diffprune plan`: what a run will take, from a look at its shards and a short calibration on its machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import Config
+from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory
+from pipeline.data.shards import expand
+from pipeline.data.stream import describe
+from pipeline.engine.connect import alive_nodes, connect
+from pipeline.engine.progress import duration
+from pipeline.engine.resources import plan_workers
+from pipeline.replay.schedule import TrainingSettings
+from pipeline.stages.calibration import Rates, calibrate
+from pipeline.stages.costs import StageCost, Volume, costs
+from pipeline.stages.job import Job, open_job
+from pipeline.store import storage
+from pipeline.text import count, plural, size
+
+#: Shards whose samples are counted where there is no inventory yet, and those whose sizes are asked for.
+COUNTED, SIZED = 2, 200
+
+
+def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
+    """Calibrate on the cluster that a run of this config would use. Nothing is written to the run's folder."""
+    job = open_job(config)
+    urls = expand(job.config.data.shards, "data.shards")
+    known = _inventory(job, urls)
+    with connect(job.config.engine):
+        nodes = alive_nodes()
+        workers = plan_workers(job.config.engine, nodes)
+        workers = replace(workers, workers=min(workers.workers, len(urls)))
+        checkpoints, runs = _checkpoints(job.config)
+        seen = max(round(known[0] * config.proxy.subset), config.proxy.batch_size)
+        volume = Volume(
+            shards=len(urls),
+            pairs=known[0],
+            bytes=known[1],
+            cpus=int(sum(node.get("CPU", 0) for node in nodes)),
+            gpus=int(sum(node.get("GPU", 0) for node in nodes)),
+            workers=workers.workers,
+            steps=TrainingSettings.of(job.config, seen).steps,
+            checkpoints=checkpoints,
+            runs=runs,
+        )
+        rates = calibrate(job.config, urls, workers, checkpoints)
+    return costs(job.config, rates, volume), rates, volume
+
+
+def _inventory(job: Job, urls: Sequence[str]) -> tuple[int, int]:
+    """Pairs and bytes of the input: from the inventory where there is one, else from a few shards."""
+    if storage.exists(job.folder.inventory):
+        infos = read_inventory(job.folder.inventory)
+        if [info.url for info in infos] == list(urls):
+            return sum(info.samples for info in infos), sum(info.bytes for info in infos)
+
+    def some(number: int) -> list[str]:
+        return [urls[place * len(urls) // min(number, len(urls))] for place in range(min(number, len(urls)))]
+
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(lambda url: describe(url)[0], some(SIZED)))
+        counted: list[ShardInfo] = list(pool.map(inspect_shard, range(COUNTED), some(COUNTED)))
+    total = round(sum(sizes) / len(sizes) * len(urls))
+    per_byte = sum(info.samples for info in counted) / max(sum(info.bytes for info in counted), 1)
+    return round(total * per_byte), total
+
+
+def _checkpoints(config: Config) -> tuple[int, int]:
+    """Checkpoints of one run, and runs."""
+    proxy = config.proxy
+    if proxy.checkpoints is not None:
+        return len(proxy.checkpoints), 1
+    return len(proxy.checkpoint_at) if isinstance(proxy.checkpoint_at, list) else proxy.num_checkpoints, proxy.runs
+
+
+def show_plan(config: Config, *, as_json: bool = False) -> None:
+    """Print the plan of a run as a table, or as JSON."""
+    stages, rates, volume = plan(config)
+    if as_json:
+        print(json.dumps({
+            "stages": [stage.to_dict() for stage in stages],
+            "rates": asdict(rates),
+            "volume": asdict(volume),
+        }, indent=2))  # fmt: skip
+        return
+    console = Console()
+    machine = f"{plural(volume.cpus, 'CPU')}, {plural(volume.gpus, 'GPU') if volume.gpus else 'no GPU'}"
+    console.print(
+        f"{plural(volume.pairs, 'pair')} in {plural(volume.shards, 'shard')} ({size(volume.bytes)}); "
+        f"{plural(volume.workers, 'worker')} on {machine}",
+        highlight=False,
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("stage", "time", "GPU hours", "memory per process", "storage"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in stages:
+        table.add_row(*_row(stage))
+    total = StageCost(
+        "all",
+        math.fsum(stage.seconds for stage in stages),
+        math.fsum(stage.gpu_hours for stage in stages),
+        max(stage.memory for stage in stages),
+        sum(stage.storage for stage in stages),
+    )
+    table.add_row(*_row(total), style="bold")
+    console.print(table)
+    console.print(
+        f"measured: {1 / rates.decode:,.0f} pairs/s decoded, {1 / rates.observe:,.0f} pairs/s forward, "
+        f"{count(round(rates.step * 1000))} ms per training step, by each of {plural(volume.workers, 'worker')}",
+        highlight=False,
+    )
+
+
+def _row(stage: StageCost) -> tuple[str, ...]:
+    hours = f"{stage.gpu_hours:.1f}" if stage.gpu_hours else "0"
+    return stage.stage, duration(stage.seconds), hours, size(stage.memory), size(stage.storage)
