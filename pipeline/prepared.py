@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.influence.regressor import Regressor
 from pipeline.influence.settings import Batches, Settings
 from pipeline.run import RunFolder
 from pipeline.store import storage
+from pipeline.store.tensors import parse_tensors
 from pipeline.types import PairBatch
 
 _METADATA_KEY = "diffprune.plan"
@@ -76,7 +76,7 @@ def save_batches(root: str, batches: Batches) -> None:
 
 def load_batches(root: str) -> Batches:
     """The inverse of `save_batches`."""
-    tensors = safetensors.torch.load(storage.read_bytes(batches_url(root)))
+    tensors, _ = parse_tensors(storage.read_bytes(batches_url(root)))
     return Batches(
         *(PairBatch(*(tensors[f"{name}/{field}"] for field in PairBatch.__slots__)) for name in Batches.__slots__)
     )
@@ -95,8 +95,8 @@ def save_plan(root: str, number: int, plan: ProbePlan) -> None:
 
 def load_plan(root: str, number: int) -> ProbePlan:
     """The inverse of `save_plan`."""
-    data = storage.read_bytes(plan_url(root, number))
-    return ProbePlan.from_tensors(safetensors.torch.load(data), _metadata(data))
+    tensors, metadata = parse_tensors(storage.read_bytes(plan_url(root, number)))
+    return ProbePlan.from_tensors(tensors, metadata[_METADATA_KEY])
 
 
 def save_regressor(root: str, regressor: Regressor) -> str:
@@ -109,12 +109,5 @@ def save_regressor(root: str, regressor: Regressor) -> str:
 
 def load_regressor(root: str) -> Regressor:
     """The inverse of `save_regressor`."""
-    data = storage.read_bytes(RunFolder(root).regressor)
-    return Regressor.from_tensors(safetensors.torch.load(data), _metadata(data))
-
-
-def _metadata(data: bytes) -> str:
-    """Our entry of a safetensors file's metadata, which the library's loader does not give."""
-    length = int.from_bytes(data[:8], "little")
-    text: str = json.loads(data[8 : 8 + length])["__metadata__"][_METADATA_KEY]
-    return text
+    tensors, metadata = parse_tensors(storage.read_bytes(RunFolder(root).regressor))
+    return Regressor.from_tensors(tensors, metadata[_METADATA_KEY])

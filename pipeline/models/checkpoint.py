@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.models.clip import split_state
 from pipeline.store import storage
+from pipeline.store.tensors import parse_tensors
 from pipeline.types import AdamState, Checkpoint, Tree
 
 #: The metadata key of our files. One key alone: safetensors writes several in an order that changes.
@@ -101,14 +102,11 @@ def load_checkpoint(
 def _read_safetensors(url: str) -> tuple[Tree, dict[str, Any] | None]:
     """All tensors, and our metadata where the file is ours."""
     try:
-        data = storage.read_bytes(url)
-        tensors = safetensors.torch.load(data)
+        tensors, metadata = parse_tensors(storage.read_bytes(url))
     except OSError as error:
         raise InputError(f"{url}: expected a checkpoint: {error.strerror or error}") from None
     except SafetensorError as error:
         raise InputError(f"{url}: expected a whole safetensors file: {error}") from None
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return tensors, json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
 
 

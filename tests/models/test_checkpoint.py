@@ -76,6 +76,14 @@ def test_equal_checkpoints_give_equal_bytes(model: PairModel) -> None:
     assert serialise_checkpoint(first) == serialise_checkpoint(first) == serialise_checkpoint(shuffled)
 
 
+def test_parameters_come_in_one_order_whoever_reads_them(model: PairModel, tmp_path: Path) -> None:
+    save_checkpoint(str(tmp_path / "a.safetensors"), adam_checkpoint(model))
+    read = load_checkpoint(str(tmp_path / "a.safetensors"))
+    assert read.adam is not None
+    for tree in (read.params, read.adam.exp_avg, read.adam.exp_avg_sq):
+        assert list(tree) == sorted(split_state(model)[0])
+
+
 def test_plain_safetensors_need_a_step_and_a_rate(model: PairModel, tmp_path: Path) -> None:
     path = str(tmp_path / "plain.safetensors")
     safetensors.torch.save_file(model.state_dict(), path)
