@@ -6,7 +6,6 @@ is told in `ShardStream.error`. Without that difference a cut connection would l
 
 from __future__ import annotations
 
-import gzip
 import io
 import zlib
 from typing import Any, Protocol
@@ -21,6 +20,8 @@ from pipeline.store import storage
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 #: Bytes fetched from remote storage at once.
 BLOCK_BYTES = 8 << 20
+#: Compressed bytes that are decompressed at once.
+COMPRESSED_BYTES = 8 << 10
 #: Times a block is asked for before the shard is given up (the filesystem's own retries come on top).
 ATTEMPTS = 4
 
@@ -29,7 +30,7 @@ _GONE = (FileNotFoundError, PermissionError, IsADirectoryError)
 _FINAL_STATUS = (400, 401, 403, 404, 405, 410)
 #: Where filesystems keep the version of a file, the best first.
 _VERSIONS = ("ETag", "etag", "md5", "Content-MD5", "mtime", "LastModified", "Last-Modified")
-_BROKEN_DATA = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+_BROKEN_DATA = (EOFError, zlib.error, zstandard.ZstdError)
 
 
 class _Bytes(Protocol):
@@ -53,7 +54,7 @@ class ShardStream:
         self._raw = _open(url)
         self._source: _Bytes
         if name.endswith((".tar.gz", ".tgz")):
-            self._source = gzip.GzipFile(fileobj=self._raw)
+            self._source = _Gzip(self._raw)
         elif name.endswith(".tar.zst"):
             self._source = zstandard.ZstdDecompressor().stream_reader(self._raw, read_across_frames=True)
         else:
@@ -80,6 +81,64 @@ class ShardStream:
         """Release the file or connection."""
         self._source.close()
         self._raw.close()
+
+
+class _Gzip:
+    """Decompresses gzip, and gives every byte before a damage, where `gzip.GzipFile` loses those of a whole block."""
+
+    def __init__(self, raw: io.BufferedReader) -> None:
+        self._raw = raw
+        self._inflate = self._member()
+        self._input = b""
+        self._inside = False
+        self._error: zlib.error | None = None
+
+    @staticmethod
+    def _member() -> zlib._Decompress:
+        return zlib.decompressobj(zlib.MAX_WBITS | 16)  # with gzip's header and trailer
+
+    def read1(self, size: int, /) -> bytes:
+        """At most `size` bytes, none at the end. Raises `zlib.error` or `EOFError` once all that is whole was given."""
+        while self._error is None:
+            if self._inflate.eof:
+                # Another member may follow, after zeros that pad to a block of a tape.
+                self._inflate, self._inside = self._member(), False
+            if not self._inside:
+                self._input = self._input.lstrip(b"\0")
+            self._input = self._input or self._raw.read1(COMPRESSED_BYTES)
+            if not self._input:
+                if self._inside:
+                    raise EOFError("it ends in the middle")
+                return b""
+            if not self._inside and not self._input.strip(b"\0"):
+                continue
+            self._inside = True
+            if data := self._step(size):
+                return data
+        raise self._error
+
+    def _step(self, size: int) -> bytes:
+        before = self._inflate.copy()
+        try:
+            data = self._inflate.decompress(self._input, size)
+        except zlib.error as error:
+            self._error = error
+            return self._salvaged(before)
+        self._input = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
+        return data
+
+    def _salvaged(self, inflate: zlib._Decompress) -> bytes:
+        """What comes before the damage: byte by byte, since a call that fails gives nothing."""
+        data = bytearray()
+        try:
+            for place in range(len(self._input)):
+                data += inflate.decompress(self._input[place : place + 1])
+        except zlib.error:
+            return bytes(data)
+        raise AssertionError("the same bytes were broken a moment ago")
+
+    def close(self) -> None:
+        """Nothing to release: the file is another's."""
 
 
 def describe(url: str) -> tuple[int, str]:
