@@ -102,7 +102,6 @@ def score_shards(
     with Display(title, "shards", tally) as display:
         if pending:
             _Driver(spec, shards, run, fingerprint, config, outcome, display).work(pending)
-    storage.remove_temporary(run.scores)
     outcome.seconds = time.monotonic() - start
     return outcome
 

@@ -153,8 +153,6 @@ def run_tasks(
                 tally.failed += 1
                 display.note(f"set aside {aside}")
     _forget_old_failures(run, stage, outcome)
-    if marks is not None:
-        storage.remove_temporary(marks.folder)
     return outcome
 
 

@@ -130,10 +130,15 @@ class _Session:
         self._shown = 0.0
 
     def resume(self, stale: str) -> list[float]:
-        """Restore the last whole resume point; the losses of the steps before it."""
+        """Restore the last whole resume point; the losses of the steps before it.
+
+        The file may be gone though its mark is there: a worker that Ray lost sight of and replaced, and that goes on
+        for a while, removes all points but its own.
+        """
         mark = marks.read_mark(self.files.resume_mark)
         found = marks.is_current(self.files.resume_mark, mark, self.fingerprint, stale)
-        step = self.trainer.workers.agree(mark["step"] if found and mark else 0)
+        there = found and mark is not None and storage.exists(self.files.resume_point(mark["step"]))
+        step = self.trainer.workers.agree(mark["step"] if there and mark else 0)
         if not step or mark is None:
             return []
         self.trainer.restore(load_checkpoint(self.files.resume_point(step), self.trainer.model))

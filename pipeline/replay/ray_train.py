@@ -96,7 +96,7 @@ def _gather(function: Callable[[ProxyJob, int], int], job: ProxyJob, runs: Itera
     try:
         steps: list[int] = ray.get([task.remote(sent, run) for run in runs])
     except RayTaskError as error:
-        if isinstance(error.cause, DiffpruneError):
+        if isinstance(error.cause, DiffpruneError | OSError):
             raise error.cause from None
         raise
     except RayError as error:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -44,14 +45,14 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
         for stage in ("inventory", "train", "directions"):
             _run(job, stage)
         summary.record_config(job)
-        with summary.timed(job, "score"):
+        with _stage(job, "score"):
             outcome = score(job, retry_failed=retry_failed)
         summary.note_scores(job, outcome)
         for stage in ("select", "emit"):
             _run(job, stage)
         results = []
         if config.evaluate is not None and config.evaluate.shards is not None:
-            with summary.timed(job, "evaluate"):
+            with _stage(job, "evaluate"):
                 results = evaluate(job)
         _run(job, "report")
     summary.show(job, results)
@@ -64,12 +65,12 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     with connect(config.engine):
         _prepare(config, proxy=name in _WITH_PROXY)
         if name == "score":
-            with summary.timed(job, "score"):
+            with _stage(job, "score"):
                 outcome = score(job, retry_failed=retry_failed)
             summary.note_scores(job, outcome)
         elif name == "evaluate":
             require_scores(job)
-            with summary.timed(job, "evaluate"):
+            with _stage(job, "evaluate"):
                 results = evaluate(job)
             summary.show(job, results)
         else:
@@ -77,8 +78,35 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
 
 
 def _run(job: Job, stage: str) -> None:
-    with summary.timed(job, stage):
+    with _stage(job, stage):
         _STAGES[stage](job)
+
+
+@contextmanager
+def _stage(job: Job, name: str) -> Iterator[None]:
+    """Time a stage; once it is complete, remove what killed writers left in the folders that it writes to."""
+    with summary.timed(job, name):
+        yield
+        for folder in _folders(job, name):
+            storage.remove_temporary(folder)
+    storage.remove_temporary(job.folder.root, below=False)
+
+
+def _folders(job: Job, stage: str) -> list[str]:
+    """Where a stage and its tasks write, other than right in the run's folder."""
+    root, selection = job.folder.root, job.folder.selection(job.config.select.name)
+    own = {
+        "inventory": [storage.join(root, "scratch")],
+        "train": [job.folder.checkpoints, job.cache_folder],
+        "directions": [job.folder.directions],
+        "score": [job.folder.scores],
+        "select": [selection],
+        "emit": [selection],
+        "evaluate": [storage.join(root, "evaluation")],
+        "report": [storage.join(root, "report")],
+        "validate": [storage.join(root, "validation")],
+    }
+    return [storage.join(root, "failed"), *own[stage]]
 
 
 def _select(job: Job) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import posixpath
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,16 +166,22 @@ def remove(url: str) -> None:
         fs.rm_file(path)
 
 
-def remove_temporary(folder: str) -> None:
-    """Remove what writers that were killed left right in a local `folder`; object stores keep no partial objects.
+def remove_temporary(folder: str, *, below: bool = True) -> None:
+    """Remove what writers that were killed left in a local `folder`; object stores keep no partial objects.
 
     For when the work on the folder is settled: a writer that is still at it would fail, and its work be repeated.
+    `below=False` looks right in the folder alone.
     """
-    if not is_local(folder) or not os.path.isdir(local_path(folder)):
+    if not is_local(folder):
         return
-    for name in os.listdir(local_path(folder)):
-        if name.startswith(TEMPORARY_PREFIX):
-            remove(join(folder, name))
+    for path, folders, files in os.walk(local_path(folder)):
+        for name in [name for name in files if name.startswith(TEMPORARY_PREFIX)]:
+            os.unlink(os.path.join(path, name))
+        for name in [name for name in folders if name.startswith(TEMPORARY_PREFIX)]:
+            folders.remove(name)
+            shutil.rmtree(os.path.join(path, name), ignore_errors=True)
+        if not below:
+            return
 
 
 def checksum(data: bytes) -> str:

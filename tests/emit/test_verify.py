@@ -321,6 +321,14 @@ def test_damage_is_found(run: Path, name: str) -> None:
     assert len(problems) <= 4, problems
 
 
+def test_a_run_that_has_not_come_to_selecting_needs_no_counts(run: Path) -> None:
+    (run / "summary.json").write_text('{"seconds": {"train": 1.0}}')
+    assert len(verify(str(run))) == 1
+    for folder in ("pruned", "selections"):
+        shutil.rmtree(run / folder)
+    assert verify(str(run)) == []
+
+
 def test_a_shard_that_was_set_aside_is_no_problem(sound: Path, run: Path, tmp_path: Path) -> None:
     shards = pq.read_table(sound / "inventory.parquet")["url"].to_pylist()
     made = make_run(tmp_path / "other", shards)

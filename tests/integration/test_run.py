@@ -117,6 +117,18 @@ def test_started_again_a_finished_run_rewrites_no_result(finished: RunFolder, sh
     assert {path for path in changed if not path.startswith(("report", "summary.json", "config.yaml"))} == set()
 
 
+def test_what_killed_writers_left_is_gone_when_the_run_is_complete(finished: RunFolder, shards: list[str]) -> None:
+    root = Path(finished.root)
+    folders = ["", "checkpoints/run-000", "cache", "directions/marks", "scores", "pruned", "pruned/shards", "report"]
+    for folder in folders:
+        (root / folder / ".tmp-0123-half").write_bytes(b"half")
+    (root / "pruned" / ".tmp-runs").mkdir()
+    assert len(verify(finished)) == len(folders) + 1
+    run_all(small_config(shards, finished.root))
+    assert verify(finished) == []
+    assert not list(root.rglob(".tmp-*"))
+
+
 def test_another_keep_selects_anew_and_scores_nothing(finished: RunFolder, shards: list[str]) -> None:
     before = files_of(finished.scores)
     config = small_config(shards, finished.root, select={"keep": 5, "name": "five"})

@@ -167,6 +167,18 @@ def test_killed_while_writing_a_resume_point_it_uses_the_one_before(
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_a_resume_point_that_another_worker_removed_is_done_without(tmp_path: Path, factory: Factory) -> None:
+    config = config_of()
+    train(tmp_path / "whole", config, factory)
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", config, factory, progress=killing(7))
+    (tmp_path / "cut" / "checkpoints" / "run-000" / "resume-00000005.safetensors").unlink()
+    steps: list[int] = []
+    train(tmp_path / "cut", config, factory, progress=lambda step, loss, lr: steps.append(step))
+    assert steps[0] == 1
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
 def test_a_killed_process_is_continued(tmp_path: Path, factory: Factory) -> None:
     code = f"""
 import time
