@@ -1,279 +1,288 @@
-"""Kills parts of a running job at random moments, starts it again, and compares its files with an undisturbed run.
+"""Kills parts of `diffprune run` at random moments, starts it again, and compares its files with an undisturbed run.
 
-    python -m tests.faults.chaos --kills 15 --seed 0
-    python -m tests.faults.chaos --kills 100 --job 'diffprune run my.yaml --out {out}' --ignore 'report/*'
+    python -m tests.faults.chaos --kills 16 --seed 0 --folder FOLDER
 
-Each kill is a SIGKILL of an actor or task process, of the driver, or (with `--cluster`) of a whole Ray node, which
-comes back after a moment. A job that completes before all kills are spent is compared and begun anew in another
-folder. The job must end with status 0 by itself: a kill may cost time, never the result. Prints one JSON object;
-the exit status is 0 only if every file of every round equals that of the undisturbed run byte for byte, times in
-JSON files aside.
+The job is small but whole: two proxy runs, four checkpoints, scores, a selection, pruned tars and the report. Each kill
+is a SIGKILL of a worker (an actor or task process), of a whole Ray node, which another one replaces after a moment, or
+of the driver, which is started again with the same command. The kills are spread evenly over train, directions, score
+and emit and over the three kinds; the moment within a stage is random. After `--per-round` kills the job is left alone
+until it ends by itself with status 0: every file must then equal that of the undisturbed run byte for byte (but for
+times: `tests/faults/outputs.py`), and `diffprune verify` must have nothing to say. The next round begins anew.
+
+One Ray cluster serves all rounds. Prints each kill as it happens, and at the end one JSON object; the exit status is 0
+only if all of that held.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHEAP_JOB = f"{sys.executable} -m tests.faults.cheap_job --out {{out}}"
+import yaml
 
-#: Keys of JSON files whose values are times, or say where something ran.
-TIME_KEYS = ("seconds", "finished", "worker", "node", "time", "timings", "throughput", "started", "pairs_per_second")
+from pipeline.emit.verify import verify
+from tests.faults.outputs import contents, differences
+from tests.faults.victims import Nodes, kill, workers_of
+from tests.helpers import Member, caption_of, image_bytes, sample_members, uid_of, write_tar
 
+#: Where kills are aimed at, and all stages in their order.
+STAGES = ("train", "directions", "score", "emit")
+ORDER = ("inventory", "train", "directions", "score", "select", "emit", "report")
 
-#: Titles of Ray's processes that run none of our work: idle workers, and a node's own agents (the node dies with them).
-NOT_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+KINDS = ("worker", "node", "driver")
 
+SHARDS, SAMPLES = 24, 16
 
-def contents(folder: Path, ignored: list[str], keys: tuple[str, ...]) -> dict[str, bytes]:
-    """Every file below `folder` by relative path; JSON without `keys`, and the folder's own name as `{out}`."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if not path.is_file() or any(fnmatch.fnmatch(name, pattern) for pattern in ignored):
-            continue
-        data = path.read_bytes()
-        if path.suffix == ".json":
-            data = json.dumps(_without(json.loads(data), keys)).encode()
-        if path.suffix in (".json", ".jsonl", ".yaml", ".sh", ".csv", ".md", ".html"):
-            data = data.replace(str(folder).encode(), b"{out}")
-        found[name] = data
-    return found
+#: Seconds after which a job that is left alone is held to hang.
+PATIENCE = 900.0
+
+#: Of the kills, the share that waits until some worker has work; the others hit starts and work of the driver, too.
+AT_WORK = 0.8
 
 
-def _without(value: Any, keys: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(child, keys) for key, child in value.items() if key not in keys}
-    return [_without(child, keys) for child in value] if isinstance(value, list) else value
+def write_job(folder: Path) -> Path:
+    """Input shards, with a pair or two to be rejected in each, and the config of the job, whose path is returned."""
+    for shard in range(SHARDS):
+        members: list[Member] = []
+        for number in range(shard * SAMPLES, (shard + 1) * SAMPLES):
+            image = image_bytes(seed=number) if number % 17 else b"no image"
+            caption = caption_of(number) if number % 29 else None
+            members += sample_members(f"{number:06d}", image, caption, {"uid": uid_of(number)})
+        write_tar(folder / "input" / f"{shard:05d}.tar", members)
+    config = {
+        "out": str(folder / "run"),
+        "seed": 5,
+        "data": {"shards": f"{folder}/input/{{00000..{SHARDS - 1:05d}}}.tar"},
+        "proxy": {
+            "model": "digits-vit",
+            "runs": 2,
+            "steps": 120,
+            "batch_size": 16,
+            "lr": 1e-3,
+            "num_checkpoints": 2,
+            "resume_every": 10,
+        },
+        "target": {"pairs": 8},
+        "reference": {"pairs": 8, "gradient_pairs": 16},
+        "select": {"keep": 0.5},
+        # Each kill counts as an attempt for the unit of work that it hits.
+        "engine": {"retries": 20, "retry_wait": 0.1},
+        # A tar per pair: many small tasks, so that the stage takes long enough to be hit.
+        "emit": {"materialize": True, "pairs_per_shard": 1, "shuffle": True},
+        "report": {"gallery": 3},
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
 
 
-def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
-    """What is absent, unexpected or different."""
-    return [
-        *(f"{name} is missing" for name in sorted(expected.keys() - found.keys())),
-        *(f"{name} is unexpected" for name in sorted(found.keys() - expected.keys())),
-        *(f"{name} differs" for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]),
-    ]
-
-
-def ray_processes(roots: set[int]) -> list[int]:
-    """Actor and task processes of Ray that descend from the processes `roots`; idle workers are left out."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text()
-            titles[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-
-    def descends(pid: int) -> bool:
-        while pid in parents:
-            if pid in roots:
-                return True
-            pid = parents[pid]
-        return False
-
-    return sorted(
-        pid
-        for pid, title in titles.items()
-        if title.startswith("ray::") and not title.startswith(NOT_WORK) and descends(pid)
-    )
-
-
-class Nodes:
-    """A Ray cluster of a head without CPUs and two machines with one CPU each, all on this host.
-
-    Its files are in a temporary folder of its own: a `Cluster` names itself in Ray's temporary folder as the one that
-    a bare `ray.init()` joins, and removes that name when it ends. In the default folder other people's programs on
-    this machine would join nodes that are about to be killed, and lose the name of their own cluster.
-    """
-
-    def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="chaos-")  # short: the paths of sockets in it are limited
-        os.environ["RAY_TMPDIR"] = self._folder
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}, shutdown_at_exit=True
-        )
-        self._nodes = [self._add() for _ in range(2)]
-
-    def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
-
-    @property
-    def address(self) -> str:
-        """For `RAY_ADDRESS`."""
-        return str(self._cluster.address)
-
-    def kill_one(self, generator: random.Random) -> None:
-        """Take a machine away, and bring another one."""
-        node = self._nodes.pop(generator.randrange(len(self._nodes)))
-        self._cluster.remove_node(node, allow_graceful=False)
-        time.sleep(generator.uniform(0, 3))
-        self._nodes.append(self._add())
-
-    def close(self) -> None:
-        """Stop all nodes."""
-        self._cluster.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+def stage_of(run: Path) -> str:
+    """The stage that a job is in, from its files."""
+    if not (run / "inventory.parquet").exists():
+        return "inventory"
+    if not (run / "checkpoints" / "trained.json").exists():
+        return "train"
+    if not (run / "directions" / "manifest.json").exists():
+        return "directions"
+    if len(list((run / "scores").glob("[0-9]*.json"))) < SHARDS:
+        return "score"
+    if not (run / "pruned" / "selection.json").exists():
+        return "select"
+    return "report" if (run / "pruned" / "emit.json").exists() else "emit"
 
 
 @dataclass
 class Chaos:
-    """One session: the job, the generator of moments and victims, and what happened."""
+    """One session: the job, the cluster, the generator of moments and victims, and what happened."""
 
-    job: str
     folder: Path
+    nodes: Nodes
     generator: random.Random
-    between: tuple[float, float]
-    nodes: Nodes | None
-    kills: Counter[str] = field(default_factory=Counter)
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     starts: int = 0
+    began: float = field(default_factory=time.monotonic)
 
-    def start(self, out: Path) -> subprocess.Popen[bytes]:
-        """Start the job, its output appended to `OUT.log`."""
+    @property
+    def run(self) -> Path:
+        """The run folder: the same path in each round, since files name it."""
+        return self.folder / "run"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the job; its output goes to `job.log`."""
         self.starts += 1
-        environment = {**os.environ, "RAY_ADDRESS": self.nodes.address if self.nodes else "local"}
-        with open(f"{out}.log", "ab") as log:
-            return subprocess.Popen(
-                shlex.split(self.job.format(out=shlex.quote(str(out)))), stdout=log, stderr=log, env=environment
-            )
+        environment = {**os.environ, "RAY_ADDRESS": self.nodes.address}
+        with open(self.folder / "job.log", "ab") as log:
+            command = [sys.executable, "-m", "pipeline.cli", "run", str(self.folder / "job.yaml")]
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    def undisturbed(self) -> Path:
-        """Run the job once without any kill."""
-        out = self.folder / "undisturbed"
-        if self.start(out).wait() != 0:
-            raise SystemExit(f"the undisturbed job failed:\n{Path(f'{out}.log').read_text()[-3000:]}")
-        return out
+    def finish(self, driver: subprocess.Popen[bytes]) -> None:
+        """Wait for the job's end by itself. Raises `SystemExit` when it fails or hangs."""
+        if not self._ended(driver, PATIENCE):
+            driver.kill()
+            self._fail(f"hangs: in {stage_of(self.run)} after {PATIENCE:.0f} seconds without any kill")
+        if driver.returncode != 0:
+            self._fail(f"failed by itself with status {driver.returncode}")
 
-    def rounds(self, kills: int) -> Iterator[Path]:
-        """Disturb the job until `kills` are spent; yields the folder of each completed run."""
-        while self.kills.total() < kills:
-            out = self.folder / f"round-{self.starts:04d}"
-            driver = self.start(out)
-            try:
-                while self.kills.total() < kills and not self._ended(driver, self.generator.uniform(*self.between)):
-                    driver = self._strike(driver, out)
-                if driver.wait() != 0:
-                    log = Path(f"{out}.log").read_text(errors="replace")[-3000:]
-                    raise SystemExit(f"after {dict(self.kills)} the job failed by itself:\n{log}")
-            finally:
-                if driver.poll() is None:
-                    driver.kill()
-            yield out
+    def _fail(self, how: str) -> None:
+        log = (self.folder / "job.log").read_text(errors="replace")[-4000:]
+        raise SystemExit(f"after {self.kills.total()} kills the job {how}:\n{log}")
 
-    def _ended(self, driver: subprocess.Popen[bytes], seconds: float) -> bool:
+    def say(self, what: str) -> None:
+        """Print a line with the seconds since the start."""
+        print(f"{time.monotonic() - self.began:7.1f} s  {what}", file=sys.stderr, flush=True)
+
+    def round(self, plan: list[tuple[str, str]], seconds: dict[str, float]) -> list[tuple[str, str]]:
+        """Run the job once, with the kills of `plan` (stage and kind, in the order of the stages).
+
+        `seconds` is what each stage takes undisturbed. Returns the kills that came too late: the job had ended.
+        """
+        (self.folder / "job.log").unlink(missing_ok=True)
+        driver = self.start()
         try:
-            driver.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
+            for place, (stage, kind) in enumerate(plan):
+                at_work = self.generator.random() < AT_WORK
+                delay = self.generator.uniform(0, seconds[stage] / 2)  # two kills fit in
+                if not self._await(driver, stage, kind == "worker" or at_work) or self._ended(driver, delay):
+                    self.finish(driver)
+                    return plan[place:]
+                if kind == "driver":
+                    found, driver = stage_of(self.run), self._restart(driver)
+                elif (hit := self._strike(driver, kind)) is None:
+                    self.finish(driver)
+                    return plan[place:]
+                else:
+                    found = hit
+                self.kills[found, kind] += 1
+                self.say(f"{kind} killed in {found} ({self.kills.total()})")
+            self.finish(driver)
+            return []
+        finally:
+            if driver.poll() is None:
+                driver.kill()
+
+    def _await(self, driver: subprocess.Popen[bytes], stage: str, at_work: bool) -> bool:
+        """Until the job has come to `stage`, and some worker has work; False when the job ended before that."""
+        while ORDER.index(stage_of(self.run)) < ORDER.index(stage) or (at_work and not self._at_work()):
+            if self._ended(driver, 0.05):
+                return False
         return True
 
-    def _strike(self, driver: subprocess.Popen[bytes], out: Path) -> subprocess.Popen[bytes]:
-        kind = self.generator.choice(["actor", "driver", *(["node"] if self.nodes else [])])
-        # A start takes longer than much of the work: three strikes in four wait for work to go on.
-        if kind == "actor" or self.generator.random() < 0.75:
-            while not ray_processes({os.getpid(), driver.pid}):
-                if self._ended(driver, 0.3):
-                    return driver
-        if kind == "node" and self.nodes:
-            self.nodes.kill_one(self.generator)
-        elif kind == "actor":
-            victims = ray_processes({os.getpid(), driver.pid})
-            if not victims:
-                return driver
+    def _at_work(self) -> list[int]:
+        return workers_of(os.getpid())
+
+    def _ended(self, driver: subprocess.Popen[bytes], seconds: float) -> bool:
+        """Wait that long for the job's end, and see to it that a killed node is replaced meanwhile."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self.nodes.tend()
             try:
-                os.kill(self.generator.choice(victims), signal.SIGKILL)
-            except ProcessLookupError:
-                return driver
-        else:
-            driver.kill()
-            driver.wait()
-            driver = self.start(out)
-        self.kills[kind] += 1
-        return driver
+                driver.wait(max(0.0, min(0.2, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                if time.monotonic() >= deadline:
+                    return False
+            else:
+                return True
+
+    def _restart(self, driver: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        """Kill the driver and give the same command again."""
+        driver.kill()
+        driver.wait()
+        return self.start()
+
+    def _strike(self, driver: subprocess.Popen[bytes], kind: str) -> str | None:
+        """Kill a worker or a node; the stage that this hit, or None when the job ended before there was a victim."""
+        if kind == "node":
+            found = stage_of(self.run)
+            self.nodes.kill_one(self.generator)
+            return found
+        while driver.poll() is None:
+            victims, found = self._at_work(), stage_of(self.run)
+            if victims and kill(self.generator.choice(victims)):
+                return found
+        return None
 
 
-def run(
-    kills: int,
-    seed: int,
-    folder: Path,
-    *,
-    job: str = CHEAP_JOB,
-    cluster: bool = False,
-    between: tuple[float, float] = (1.0, 8.0),
-    ignored: list[str] | None = None,
-    ignored_keys: list[str] | None = None,
-) -> dict[str, Any]:
-    """Spend `kills` on `job` and report; `problems` is empty when every file came out right."""
-    nodes = Nodes() if cluster else None
+def plan_kills(kills: int, generator: random.Random) -> list[tuple[str, str]]:
+    """`kills` pairs of stage and kind: stages in turn, and within a stage all kinds as often as each other."""
+    bags: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    plan = []
+    for number in range(kills):
+        stage = STAGES[number % len(STAGES)]
+        if not bags[stage]:
+            bags[stage] = generator.sample(KINDS, len(KINDS))
+        plan.append((stage, bags[stage].pop()))
+    return plan
+
+
+def run(kills: int, seed: int, folder: Path, per_round: int = 8) -> dict[str, Any]:
+    """Spend `kills` on the job and report; `problems` is empty when every file of every round came out right."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_job(folder)
+    began = time.monotonic()
+    nodes = Nodes()
     try:
-        chaos = Chaos(job, folder, random.Random(seed), between, nodes)
-        patterns, keys = ignored or [], (*TIME_KEYS, *(ignored_keys or []))
+        chaos = Chaos(folder, nodes, random.Random(seed))
         start = time.monotonic()
-        expected = contents(chaos.undisturbed(), patterns, keys)
+        chaos.finish(chaos.start())
         calm = time.monotonic() - start
-        problems: list[str] = []
+        expected = contents(chaos.run)
+        seconds = json.loads((chaos.run / "summary.json").read_text())["seconds"]
+        problems = [f"undisturbed: {line}" for line in verify(str(chaos.run))]
+        chaos.run.rename(folder / "undisturbed")
+        chaos.say(f"undisturbed: {len(expected)} files in {calm:.1f} s ({seconds})")
+        waiting = plan_kills(kills, chaos.generator)
         rounds = 0
-        for out in chaos.rounds(kills):
+        while waiting:
+            now, waiting = waiting[:per_round], waiting[per_round:]
+            late = chaos.round(sorted(now, key=lambda kill: STAGES.index(kill[0])), seconds)
+            waiting = late + waiting
+            found = [
+                *differences(expected, contents(chaos.run)),
+                *(f"verify: {line}" for line in verify(str(chaos.run))),
+            ]
+            problems += [f"round {rounds}: {line}" for line in found]
+            chaos.say(f"round {rounds} ended: {len(found)} problems")
+            if found:
+                chaos.run.rename(folder / f"round-{rounds}")  # to look into
+            else:
+                shutil.rmtree(chaos.run)
             rounds += 1
-            problems += [f"{out.name}: {line}" for line in differences(expected, contents(out, patterns, keys))]
+        by_stage: dict[str, dict[str, int]] = {}
+        for (stage, kind), count in sorted(chaos.kills.items()):
+            by_stage.setdefault(stage, {})[kind] = count
         return {
-            "kills": dict(sorted(chaos.kills.items())),
+            "kills": chaos.kills.total(),
+            "by_stage": by_stage,
             "rounds": rounds,
             "starts": chaos.starts,
             "files": len(expected),
             "seconds_undisturbed": round(calm, 1),
-            "seconds": round(time.monotonic() - start, 1),
+            "seconds": round(time.monotonic() - began, 1),
             "problems": problems,
         }
     finally:
-        if nodes:
-            nodes.close()
+        nodes.close()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=15)
+    parser.add_argument("--kills", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, required=True, help="where the runs go; must be empty")
-    parser.add_argument("--job", default=CHEAP_JOB, help="a resumable command with {out} for its run folder")
-    parser.add_argument("--cluster", action="store_true", help="two Ray nodes, which are killed too")
-    parser.add_argument("--between", type=float, nargs=2, default=(1.0, 8.0), help="seconds between two kills")
-    parser.add_argument("--ignore", action="append", default=[], help="files not compared (pattern)")
-    parser.add_argument("--ignore-key", action="append", default=[], help="keys of JSON files not compared")
+    parser.add_argument("--folder", type=Path, required=True, help="where the runs go; must not exist")
+    parser.add_argument("--per-round", type=int, default=8, help="kills before the job is left alone and compared")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nodes and driver are stopped
-    given.folder.mkdir(parents=True, exist_ok=True)
-    report = run(
-        given.kills,
-        given.seed,
-        given.folder,
-        job=given.job,
-        cluster=given.cluster,
-        between=tuple(given.between),
-        ignored=given.ignore,
-        ignored_keys=given.ignore_key,
-    )
+    report = run(given.kills, given.seed, given.folder, given.per_round)
     print(json.dumps(report, indent=2))
     sys.exit(1 if report["problems"] else 0)
