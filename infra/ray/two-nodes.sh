@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
 # Two Ray nodes on this machine, to try a cluster without one: infra/ray/two-nodes.sh COMMAND [ARG ...]
-# Runs COMMAND with RAY_ADDRESS set, stops the two nodes it started and no others, and ends with COMMAND's status.
-# RAY_PORT (6399) is the head's port, CPUS_PER_NODE (1) the CPUs that each node offers.
+# Runs COMMAND, stops the two nodes it started and no others, and ends with COMMAND's status. COMMAND may be a driver
+# (RAY_ADDRESS is set) or `ray job submit` (RAY_API_SERVER_ADDRESS is set).
+# RAY_PORT (6399) is the head's port, DASHBOARD_PORT (8265) that of its dashboard, CPUS_PER_NODE (1) the CPUs that each
+# node offers.
 set -euo pipefail
 
 [ $# -gt 0 ] || { echo "usage: $0 COMMAND [ARG ...]" >&2; exit 2; }
 port=${RAY_PORT:-6399}
 cpus=${CPUS_PER_NODE:-1}
+dashboard=${DASHBOARD_PORT:-8265}
 address="127.0.0.1:$port"
-if (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then
-    echo "$0: port $port is taken; name another: RAY_PORT=6400 $0 ..." >&2
-    exit 1
-fi
+listens() { (: < "/dev/tcp/127.0.0.1/$1") 2> /dev/null; }
+for name in RAY_PORT="$port" DASHBOARD_PORT="$dashboard"; do
+    if listens "${name#*=}"; then
+        echo "$0: port ${name#*=} is taken; name another: ${name%=*}=... $0 ..." >&2
+        exit 1
+    fi
+done
 
 # Everything of this cluster lies in a folder of its own. The path is short, as those of Unix sockets must be.
 folder=$(mktemp -d /tmp/diffprune-ray-XXXXXX)
 # Recent Ray wants a token from whoever connects. This one lives as long as the cluster, and in no file.
 RAY_AUTH_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
-unset RAY_ADDRESS
+unset RAY_ADDRESS RAY_API_SERVER_ADDRESS
 
 nodes=()
 stop() {
@@ -54,12 +60,13 @@ wait_for() {
         sleep 0.3
     done
 }
-listens() { (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null; }
 joined() { grep -q "Ray runtime started" "$folder/node-1.log"; }
 
-start --head --node-ip-address=127.0.0.1 --port="$port" --temp-dir="$folder/ray" --include-dashboard=false
-wait_for 0 listens
+start --head --node-ip-address=127.0.0.1 --port="$port" --temp-dir="$folder/ray" \
+    --dashboard-host=127.0.0.1 --dashboard-port="$dashboard"
+wait_for 0 listens "$port"
 start --address="$address" --node-ip-address=127.0.0.1
 wait_for 1 joined
+wait_for 0 listens "$dashboard"
 
-RAY_ADDRESS=$address "$@"
+RAY_ADDRESS=$address RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard" "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def test_every_volume_that_is_mounted_exists_and_gpus_are_asked_for_whole(name: 
             assert container["resources"]["requests"] == container["resources"]["limits"]
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_the_user_of_the_image_may_write_to_the_claim(name: str) -> None:
+    (user,) = re.findall(r"^USER (\d+)$", (INFRA / "Dockerfile").read_text(), re.MULTILINE)
+    spec = cluster_specs()[name]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        security = group["template"]["spec"]["securityContext"]
+        assert security["fsGroup"] == int(user)
+        assert security["runAsNonRoot"]
 
 
 def test_the_job_makes_the_cluster_of_the_cluster_file_and_adds_the_config() -> None:

@@ -14,19 +14,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.infra.files import INFRA
+from pipeline.config import dump_config
+from pipeline.emit.verify import verify
+from pipeline.run import RunFolder
+from tests.helpers import write_shards
+from tests.infra.files import INFRA, ROOT
+from tests.integration.runs import small_config
 
 TWO_NODES = INFRA / "ray" / "two-nodes.sh"
 SBATCH = INFRA / "slurm" / "diffprune.sbatch"
 
-#: Stands in for `ray start`: the head listens at its port; both say that they started, and wait for their end.
+#: Stands in for `ray start`: the head listens at its ports; both say that they started, and wait for their end.
 RAY = """
 import signal, socket, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("ended", file=log, flush=True), sys.exit(0)))
 log = open({log!r}, "a")
 print("ray", *sys.argv[1:], file=log, flush=True)
-port = next((int(a.split("=")[1]) for a in sys.argv if a.startswith("--port=")), None)
-listening = socket.create_server(("127.0.0.1", port)) if port else None
+ports = [int(a.split("=")[1]) for a in sys.argv if a.startswith(("--port=", "--dashboard-port="))]
+listening = [socket.create_server(("127.0.0.1", port)) for port in ports]
 print("Ray runtime started.", flush=True)
 time.sleep(60)
 """
@@ -79,11 +84,12 @@ def test_without_arguments_the_usage_and_status_2(script: Path, tmp_path: Path) 
 def test_two_nodes_run_the_command_and_end_with_its_status(tmp_path: Path) -> None:
     log = tmp_path / "log"
     stand_in(tmp_path / "bin", "ray", RAY.format(log=str(log)))
-    port = str(free_port())
-    seen = 'echo "$RAY_ADDRESS $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"; exit 7'
-    done = call([str(TWO_NODES), "bash", "-c", seen], tmp_path / "bin", RAY_PORT=port, CPUS_PER_NODE="3")
+    port, dashboard = str(free_port()), str(free_port())
+    seen = 'echo "$RAY_ADDRESS $RAY_API_SERVER_ADDRESS $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"; exit 7'
+    settings = {"RAY_PORT": port, "DASHBOARD_PORT": dashboard, "CPUS_PER_NODE": "3"}
+    done = call([str(TWO_NODES), "bash", "-c", seen], tmp_path / "bin", **settings)
     assert done.returncode == 7, done.stderr
-    assert done.stdout == f"127.0.0.1:{port} token 32\n"
+    assert done.stdout == f"127.0.0.1:{port} http://127.0.0.1:{dashboard} token 32\n"
     head, worker, *ended = log.read_text().splitlines()
     assert "start --head" in head
     assert f"start --address=127.0.0.1:{port}" in worker
@@ -95,19 +101,22 @@ def test_two_nodes_run_the_command_and_end_with_its_status(tmp_path: Path) -> No
 
 def test_a_head_that_dies_ends_the_script_at_once(tmp_path: Path) -> None:
     stand_in(tmp_path / "bin", "ray", "raise SystemExit('no room for a head here')")
-    done = call([str(TWO_NODES), "true"], tmp_path / "bin", RAY_PORT=str(free_port()))
+    settings = {"RAY_PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
+    done = call([str(TWO_NODES), "true"], tmp_path / "bin", **settings)
     assert done.returncode == 1
     assert "node 0 did not start" in done.stderr
     assert "no room for a head here" in done.stderr
 
 
-def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["RAY_PORT", "DASHBOARD_PORT"])
+def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path: Path, name: str) -> None:
     stand_in(tmp_path / "bin", "ray", f"open({str(tmp_path / 'started')!r}, 'w')")
+    settings = {"RAY_PORT": str(free_port()), "DASHBOARD_PORT": str(free_port())}
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = call([str(TWO_NODES), "true"], tmp_path / "bin", RAY_PORT=str(port))
+        port = str(taken.getsockname()[1])
+        done = call([str(TWO_NODES), "true"], tmp_path / "bin", **{**settings, name: port})
     assert done.returncode == 1
-    assert f"port {port} is taken" in done.stderr
+    assert f"port {port} is taken; name another: {name}=" in done.stderr
     assert not (tmp_path / "started").exists()
 
 
@@ -144,7 +153,17 @@ def slurm(folder: Path, diffprune: str, nodes: str = "localhost gpu2 gpu3") -> d
 
 
 def test_a_slurm_job_starts_a_node_everywhere_and_runs_on_the_head(tmp_path: Path) -> None:
-    environment = slurm(tmp_path, "import os, sys; print(os.environ['RAY_ADDRESS'], *sys.argv[1:]); sys.exit(3)")
+    environment = slurm(
+        tmp_path,
+        f"""
+        import os, sys, time
+        # As the real one, which takes longer than the other nodes take to start.
+        while "--address=" not in open({str(tmp_path / "log")!r}).read():
+            time.sleep(0.05)
+        sys.stdout.write("\\n" + " ".join([os.environ["RAY_ADDRESS"], *sys.argv[1:]]) + "\\n")
+        sys.exit(3)
+        """,
+    )
     done = call([str(SBATCH), "my.yaml", "--set", "seed=1"], tmp_path / "bin", **environment)
     assert done.returncode == 3, done.stderr
     assert f"localhost:{environment['RAY_PORT']} run my.yaml --set seed=1" in done.stdout
@@ -192,7 +211,8 @@ def test_a_slurm_job_out_of_time_ends_its_run_and_goes_back_into_the_queue(tmp_p
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_real_nodes_share_the_work_and_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_two_real_nodes_share_the_work_of_a_run_and_leave_nothing_behind(tmp_path: Path) -> None:
     script = tmp_path / "nodes.py"
     script.write_text(
         textwrap.dedent(
@@ -210,10 +230,17 @@ def test_two_real_nodes_share_the_work_and_leave_nothing_behind(tmp_path: Path) 
             """
         )
     )
+    run, config = RunFolder(str(tmp_path / "run")), tmp_path / "job.yaml"
+    config.write_text(dump_config(small_config(write_shards(tmp_path / "in", shards=6), run.root)))
     port = str(free_port())
-    done = call([str(TWO_NODES), sys.executable, str(script)], tmp_path, timeout=280, RAY_PORT=port)
-    assert done.returncode == 0, done.stderr
+    settings = {"RAY_PORT": port, "DASHBOARD_PORT": str(free_port()), "HOME": str(tmp_path)}
+    submit = f"ray job submit --working-dir . -- python -m jobs.prune --config {config}"
+    command = [str(TWO_NODES), "bash", "-c", f"{sys.executable} {script} && cd {ROOT} && {submit}"]
+    done = call(command, tmp_path, timeout=800, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "nodes: 2" in done.stdout
+    assert "48 in, 24 kept" in done.stdout
+    assert verify(run) == []
     left = [
         process.info["cmdline"]
         for process in psutil.process_iter(["cmdline"])
