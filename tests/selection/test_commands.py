@@ -12,7 +12,7 @@ from pipeline.data.inventory import ShardInfo, write_inventory
 from pipeline.run import RunFolder
 from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.tasks import thread_map
-from pipeline.stages import runner
+from pipeline.stages import looking, selecting
 from pipeline.stages.job import Job
 from pipeline.stages.mapping import ordered_map
 from pipeline.stages.summary import selection_is_current
@@ -51,7 +51,7 @@ def test_a_dry_run_prints_reasons_clusters_sources_and_shards(tmp_path, capsys):
     run = write_run(tmp_path, shards, embedding_size=16)
     config = with_inventory(run, shards, keep=0.5, where="utility >= 4", balance={"by": "cluster", "clusters": 2})
     before = sorted(tmp_path.rglob("*"))
-    runner.show_plan(config)
+    looking.show_plan(config)
     assert sorted(tmp_path.rglob("*")) == before
     printed = lines(capsys)
     assert " ".join(printed[0]) == ("40 pairs: 18 kept, 18 pruned (quota 14, where 4), 4 rejected (corrupt-image 4)")
@@ -82,18 +82,18 @@ def test_clusters_are_counted_where_they_are_no_groups(tmp_path, policy):
 def test_a_dry_run_says_what_a_quota_costs(tmp_path, capsys):
     rows = [row(n, value, utility_std=1.0) for n, value in enumerate([5.0, -5.0, -6.0, 0.1])]
     run = write_run(tmp_path, [rows])
-    runner.show_plan(with_inventory(run, [rows], keep=3, policy="significant"))
+    looking.show_plan(with_inventory(run, [rows], keep=3, policy="significant"))
     assert "1 harmful ones are needed to meet the quota" in capsys.readouterr().out
-    runner.show_plan(with_inventory(run, [rows], keep=1.0, where="utility > 0"))
+    looking.show_plan(with_inventory(run, [rows], keep=1.0, where="utility > 0"))
     assert "2 fewer than asked for: no more can be kept" in capsys.readouterr().out
-    runner.show_plan(with_inventory(run, [rows], keep=2, by="utility / 2"))
+    looking.show_plan(with_inventory(run, [rows], keep=2, by="utility / 2"))
     assert "threshold: utility / 2 >= 0.05" in capsys.readouterr().out
 
 
 def test_long_tables_are_counted(tmp_path, capsys):
     rows = [row(n, float(n), source=f"{n}.org" if n else None) for n in range(30)]
     run = write_run(tmp_path, [rows])
-    runner.show_plan(with_inventory(run, [rows], keep=0.5))
+    looking.show_plan(with_inventory(run, [rows], keep=0.5))
     out = capsys.readouterr().out
     assert "... and 10 more" in out
     assert "(unknown)" in out
@@ -105,7 +105,7 @@ def test_compare_prints_overlap_and_where_it_is_least(tmp_path, capsys):
     config = with_inventory(run, [rows[:10], rows[10:]], keep=0.6)
     select(run, config.select, seed=0)
     select(run, config.select.model_copy(update={"name": "other", "by": "similarity"}), seed=0)
-    runner.show_comparison(run.root, "default", "other")
+    looking.show_comparison(run.root, "default", "other")
     out = capsys.readouterr().out
     assert ["all", "4", "8", "8", "20.0", "%"] in [line.split() for line in out.splitlines()]
     assert "rank correlation of the two rankings: -1.000" in out
@@ -131,11 +131,16 @@ def test_a_selection_is_made_again_when_a_joined_run_has_changed(tmp_path):
 def test_many_files_are_shared_out_over_other_machines(tmp_path, monkeypatch):
     rows = [row(1, 1.0)]
     job = Job(with_inventory(write_run(tmp_path, [rows]), [rows]))
-    machine = {"CPU": 2.0}
-    for files, machines, threads in ((300, 2, False), (300, 1, True), (10, 2, True)):
-        monkeypatch.setattr(runner, "alive_nodes", lambda count=machines: [machine] * count)
+    calls: list[str] = []
+    monkeypatch.setattr(selecting, "require_scores", lambda job: None)
+    monkeypatch.setattr(selecting.summary, "note_selection", lambda job: None)
+    monkeypatch.setattr(selecting, "_select", lambda config, map_tasks: calls.append("tasks"))
+    monkeypatch.setattr(selecting, "run_task", lambda *_, **__: calls.append("threads"))
+    for files, machines in ((300, 2), (300, 1), (10, 2)):
+        monkeypatch.setattr(selecting, "alive_nodes", lambda count=machines: [{"CPU": 2.0}] * count)
         job.__dict__["inventory"] = [None] * files
-        assert (runner._passes(job) is thread_map) == threads
+        selecting.select_pairs(job)
+    assert calls == ["tasks", "threads", "threads"]
 
 
 @pytest.mark.ray
