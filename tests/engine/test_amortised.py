@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from pipeline.config import Config
+from pipeline.data.decode import uid_to_id
 from pipeline.data.inventory import ShardInfo
+from pipeline.data.reader import read_shard
 from pipeline.engine import shard_scorer
 from pipeline.engine.sample import in_sample, observed, read_sampled
 from pipeline.engine.scorer_spec import PredictorSpec, SampleSpec, ScorerSpec
@@ -133,6 +135,44 @@ def test_a_prediction_that_is_not_finite_is_a_reason(tmp_path: Path) -> None:
     assert table["error"].to_pylist()[int(np.flatnonzero(spoilt)[0])] == "term of checkpoint 2 is nan"
     assert not table["predicted"].to_numpy().any()
     assert table["terms"].null_count == table["score"].null_count == spoilt.sum()
+
+
+def test_only_runs_that_hold_a_pair_out_predict_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = [set(), set()]
+    monkeypatch.setattr(shard_scorer, "trained_ids", lambda folder, run: np.sort(np.array([*seen[run]], np.int64)))
+    urls = write_shards(tmp_path / "in", shards=1, samples=24)
+    with read_shard(urls[0]) as reader:
+        ids = [uid_to_id(sample.uid) for sample in reader]
+    # Each run saw a third of the pairs, the last pair was seen by both.
+    seen[0] |= {*ids[::3], ids[-1]}
+    seen[1] |= {*ids[1::3], ids[-1]}
+    full, infos, fingerprint = prepare_run(str(tmp_path / "full"), urls, runs=2, held_out=True)
+    work_through(ScorerSpec(full, fingerprint), infos)
+    config, infos, sampled = prepare_run(str(tmp_path / "part"), urls, runs=2, held_out=True, sample=0.5)
+    work_through(SampleSpec(config, sampled), infos)
+    first, _ = read_sampled(RunFolder(config.out), infos[0], sampled)
+    known = np.flatnonzero(pc.is_valid(first["score"]).to_numpy())
+    terms = torch.from_numpy(terms_matrix(first["terms"].combine_chunks(), RUNS)[known])
+    save_regressor(config.out, fit(observed(first, known, RUNS), terms, [0, 0, 1, 1]))
+    work_through(PredictorSpec(config, sampled, sampled, (0, 0, 1, 1), error=0.1), infos)
+
+    expected, found = (pq.read_table(RunFolder(c.out).score_file(0)) for c in (full, config))
+    assert found["status"].equals(expected["status"])
+    assert found["status"].to_pylist().count("not-finite") == 1
+    predicted = found["predicted"].to_numpy()
+    assert 3 <= predicted.sum() <= 20
+    for ours, theirs in zip(found["terms"].to_pylist(), expected["terms"].to_pylist(), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert [term is None for term in ours] == [term is None for term in theirs]
+    for name in ("score", "loss", "similarity"):
+        ours, theirs = (table[name].to_numpy(zero_copy_only=False)[~predicted] for table in (found, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    sums = [sum(term for term in row if term is not None) for row in found["terms"].filter(predicted).to_pylist()]
+    np.testing.assert_allclose(found["score"].to_numpy(zero_copy_only=False)[predicted], sums, rtol=1e-5)
+    # Where one run counts there is no spread over runs.
+    one = [row is not None and None in row for row in found["terms"].to_pylist()]
+    assert found["utility_std"].filter(one).null_count == sum(one)
 
 
 def test_the_sample_depends_on_uid_and_seed_alone() -> None:
