@@ -1,6 +1,6 @@
 """How well the projected self-influences rank pairs, against the exact form, and at what cost.
 
-    python -m tests.benchmarks.self_influence [--steps 300] [--pairs 256]
+    python -m tests.benchmarks.self_influence [--steps 150] [--pairs 256]
 
 The truth is Eq. 12 (and `<G_z, P G_z>`) with the gradient of every pair and the exact Hessian of B on all parameters.
 Costs are tangents per pair and checkpoint, those of `score.projections` and `score.eigenpairs`; the exact form on a
@@ -73,7 +73,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="digits-vit")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--pairs", type=int, default=256)
     options = parser.parse_args()
     model = small_model(options.model)

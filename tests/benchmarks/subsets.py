@@ -1,6 +1,6 @@
 """What scores on a subset of the parameters cost, and how they rank pairs against scores on all of them.
 
-    python -m tests.benchmarks.subsets [--model digits-vit] [--steps 300] [--pairs 256] [--repeats 3]
+    python -m tests.benchmarks.subsets [--model digits-vit] [--steps 150] [--pairs 256] [--repeats 3]
 
 One proxy run of three checkpoints. Costs are counted floating-point operations and seconds of scoring, per checkpoint,
 as multiples of those of a bare forward pass over the same pairs, timed one after the other.
@@ -75,7 +75,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="digits-vit")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--pairs", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
