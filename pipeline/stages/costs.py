@@ -11,7 +11,7 @@ from pipeline.estimators import ESTIMATORS
 from pipeline.stages.calibration import Rates
 
 #: Bytes of a score file per pair without embeddings (measured: docs/operations.md).
-SCORE_BYTES = 110
+SCORE_BYTES = 90
 #: Bytes of the keep list, of `uids.npy` and of the manifest per kept pair.
 KEEP_BYTES = 60
 #: Selecting and listing, rows per second of one process (docs/performance.md).

@@ -36,7 +36,7 @@ def test_stages_come_in_order_and_take_what_the_rates_say() -> None:
     assert found["train"].seconds == pytest.approx(10 + 10_000 * 0.002 + 100 * 0.5)
     assert found["score"].seconds == pytest.approx(10 + 100 * 0.41 + 5 * 1000 * (0.41 + 0.002))
     assert found["train"].storage == 4_000_000 * 3 * 4 + 10_000 * (3000 + 64 + 24)
-    assert found["score"].storage == 110 * 10_000
+    assert found["score"].storage == 90 * 10_000
     assert all(cost.gpu_hours == 0 for cost in found.values())
 
 
@@ -48,7 +48,7 @@ def test_shards_are_the_grain_of_the_work() -> None:
 def test_a_sample_costs_its_share_of_the_terms_and_stores_embeddings() -> None:
     full, part = planned(), planned(score={"sample": 0.05})
     assert part["score"].seconds == pytest.approx(30 + 41 + 5000 * (0.05 * 0.4 + 0.01 + 0.002))
-    assert part["score"].storage - full["score"].storage == (110 + 128) * 10_000
+    assert part["score"].storage - full["score"].storage == (90 + 128) * 10_000
     assert part["train"] == full["train"]
 
 
