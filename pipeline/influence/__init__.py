@@ -4,7 +4,7 @@ from pipeline.influence.optimizer import StepRule
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.prepare import prepare, prepare_run
 from pipeline.influence.regressor import Observed, Regressor, fit, scaled_up
-from pipeline.influence.scorer import Scorer
+from pipeline.influence.scorer import Scorer, with_reference
 from pipeline.influence.settings import UTILITY, WHOLE_RUN, Batches, Estimator, ScoreBatch, Settings, utility_of
 from pipeline.influence.unrolled import Replay
 
@@ -27,4 +27,5 @@ __all__ = [
     "prepare_run",
     "scaled_up",
     "utility_of",
+    "with_reference",
 ]

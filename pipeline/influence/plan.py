@@ -6,7 +6,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from pipeline.types import Tree
+from pipeline.influence.passes import Jet
+from pipeline.types import Features, Tree
+
+#: Where a probe is taken: the checkpoint plus the sum of coefficient times vector.
+Point = tuple[tuple[str, float], ...]
 
 #: The quantity of a pair that a probe evaluates: its loss against R or one of the plain baselines.
 Quantity = Literal["loss", "similarity", "neg-clip-loss", "el2n", "random", "gradient-square", "self-bracket"]
@@ -19,14 +23,14 @@ class Probe:
     Attributes:
         weight: factor of the probe in the checkpoint's term.
         along: names of the vectors along which the quantity is differentiated (none, one or two).
-        at: the point: the checkpoint plus the sum of coefficient times vector.
+        at: the point.
         power: 1, or 2 for estimators that are quadratic in the pair's gradient.
         of: the quantity.
     """
 
     weight: float
     along: tuple[str, ...] = ()
-    at: tuple[tuple[str, float], ...] = ()
+    at: Point = ()
     power: int = 1
     of: Quantity = "loss"
 
@@ -40,23 +44,33 @@ class ProbePlan:
         vectors: vectors in parameter space by name; parameters that are missing count as zero.
         root_weight: for estimators that are a norm: factor of the square root.
         facts: what was found out on the way and belongs into the run's record, such as the step size.
+        reference: R's features and derivatives at points of the probes, computed once for all workers that score; what
+            is missing each of them computes.
     """
 
     probes: list[Probe]
     vectors: dict[str, Tree] = field(default_factory=dict)
     root_weight: float | None = None
     facts: dict[str, float] = field(default_factory=dict)
+    reference: dict[Point, Jet] = field(default_factory=dict)
 
     def to_tensors(self) -> tuple[Tree, str]:
-        """The vectors as one flat dictionary of tensors, and the rest as JSON."""
+        """The vectors and R's part as one flat dictionary of tensors, and the rest as JSON."""
         tensors = {
             f"{v}/{name}": value.contiguous() for v, tree in self.vectors.items() for name, value in tree.items()
         }
+        jets: list[tuple[Point, list[tuple[str, ...]]]] = []
+        for number, (point, jet) in enumerate(self.reference.items()):
+            jets.append((point, list(jet)))
+            for place, features in enumerate(jet.values()):
+                for side, value in features._asdict().items():
+                    tensors[f"{_reference(number, place)}/{side}"] = value.clone()  # scale and bias may share memory
         rest = {
             "probes": [asdict(probe) for probe in self.probes],
             "vectors": list(self.vectors),
             "root_weight": self.root_weight,
             "facts": self.facts,
+            "reference": jets,
         }
         return tensors, json.dumps(rest)
 
@@ -64,18 +78,32 @@ class ProbePlan:
     def from_tensors(tensors: Tree, metadata: str) -> ProbePlan:
         """The inverse of `to_tensors`."""
         rest = json.loads(metadata)
-        vectors: dict[str, Tree] = {name: {} for name in rest["vectors"]}
+        trees: dict[str, Tree] = {name: {} for name in rest["vectors"]}
         for key, value in tensors.items():
-            vector, _, name = key.partition("/")
-            vectors[vector][name] = value
+            tree, _, name = key.partition("/")
+            trees.setdefault(tree, {})[name] = value
         probes = [
             Probe(
                 weight=probe["weight"],
                 along=tuple(probe["along"]),
-                at=tuple((name, coefficient) for name, coefficient in probe["at"]),
+                at=_point(probe["at"]),
                 power=probe["power"],
                 of=probe["of"],
             )
             for probe in rest["probes"]
         ]
-        return ProbePlan(probes, vectors, rest["root_weight"], rest["facts"])
+        reference = {
+            _point(point): {
+                tuple(names): Features(**trees.pop(_reference(number, place))) for place, names in enumerate(jet)
+            }
+            for number, (point, jet) in enumerate(rest["reference"])
+        }
+        return ProbePlan(probes, trees, rest["root_weight"], rest["facts"], reference)
+
+
+def _point(items: list[tuple[str, float]]) -> Point:
+    return tuple((name, coefficient) for name, coefficient in items)
+
+
+def _reference(number: int, place: int) -> str:
+    return f"reference {number} {place}"

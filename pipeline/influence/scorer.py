@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,11 @@ from torch import Tensor, nn
 from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
 from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets
 from pipeline.influence.per_pair import self_values
-from pipeline.influence.plan import Probe, ProbePlan
+from pipeline.influence.plan import Point, Probe, ProbePlan
 from pipeline.influence.regressor import Observed
 from pipeline.influence.settings import ScoreBatch, Settings
 from pipeline.influence.trees import plus, restricted, to_device
 from pipeline.types import Checkpoint, Features, PairBatch, Tree
-
-Point = tuple[tuple[str, float], ...]
 
 #: Pairs on the device at once: weights are moved to the point of a probe, and losses taken, once for all of them.
 _BLOCK = 1024
@@ -179,7 +178,10 @@ class _CheckpointScorer:
                 self.wanted.setdefault(probe.at, []).append(probe.along)
         if observed:
             self.wanted.setdefault((), []).append(())
-        self.reference_jets = {point: self._jet(point, scorer.reference) for point in self.wanted}
+        self.reference_jets = {
+            point: _on(device, plan.reference[point]) if point in plan.reference else self._jet(point, scorer.reference)
+            for point in self.wanted
+        }
 
     def _jet(self, point: Point, pairs: PairBatch) -> Jet:
         scorer, wanted = self.scorer, self.wanted[point]
@@ -260,6 +262,24 @@ class _CheckpointScorer:
 def _spread(values: Tensor, rows: Tensor) -> Tensor:
     """Values of the rows where `rows` `[b]` is true, as `[b]` with NaN elsewhere."""
     return values.new_full((len(rows),), torch.nan).masked_scatter(rows, values)
+
+
+def with_reference(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    plan: ProbePlan,
+    reference: PairBatch,
+    settings: Settings,
+    batch_size: int = 256,
+) -> ProbePlan:
+    """The plan with what scoring needs of R, computed on the model's device, kept on the CPU."""
+    device = next(model.parameters()).device
+    (part,) = Scorer(model, [(checkpoint, plan)], reference, settings, device, batch_size)._parts
+    return replace(plan, reference={point: _on("cpu", jet) for point, jet in part.reference_jets.items()})
+
+
+def _on(device: torch.device | str, jet: Jet) -> Jet:
+    return {names: Features(*(value.to(device) for value in features)) for names, features in jet.items()}
 
 
 def uniform(ids: Tensor, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from pipeline.data.positions import Positions, draw_positions
 from pipeline.data.sampling import load_pairs
 from pipeline.data.shards import expand
 from pipeline.errors import InputError
-from pipeline.influence import WHOLE_RUN, Batches, Replay, StepRule, prepare, prepare_run
+from pipeline.influence import WHOLE_RUN, Batches, Replay, StepRule, prepare, prepare_run, with_reference
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import load_batches, save_batches, save_plan, score_basis, settings_of
 from pipeline.replay.record import Record
@@ -128,8 +128,10 @@ def write_plans(config: Config, numbers: Sequence[int]) -> None:
             )
             for checkpoint in checkpoints
         ]
-    for number, plan in zip(numbers, plans, strict=True):
-        save_plan(config.out, number, plan)
+    for number, checkpoint, plan in zip(numbers, checkpoints, plans, strict=True):
+        # R's part once per checkpoint, not once in every worker that scores.
+        whole = with_reference(model, checkpoint, plan, batches.reference, settings, config.score.batch_size)
+        save_plan(config.out, number, whole)
 
 
 def exact_replay(job: ComputingJob, run: int) -> Replay:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.influence import UTILITY, Estimator, ProbePlan, Scorer, Settings, prepare_run, utility_of
-from pipeline.influence.scorer import uniform
+from pipeline.influence.scorer import uniform, with_reference
 from pipeline.types import PairBatch
 from tests.influence.oracle import Explicit
 from tests.influence.test_diff_in import N, assert_close, make_case
@@ -52,12 +53,19 @@ def test_scores_do_not_depend_on_neighbours(estimator):
     assert bool(together.terms.isfinite().all())
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip"])
 @pytest.mark.parametrize("estimator", ["diff-in", "tracin", "unrolled", "z0", "tracin-self", "el2n"])
-def test_stored_plans_score_the_same(estimator):
-    settings = Settings(estimator=estimator, projections=4)
+def test_stored_plans_score_the_same(estimator, family):
+    settings = Settings(estimator=estimator, projections=4, family=family)
     model, checkpoints, batches, pairs = make_case(settings)
     plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
-    again = [ProbePlan.from_tensors(*plan.to_tensors()) for plan in plans]
+    with_r = [
+        with_reference(model, checkpoint, plan, batches.reference, settings)
+        for checkpoint, plan in zip(checkpoints, plans, strict=True)
+    ]
+    stored = [(safetensors.torch.save(tensors), rest) for tensors, rest in (plan.to_tensors() for plan in with_r)]
+    again = [ProbePlan.from_tensors(safetensors.torch.load(data), rest) for data, rest in stored]
+    assert all(plan.reference for plan in again)
     first, second = (
         Scorer(model, list(zip(checkpoints, p, strict=True)), batches.reference, settings).score(pairs).terms
         for p in (plans, again)
