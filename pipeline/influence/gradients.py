@@ -12,7 +12,7 @@ from torch.func import grad
 
 from pipeline.influence.forward_mode import pull_back, push_forward
 from pipeline.influence.losses import batch_loss, similar_captions
-from pipeline.influence.passes import Passes, chunks, joined
+from pipeline.influence.passes import Passes, chunks, joined, pass_size
 from pipeline.influence.trees import plus
 from pipeline.types import Features, PairBatch, Tree
 
@@ -31,7 +31,8 @@ class BatchLoss:
         self.batch = batch
         self.names = names
         settings = passes.settings
-        self.parts = list(chunks(batch, settings.chunk))
+        self.size = pass_size(settings.chunk, batch.images.device)
+        self.parts = list(chunks(batch, self.size))
         self.family = settings.family
         self.excluded = similar_captions(batch.captions, batch.captions, settings.equal_captions == "ignore")
 
@@ -49,7 +50,7 @@ class BatchLoss:
         point = {name: state[name] for name in self.names}
         with self.passes.ready():
             with torch.no_grad():
-                features = joined([self.passes.features(state, part) for part in self.parts])
+                features = joined([self.passes.jet(state, {}, part, [()])[()] for part in self.parts])
             pull = self._split(grad(self._of_features)(features))
             total: Tree = {}
             for part, cotangent in zip(self.parts, pull, strict=True):
@@ -85,8 +86,8 @@ class BatchLoss:
 
     def _split(self, features: Features) -> list[Features]:
         """Cotangents of the chunks; scale and bias are the same number in each, so one chunk carries theirs."""
-        images = torch.split(features.image, self.passes.settings.chunk)
-        texts = torch.split(features.text, self.passes.settings.chunk)
+        images = torch.split(features.image, self.size)
+        texts = torch.split(features.text, self.size)
         nothing = torch.zeros_like(features.scale)
         return [
             Features(image, text, *((features.scale, features.bias) if index == 0 else (nothing, nothing)))

@@ -24,6 +24,9 @@ from pipeline.types import Features, PairBatch, Tree
 #: Features and their derivatives, by the names of the vectors they are taken along; `()` is the value.
 Jet = dict[tuple[str, ...], Features]
 
+#: Most pairs in one pass on a CPU: its activations stay in the caches, and in memory that the allocator keeps.
+_CPU_PAIRS = 32
+
 #: Directions carried by one pass; more are done in several passes over the same pairs.
 _TANGENTS_PER_PASS = 16
 
@@ -202,6 +205,11 @@ def _over_directions(function: Callable[[Tree], Any]) -> Callable[[Tree], Any]:
 
 def _zeros(features: Features) -> Features:
     return Features(*(torch.zeros_like(value) for value in features))
+
+
+def pass_size(wanted: int, device: torch.device) -> int:
+    """Pairs in one pass on a device: as wanted, on a CPU at most 32."""
+    return min(wanted, _CPU_PAIRS) if device.type == "cpu" else wanted
 
 
 def chunks(batch: PairBatch, size: int) -> Iterator[PairBatch]:

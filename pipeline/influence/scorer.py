@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
-from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets
+from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets, pass_size
 from pipeline.influence.per_pair import self_values
 from pipeline.influence.plan import Point, Probe, ProbePlan
 from pipeline.influence.regressor import Observed
@@ -19,9 +19,6 @@ from pipeline.types import Checkpoint, Features, PairBatch, Tree
 
 #: Pairs on the device at once: weights are moved to the point of a probe, and losses taken, once for all of them.
 _BLOCK = 1024
-
-#: Most pairs in one pass on a CPU: its activations stay in the caches, and in memory that the allocator keeps.
-_CPU_PAIRS = 32
 
 #: Quantities that are not computed from the features of a pass.
 _WITHOUT_JETS = ("random", "gradient-square", "self-bracket")
@@ -55,7 +52,7 @@ class Scorer:
     ) -> None:
         self.settings = settings
         self.device = torch.device(device)
-        self.batch_size = min(batch_size, _CPU_PAIRS) if self.device.type == "cpu" else batch_size
+        self.batch_size = pass_size(batch_size, self.device)
         self.passes = Passes(model.to(self.device), settings)
         self.reference = reference.to(self.device)
         self.trained = {run: to_device({"ids": ids}, self.device)["ids"] for run, ids in (trained or {}).items()}

@@ -79,8 +79,6 @@ class TangentRules(TorchFunctionMode):
         q, k, v = (_Dual.of(tensor) for tensor in (query, key, value))
         if dropout_p or is_causal or enable_gqa or not _additive(attn_mask) or _autocast(query) is not None:
             return NotImplemented
-        if q.tangent is None and k.tangent is None and v.tangent is None:
-            return NotImplemented
         return self._attention(q, k, v, attn_mask, scale).tensor()
 
     def _multi_head_rule(
@@ -145,6 +143,9 @@ class TangentRules(TorchFunctionMode):
 
     def _attention(self, query: _Dual, key: _Dual, value: _Dual, mask: Tensor | None, scale: float | None) -> _Dual:
         """`softmax(scale q k^T + mask) v` of tensors `[..., tokens, d]`; the softmax's Jacobian is symmetric."""
+        if query.tangent is None and key.tangent is None and value.tangent is None:
+            plain = functional.scaled_dot_product_attention(query.value, key.value, value.value, mask, scale=scale)
+            return _Dual(plain, None)
         lead, (targets, width) = query.value.shape[:-2], query.value.shape[-2:]
         q, k, v = (dual.map(lambda t: t.reshape(-1, *t.shape[-2:])) for dual in (query, key, value))
         scale = width**-0.5 if scale is None else scale
