@@ -31,15 +31,15 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.data.cache import build_cache
-from pipeline.data.decode import Decoder
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.reader import read_shard
 from pipeline.influence import Scorer
 from pipeline.influence.passes import chunks
-from pipeline.models.clip import PairModel, build_model
+from pipeline.models.clip import PairModel
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import load_batches, load_plan, settings_of
 from pipeline.run import RunFolder
+from pipeline.stages.computing import ComputingJob
 from pipeline.stages.job import open_job
 from tests.benchmarks.models import MEDIUM
 
@@ -90,8 +90,8 @@ def measure(share: Share) -> tuple[float, float, int]:
     """When this process began and ended to work on its pairs, and how many they are; all else is done before."""
     torch.set_num_threads(1)
     config = share.config
-    model = build_model(config.proxy.model, loss=config.proxy.loss)
-    decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
+    job = ComputingJob(config)
+    model, decoder = job.model(), job.decoder
     cache = None
     if share.way == "disk":
         folder = Path(config.out, f"ladder-{share.shards[0].index}")
