@@ -4,10 +4,11 @@
         [--folder FOLDER]
 
 The rungs: open_clip's forward pass; scoring pairs that are decoded in memory; the same pairs from decoded tensors on
-disk; the stage from tars through Ray (`diffprune score`). All run in the layout of the stage: one process of one thread
-per CPU. The stage is given twice: from command to end, and from the first scored pair on, which is what a long run
-sees. What lies between is the start; the phases of the shards, from their marks, say where the rest of a gap is. With
-`--folder` preparations (training, directions) are kept for the next call. Without `--shards` the pairs are the demo's.
+disk; the stage from tars through Ray (`diffprune score`). All run in the layout of the stage, one process of one thread
+per CPU; all but the stage take one shard in each process. The stage is given twice: from command to end, and from the
+first scored pair on, which is what a long run sees. What lies between is the start; the phases of the shards, from
+their marks, say where the rest of a gap is. With `--folder` preparations (training, directions) are kept for the next
+call. Without `--shards` the pairs are the demo's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -78,10 +80,10 @@ def stage(name: str, config: Path) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """The shards of one of `processes`, for one way of scoring them (`forward`, `memory` or `disk`)."""
+    """The shard of one of `processes`, and a way of scoring it (`forward`, `memory` or `disk`)."""
 
     config: Config
-    shards: list[ShardInfo]
+    shard: ShardInfo
     way: str
     processes: int
 
@@ -94,30 +96,29 @@ def measure(share: Share) -> tuple[float, float, int]:
     model, decoder = job.model(), job.decoder
     cache = None
     if share.way == "disk":
-        folder = Path(config.out, f"ladder-{share.shards[0].index}")
-        cache = build_cache(str(folder), share.shards, decoder, config.data.caption)
-    batches = [decoder.decode_shard(iter(read_shard(s.url, caption=config.data.caption))).batch for s in share.shards]
+        folder = Path(config.out, f"ladder-{share.shard.index}")
+        cache = build_cache(str(folder), [share.shard], decoder, config.data.caption)
+    with read_shard(share.shard.url, caption=config.data.caption) as reader:
+        pairs = decoder.decode_shard(iter(reader)).batch
     scorer = None if share.way == "forward" else _scorer(config, model)
     with torch.no_grad():
-        model(batches[0].images[:32], batches[0].tokens[:32])
+        model(pairs.images[:32], pairs.tokens[:32])
     # All begin together, so that none has the machine to itself.
-    (ready := Path(config.out, f"ready-{share.shards[0].index}")).touch()
+    (ready := Path(config.out, f"ready-{share.shard.index}")).touch()
     while len(list(Path(config.out).glob("ready-*"))) < share.processes:
         time.sleep(0.01)
-    begun, rows = time.time(), 0
-    for batch in batches:
-        if cache is not None:
-            batch = cache.batch(torch.arange(rows, rows + len(batch)).numpy())
-        rows += len(batch)
-        if scorer is not None:
-            scorer.score(batch)
-            continue
+    begun = time.time()
+    if cache is not None:
+        pairs = cache.batch(np.arange(len(pairs)))
+    if scorer is not None:
+        scorer.score(pairs)
+    else:
         with torch.no_grad():
-            for part in chunks(batch, 32):
+            for part in chunks(pairs, 32):
                 model(part.images, part.tokens)
     ended = time.time()
     ready.unlink()
-    return begun, ended, rows
+    return begun, ended, len(pairs)
 
 
 def _scorer(config: Config, model: PairModel) -> Scorer:
@@ -132,7 +133,7 @@ def in_processes(config: Config, shards: list[ShardInfo], way: str) -> float:
     for left in Path(config.out).glob("ready-*"):
         left.unlink()
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(measure, [Share(config, shards[n::count], way, count) for n in range(count)]))
+        found = list(pool.map(measure, [Share(config, shard, way, count) for shard in shards[:count]]))
     begun, ended, rows = zip(*found, strict=True)
     return sum(rows) / (max(ended) - min(begun))
 
