@@ -1,6 +1,6 @@
 """What scoring costs in memory, as multiples of a bare forward pass of the same model over the same pairs.
 
-    python -m tests.benchmarks.passes [--batch 256] [--repeats 3] [--threads 2]
+    python -m tests.benchmarks.passes [--batch 256] [--repeats 3] [--threads 2] [--forms "diff-in central" tracin]
 
 The bare pass is open_clip's own forward under `no_grad` in `eval` mode, with torch's fused attention. Multiples are
 taken of two of them: over all pairs of the batch at once, and the fastest to be had on a CPU, over parts of 32 with the
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -87,7 +87,7 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(batch: int, repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def measure(batch: int, repeats: int, forms: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of the bare passes, and of each form's passes, one number per repeat."""
     model = medium_model()
     params, buffers = split_state(model)
@@ -97,6 +97,7 @@ def measure(batch: int, repeats: int) -> tuple[dict[str, list[float]], dict[str,
     scorers = {
         name: Scorer(model, [(checkpoint, plan), (later, nothing)], reference, Settings())
         for name, plan in plans(params).items()
+        if name in forms
     }
     bare: dict[str, list[float]] = {name: [] for name in (f"batch {batch}", *BARE)}
     found: dict[str, list[float]] = {name: [] for name in scorers}
@@ -119,9 +120,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--forms", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bare, found = measure(options.batch, options.repeats)
+    bare, found = measure(options.batch, options.repeats, options.forms)
     for name, seconds in bare.items():
         print(f"bare forward pass, {name}: {options.batch / statistics.median(seconds):.0f} pairs/s")
     whole, fastest = bare[f"batch {options.batch}"], list(bare.values())[-1]
