@@ -96,10 +96,10 @@ def _folders(job: Job, stage: str) -> list[str]:
     """Where a stage and its tasks write, other than right in the run's folder."""
     root, selection = job.folder.root, job.folder.selection(job.config.select.name)
     own = {
-        "inventory": [storage.join(root, "scratch")],
+        "inventory": [storage.join(root, "scratch"), storage.join(root, "places")],
         "train": [job.folder.checkpoints, job.cache_folder],
         "directions": [job.folder.directions],
-        "score": [job.folder.scores],
+        "score": [job.folder.scores, job.folder.sample],
         "select": [selection],
         "emit": [selection],
         "evaluate": [storage.join(root, "evaluation")],

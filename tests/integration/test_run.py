@@ -119,8 +119,9 @@ def test_started_again_a_finished_run_rewrites_no_result(finished: RunFolder, sh
 
 def test_what_killed_writers_left_is_gone_when_the_run_is_complete(finished: RunFolder, shards: list[str]) -> None:
     root = Path(finished.root)
-    folders = ["", "checkpoints/run-000", "cache", "directions/marks", "scores", "pruned", "pruned/shards", "report"]
+    folders = ["", "places", "checkpoints/run-000", "cache", "directions/marks", "scores", "sample", "pruned/shards"]
     for folder in folders:
+        (root / folder).mkdir(exist_ok=True)
         (root / folder / ".tmp-0123-half").write_bytes(b"half")
     (root / "pruned" / ".tmp-runs").mkdir()
     assert len(verify(finished)) == len(folders) + 1
