@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 import tarfile
@@ -19,6 +20,7 @@ from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,8 +36,9 @@ from pipeline.data.decode import DecodedShard, Decoder, ImageSpec
 from pipeline.data.inventory import inspect_shard
 from pipeline.data.reasons import Reason
 from pipeline.emit.verify import verify
+from pipeline.engine.scorer_spec import ScorerSpec
 from pipeline.engine.scoring import score_shards
-from pipeline.engine.shard_scorer import ScorerSpec, ShardScorer
+from pipeline.engine.shard_scorer import ShardScorer
 from pipeline.influence import ScoreBatch
 from pipeline.run import RunFolder
 from pipeline.store.commits import open_scores
@@ -53,7 +56,7 @@ IMAGES = [
     (image_bytes((24, 24), "P", "PNG", seed=4), "png"),
     (image_bytes((30, 20), file_format="WEBP", seed=5), "webp"),
 ]
-DECODER = Decoder(ImageSpec((16, 16), (0.0,) * 3, (1.0,) * 3), ByteTokenizer(), 100_000)  # type: ignore[arg-type]
+DECODER = Decoder(ImageSpec((16, 16), (0.0,) * 3, (1.0,) * 3), ByteTokenizer(), 100_000)
 STATUSES = {str(reason) for reason in Reason}
 
 
@@ -124,7 +127,8 @@ class FlatScorer:
 
     def score(self, batch: PairBatch) -> ScoreBatch:
         value = batch.images.float().mean((1, 2, 3))
-        return ScoreBatch(value[:, None], value, value, torch.empty(len(value), 0, dtype=torch.float16))
+        terms = value[:, None]
+        return ScoreBatch(terms, torch.ones_like(terms, dtype=torch.bool), value, value, terms.half())
 
 
 def count_samples(path: Path) -> int:
@@ -165,14 +169,15 @@ Process = Callable[..., tuple[DecodedShard, str]]
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Process:
+def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
     """Takes a shard the way that an actor does, up to its committed score file, and checks what must always hold."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # thousands of files that nobody needs
     run = RunFolder(str(tmp_path / "run"))
 
     def worker(caption: str) -> ShardScorer:
         config = parse_config({"out": run.root, "data": {"shards": "unused.tar", "caption": caption}})
-        spec = ScorerSpec(config, Fingerprint({}))
-        return ShardScorer(spec, FlatScorer(), DECODER, np.array([0]), 1, "0")  # type: ignore[arg-type]
+        scorer: Any = FlatScorer()
+        return ShardScorer(config, Fingerprint({}), scorer, DECODER, np.array([0]), 1, "0")
 
     workers = {caption: worker(caption) for caption in ("txt", "json:text")}
 
