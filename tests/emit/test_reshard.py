@@ -25,6 +25,7 @@ from pipeline.store import storage
 from tests.conftest import Bucket
 from tests.emit.made_run import MadeRun, make_run
 from tests.helpers import sample_members, write_shards, write_tar
+from tests.web import WebServer
 
 Pairs = list[dict[str, Any]]
 
@@ -285,6 +286,20 @@ def test_from_and_to_an_object_store(tmp_path: Path, s3_bucket: Bucket, seed: in
         if not name.endswith(".parquet"):
             assert storage.read_bytes(f"{plan.folder}/{name}") == (tmp_path / "out" / name).read_bytes()
     assert not storage.exists(plan.parts)
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_from_a_web_server(tmp_path: Path, seed: int | None) -> None:
+    shards = write_shards(tmp_path / "in", shards=2)
+    made = make_run(tmp_path / "run", shards)
+    reshard(plan_of(made, tmp_path / "local", seed=seed))
+    with WebServer(tmp_path / "in") as web:
+        remote = make_run(tmp_path / "run2", [f"{web.url}/{Path(shard).name}" for shard in shards])
+        assert remote.kept() == made.kept()
+        reshard(plan_of(remote, tmp_path / "web", seed=seed))
+    local, found = files_of(tmp_path / "local"), files_of(tmp_path / "web")
+    assert list(found) == list(local)
+    assert all(found[name] == local[name] for name in local if not name.endswith(".parquet"))
 
 
 @given(st.integers(1, 3000), st.integers(-(2**70), 2**70))
