@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import BalanceConfig, DedupConfig, SelectConfig
-from pipeline.errors import ConfigError, StageError
+from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.selection import clusters, duplicates, layers, prepare, redundancy, scan, structure
-from pipeline.selection.recipe import TIE
+from pipeline.selection.recipe import TIE, OpenShard
 from tests.selection.scores import kept, pickling_map, ranking, row, select, uid, write_run
 
 DIM = 16
@@ -279,3 +279,29 @@ def test_a_pair_visits_the_parts_whose_border_is_near(tmp_path):
         assert np.flatnonzero((parts[:, 1:] >= 0).any(axis=1)).tolist() == visitors
         assert sizes.tolist() == [3, 1 + len(visitors)]
     assert layers.read(recipe.scratch, "cluster", 0).tolist() == [0, 0, 0, 1]
+
+
+def test_contents_that_share_a_half_are_no_duplicates(tmp_path):
+    halves = ["a" * 16, "b" * 16]
+    rows = [row(n, float(n), content=halves[n // 2 % 2] + halves[n % 2]) for n in range(5)]  # 4 repeats 0
+    run = write_run(tmp_path, [rows])
+    summary = select(run, SelectConfig(keep=1.0, dedup=DedupConfig(exact=True)), seed=0)
+    assert kept(run) == [(0, n) for n in range(1, 5)]
+    assert summary.pruned == {"duplicate": 1}
+
+
+def test_content_that_is_no_hash_is_named_with_its_file(tmp_path):
+    run = write_run(tmp_path, [[row(1, 1.0, content="no hash")]])
+    with pytest.raises(InputError, match=r"00000\.parquet \(content\): expected uids of 32 hex digits"):
+        select(run, SelectConfig(dedup=DedupConfig(exact=True)), seed=0)
+
+
+def test_contents_are_spread_evenly_over_the_buckets(tmp_path):
+    shards = scan.committed_shards(write_run(tmp_path, [[row(n, float(n)) for n in range(800)]]))[0]
+    recipe = prepare.make_recipe(SelectConfig(), shards[0], 0, str(tmp_path / "scratch"))
+    with OpenShard(recipe, shards[0]) as opened:
+        made = [duplicates._content_rows(4, opened, judged) for judged in opened.judged()]
+    counts = np.bincount(np.concatenate([bucket for _, bucket in made]), minlength=4)
+    assert counts.tolist() == pytest.approx([200] * 4, abs=50)
+    first = made[0][0][0]
+    assert f"{first['content_high']:016x}{first['content_low']:016x}" == uid(10**9)
