@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import EstimatorName
 from pipeline.evaluation.correlation import Floats
+from pipeline.evaluation.flops import flop_counter
 from pipeline.evaluation.small_run import SmallRun
 from pipeline.influence import Batches, ProbePlan, Scorer, Settings, prepare_run, utility_of
 from pipeline.influence.gradients import BatchLoss
@@ -92,11 +92,11 @@ class Estimator:
         run, settings = self.run, form.settings
         plans, directions = self._plans(form)
         checkpoints = run.states if form.every_step else [run.states[step] for step in self.recorded]
-        with FlopCounterMode(display=False) as counter:  # R is embedded once however many pairs are scored
+        with flop_counter() as counter:  # R is embedded once however many pairs are scored
             parts = [] if form.own_batches else list(zip(checkpoints, plans, strict=True))
             scorer = Scorer(run.model, parts, self.reference, settings)
         directions += counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             if form.own_batches:
                 scores = _against_own_batches(run, plans, settings)
             else:
@@ -116,7 +116,7 @@ class Estimator:
     def _prepared(self, settings: Settings, checkpoints: Sequence[Checkpoint]) -> tuple[list[ProbePlan], int]:
         run = self.run
         replay = run.replay() if settings.replay == "exact" else None
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             plans = prepare_run(
                 run.model, checkpoints, self.batches, settings, dataset_size=len(run.data), replay=replay
             )
@@ -151,13 +151,10 @@ def _against_own_batches(run: SmallRun, plans: list[ProbePlan], settings: Settin
 
 
 def flops_of_a_pass(run: SmallRun) -> float:
-    """Floating-point operations of one forward pass over the pairs of the run."""
-    return _flops(lambda: run.model(run.data.images, run.data.tokens))
-
-
-def _flops(function: Callable[[], object]) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        function()
+    """Floating-point operations of one forward pass over the pairs of the run, its attention as plain products."""
+    passes = Passes(run.model, Settings())
+    with torch.no_grad(), passes.ready(), flop_counter() as counter:
+        run.model(run.data.images, run.data.tokens)
     return float(counter.get_total_flops())
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.evaluation.flops import flop_counter
 from pipeline.influence import Batches, Scorer, Settings, prepare_run
 from pipeline.influence.parameters import chosen_names
 from pipeline.models.clip import PairModel
@@ -32,7 +32,7 @@ ESTIMATORS = ("diff-in", "tracin", "unrolled")
 
 def flops(function: Callable[[], object]) -> float:
     """Floating-point operations of a call."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         function()
     return float(counter.get_total_flops())
 
@@ -58,7 +58,8 @@ def measured(
     scorer = Scorer(model, list(zip(checkpoints, plans, strict=True)), batches.reference, settings)
 
     def forward() -> object:
-        return model(pairs.images, pairs.tokens)
+        with scorer.passes.ready():
+            return model(pairs.images, pairs.tokens)
 
     def passes() -> list[Tensor]:
         near = scorer.neighbours(pairs)
