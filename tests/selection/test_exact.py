@@ -77,9 +77,11 @@ def test_threshold_keeps_what_is_at_or_above_it(drawn, threshold):
     shards = build(drawn)
     with tempfile.TemporaryDirectory() as folder:
         run = write_run(Path(folder), shards)
-        select(run, SelectConfig(keep=Threshold(threshold=threshold)), seed=0)
+        summary = select(run, SelectConfig(keep=Threshold(threshold=threshold)), seed=0)
         above = [place for place in ranking(shards) if shards[place[0]][place[1]]["utility"] >= threshold]
         assert sorted(above) == kept(run)
+        assert summary.kept == len(above)
+        assert summary.pruned.get("quota", 0) == len(ranking(shards)) - len(above)
 
 
 @pytest.mark.parametrize("keep", [0.3, 1200])

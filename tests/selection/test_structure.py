@@ -305,3 +305,9 @@ def test_contents_are_spread_evenly_over_the_buckets(tmp_path):
     assert counts.tolist() == pytest.approx([200] * 4, abs=50)
     first = made[0][0][0]
     assert f"{first['content_high']:016x}{first['content_low']:016x}" == uid(10**9)
+
+
+def test_the_border_is_as_wide_as_a_third_of_the_distance_at_the_threshold():
+    assert duplicates.border_margin(0.5) == pytest.approx(0.35)
+    assert duplicates.border_margin(0.98) == pytest.approx(0.35 * 0.2)
+    assert duplicates.border_margin(1.0) == 0
