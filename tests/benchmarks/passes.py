@@ -7,7 +7,7 @@ taken of two of them: over all pairs of the batch at once, and the fastest to be
 products of `pipeline.influence.dense`, which is not open_clip's own any more. A checkpoint's passes are timed alone;
 the loss and similarity columns add one forward pass of each run's last checkpoint.
 Each repeat times all forms one after the other and ratios are taken within a repeat, so that other load on the machine
-falls on numerator and denominator alike.
+falls on numerator and denominator alike; with `--threads 1` processor time is counted, not wall time.
 """
 
 from __future__ import annotations
@@ -41,33 +41,24 @@ BARE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def plans(params: Tree) -> dict[str, ProbePlan]:
-    """One checkpoint's passes in each form, along random directions on all parameters."""
+def plan_of(form: str, params: Tree) -> ProbePlan:
+    """One checkpoint's passes in one form, along random directions on all parameters."""
     generator = torch.Generator().manual_seed(0)
-
-    def vector() -> Tree:
-        return {name: torch.randn(value.shape, generator=generator) * 1e-3 for name, value in params.items()}
-
     ahead, behind = (("u", 1e-3),), (("u", -1e-3),)
-    return {
-        "tracin": ProbePlan([Probe(1.0, along=("u",))], {"u": vector()}),
-        "tracin by losses": ProbePlan([Probe(1.0, at=ahead), Probe(-1.0, at=behind)], {"u": vector()}),
-        "diff-in central": ProbePlan(
-            [Probe(1.0, along=("a",), at=ahead), Probe(-1.0, along=("b",), at=behind)],
-            {"u": vector(), "a": vector(), "b": vector()},
-        ),
-        "diff-in by losses": ProbePlan(
-            [
-                Probe(s * t, at=(("u", s * 1e-3), (name, t * 1e-3)))
-                for s, name in ((1, "a"), (-1, "b"))
-                for t in (1, -1)
-            ],
-            {"u": vector(), "a": vector(), "b": vector()},
-        ),
-        "diff-in exact": ProbePlan(
-            [Probe(1.0, along=("a",)), Probe(1.0, along=("u", "b"))], {"u": vector(), "a": vector(), "b": vector()}
-        ),
+    probes = {
+        "tracin": [Probe(1.0, along=("u",))],
+        "tracin by losses": [Probe(1.0, at=ahead), Probe(-1.0, at=behind)],
+        "diff-in central": [Probe(1.0, along=("a",), at=ahead), Probe(-1.0, along=("b",), at=behind)],
+        "diff-in by losses": [
+            Probe(s * t, at=(("u", s * 1e-3), (name, t * 1e-3))) for s, name in ((1, "a"), (-1, "b")) for t in (1, -1)
+        ],
+        "diff-in exact": [Probe(1.0, along=("a",)), Probe(1.0, along=("u", "b"))],
+    }[form]
+    vectors = {
+        vector: {name: torch.randn(value.shape, generator=generator) * 1e-3 for name, value in params.items()}
+        for vector in ("u", "a", "b")[: 1 if form.startswith("tracin") else 3]
     }
+    return ProbePlan(probes, vectors)
 
 
 def random_pairs(model: PairModel, count: int, seed: int) -> PairBatch:
@@ -81,10 +72,11 @@ def random_pairs(model: PairModel, count: int, seed: int) -> PairBatch:
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
+    """Seconds of one call: with one thread those of the processor, which other load on the machine changes little."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(batch: int, repeats: int, forms: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -95,9 +87,8 @@ def measure(batch: int, repeats: int, forms: Sequence[str]) -> tuple[dict[str, l
     pairs, reference = random_pairs(model, batch, 1), random_pairs(model, 16, 2)
     nothing = ProbePlan([])
     scorers = {
-        name: Scorer(model, [(checkpoint, plan), (later, nothing)], reference, Settings())
-        for name, plan in plans(params).items()
-        if name in forms
+        name: Scorer(model, [(checkpoint, plan_of(name, params)), (later, nothing)], reference, Settings())
+        for name in forms
     }
     bare: dict[str, list[float]] = {name: [] for name in (f"batch {batch}", *BARE)}
     found: dict[str, list[float]] = {name: [] for name in scorers}

@@ -9,14 +9,14 @@ differences of gradients (Eq. 6, eps = 1e-3), and their inner product with the t
 every pair; here both sides use one B, so that they estimate the same number, and the procedure takes its gradient anew
 all the same. `kept` is a kinder form that keeps what does not depend on the pair: the checkpoint in memory, `G_B`, and
 `g_V`. A pair's loss is the one of this project (against R), as a contrastive loss has none of a pair alone. Both sides
-have the same model, threads and data; the procedure runs fused attention, which backward passes allow.
+have the same model, threads and data; the procedure runs fused attention, which backward passes allow. With
+`--threads 1` processor time is counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from pipeline.influence.trees import dot, norm, plus
 from pipeline.models.clip import PairModel
 from pipeline.types import Checkpoint, PairBatch, Tree
 from tests.benchmarks.models import cast, digit_pairs, medium_model, small_model, trained_checkpoint
+from tests.benchmarks.passes import timed
 
 EPSILON = 1e-3
 
@@ -122,7 +123,7 @@ def agreement(model: PairModel, wide: PairModel, trained: Checkpoint, batches: B
     return f"{len(pairs)} pairs: Spearman {spearmanr(found, expected)[0]:.5f}, largest error {error:.1e} of the largest"
 
 
-def rates(model: PairModel, checkpoint: Checkpoint, batches: Batches, pairs: PairBatch, timed: int) -> dict[str, float]:
+def rates(model: PairModel, checkpoint: Checkpoint, batches: Batches, pairs: PairBatch, count: int) -> dict[str, float]:
     """Seconds per pair and checkpoint of the procedure, its kinder form and ours; of our preparation per checkpoint."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -131,23 +132,16 @@ def rates(model: PairModel, checkpoint: Checkpoint, batches: Batches, pairs: Pai
         kept = procedure.kept()
         for name, value in (("procedure", procedure.value), ("kept", kept)):
             value(pairs[:1])
-            found[name] = _seconds(lambda v=value: [v(pairs[i : i + 1]) for i in range(timed)]) / timed
-    start = time.perf_counter()
-    scorer = ours(model, checkpoint, batches)
-    prepared = time.perf_counter() - start
+            found[name] = timed(lambda v=value: [v(pairs[i : i + 1]) for i in range(1, count + 1)]) / count
+    made: list[Scorer] = []
+    found["preparation, once"] = timed(lambda: made.append(ours(model, checkpoint, batches)))
+    (scorer,) = made
     scorer._parts[0].observed = False  # the loss and similarity columns are not part of Eq. 9
     with torch.no_grad(), scorer.passes.ready():
         near = scorer.neighbours(pairs)
         scorer._parts[0].score(pairs[:32], scorer.neighbours(pairs[:32]))
-        found["ours"] = _seconds(lambda: scorer._parts[0].score(pairs, near)) / len(pairs)
-    found["preparation, once"] = prepared
+        found["ours"] = timed(lambda: scorer._parts[0].score(pairs, near)) / len(pairs)
     return found
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -165,7 +159,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     build = medium_model if options.model == "27m" else lambda dtype: small_model(options.model, dtype)
     model = build(torch.float32)
-    sizes = (options.reference, options.batch, options.target, 256)
+    sizes = (options.reference, options.batch, options.target, max(64, options.values))
     parts, pool = [], digit_pairs(model, sum(sizes))
     for size in sizes:
         parts.append(pool[:size])
