@@ -166,27 +166,27 @@ def climb(estimator: str, shards: str, checkpoints: int, folder: Path) -> None:
     for name in ("inventory", "train", "directions"):
         stage(name, path)
     job = open_job(Config.model_validate(yaml.safe_load(path.read_text())))
-    rates = {way: in_processes(job.config, job.inventory, way) for way in ("forward", "memory", "disk")}
-    found = through_ray(path, job.config)
-    passes = checkpoints * LIMITS[estimator]
+    limit = LIMITS[estimator]
     print(f"{estimator}, {checkpoints} checkpoints, {job.samples} pairs in {len(job.inventory)} shards")
-    print(f"  {'rung':34} {'pairs/s':>8}  of memory  forward passes per checkpoint (limit {LIMITS[estimator]})")
-    rows = {
-        "bare forward pass": (rates["forward"], None),
-        "decoded in memory": (rates["memory"], rates["memory"]),
-        "decoded on disk": (rates["disk"], rates["memory"]),
-        "stage, from the first scored pair": (found["running"], rates["memory"]),
-        "stage, from the command": (found["whole"], rates["memory"]),
-    }
-    for name, (rate, base) in rows.items():
-        share = f"{rate / base:9.1%}  {rates['forward'] / rate / checkpoints:.2f}" if base else ""
-        print(f"  {name:34} {rate:8.2f}  {share}")
-    print(f"  at the limit of the flops: {rates['forward'] / passes:.2f} pairs/s")
+    print(f"  {'rung':34} {'pairs/s':>8}  of memory  forward passes per checkpoint (limit {limit})", flush=True)
+    bare = in_processes(job.config, job.inventory, "forward")
+    print(f"  {'bare forward pass':34} {bare:8.2f}", flush=True)
+    memory = 0.0
+
+    def rung(name: str, rate: float) -> None:
+        print(f"  {name:34} {rate:8.2f}  {rate / memory:9.1%}  {bare / rate / checkpoints:.2f}", flush=True)
+
+    memory = in_processes(job.config, job.inventory, "memory")
+    rung("decoded in memory", memory)
+    rung("decoded on disk", in_processes(job.config, job.inventory, "disk"))
+    found = through_ray(path, job.config)
+    rung("stage, from the first scored pair", found["running"])
+    rung("stage, from the command", found["whole"])
+    print(f"  at the limit of the flops: {bare / limit / checkpoints:.2f} pairs/s")
     shares = ", ".join(f"{name} {found[name]:.1%}" for name in ("score", "waiting", "load"))
     print(
         f"  stage: {found['seconds']:.1f} s, of it {found['start']:.1f} s start and end; of the workers' time: {shares}"
     )
-    sys.stdout.flush()
 
 
 def main() -> None:
