@@ -311,3 +311,21 @@ def test_the_border_is_as_wide_as_a_third_of_the_distance_at_the_threshold():
     assert duplicates.border_margin(0.5) == pytest.approx(0.35)
     assert duplicates.border_margin(0.98) == pytest.approx(0.35 * 0.2)
     assert duplicates.border_margin(1.0) == 0
+
+
+def test_sketches_bound_every_cosine_and_are_tight_in_few_dimensions():
+    rng = np.random.default_rng(11)
+    full = clusters.unit((rng.normal(size=(600, 256)) * np.arange(1, 257) ** -0.7).astype(np.float32))
+    few = clusters.unit((rng.normal(size=(600, 20)) @ rng.normal(size=(20, 256))).astype(np.float32))
+    for vectors, slack in ((full, 0.6), (few, 1e-4)):
+        sketches = duplicates._sketches(vectors)
+        above = sketches @ sketches.T - vectors @ vectors.T
+        assert above.min() > -duplicates.BOUND_ROUNDING
+        assert above.max() < slack
+
+
+def test_equal_embeddings_are_near_duplicates_at_a_cosine_of_one(tmp_path):
+    vectors = np.repeat(clusters.unit(np.random.default_rng(12).normal(size=(10, DIM)).astype(np.float32)), 2, axis=0)
+    run = write_run(tmp_path, [embedded(vectors, np.arange(20.0))], embedding_size=2 * DIM)
+    select(run, SelectConfig(keep=1.0, dedup=DedupConfig(cosine=1.0)), seed=0)
+    assert kept(run) == [(0, n) for n in range(1, 20, 2)]
