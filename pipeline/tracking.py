@@ -32,8 +32,8 @@ class Board:
         if config.track.wandb is not None:
             self._open_wandb(folder.root, config, config.track.wandb, name, local)
 
-    def log(self, step: int, **values: float) -> None:
-        """Add the values of one step."""
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add the values of one step, by name."""
         for add in self._add:
             add(step, values)
 
@@ -55,7 +55,7 @@ class Board:
 
         def add(step: int, values: dict[str, float]) -> None:
             for key, value in values.items():
-                writer.add_scalar(key, value, step)
+                writer.add_scalar(key.replace(" ", "_"), value, step)
 
         self._add.append(add)
         self._close.append(writer.close)

@@ -41,7 +41,7 @@ def test_both_trackers_hold_every_step(tmp_path: Path, monkeypatch: pytest.Monke
     config = parse_config({"data": {"shards": []}, "track": {"wandb": "pairs"}})
     with Board(RunFolder(str(tmp_path)), config, "run-000") as board:
         for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):
-            board.log(step, loss=loss, learning_rate=0.5)
+            board.log(step, {"loss": loss, "learning_rate": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard" / "run-000"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 4.0), (2, 2.0), (3, 1.0)]
@@ -56,10 +56,10 @@ def test_a_training_that_goes_on_replaces_what_it_repeats(tmp_path: Path) -> Non
     config = parse_config({"data": {"shards": []}})
     with Board(RunFolder(str(tmp_path)), config, "run-000") as board:
         for step in (1, 2, 3):
-            board.log(step, loss=1.0)
+            board.log(step, {"loss": 1.0})
     with Board(RunFolder(str(tmp_path)), config, "run-000", first_step=2) as board:
         for step in (2, 3):
-            board.log(step, loss=9.0)
+            board.log(step, {"loss": 9.0})
     events = EventAccumulator(str(tmp_path / "tensorboard" / "run-000"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 9.0), (3, 9.0)]

@@ -15,6 +15,9 @@ from pipeline.models.clip import PairModel
 from pipeline.replay.schedule import TrainingSettings, data_order
 from pipeline.replay.train import Pairs, Trainer
 
+#: Called with the steps taken and the values to record.
+Log = Callable[[int, dict[str, float]], None]
+
 #: Added to the run number of every evaluation training, so that none repeats the order of a proxy run.
 FIRST_RUN = 1000
 
@@ -27,11 +30,13 @@ def train_and_measure(
     held_out: HeldOut,
     seed: int,
     device: str = "cpu",
+    log: Log | None = None,
 ) -> float:
     """Train a new model on cache `rows` with the proxy's settings (but `evaluate.augment`) and measure it.
 
     Every set gets the same number of steps (`evaluate.steps`, else the proxy's on all pairs), so that small sets are
-    seen more often, not less. Sets smaller than a batch are trained with a batch of their size.
+    seen more often, not less. Sets smaller than a batch are trained with a batch of their size. `log` is called with
+    the steps taken and the values of the last of them: `loss` (nats), and at the end the metric by its name.
     """
     proxy, wanted = config.proxy, config.evaluate or EvaluateConfig()
     batch = min(proxy.batch_size, len(rows))
@@ -40,6 +45,10 @@ def train_and_measure(
     settings = TrainingSettings.of(sized, len(rows), FIRST_RUN + seed)
     settings = replace(settings, steps=steps, augment=wanted.augment)
     trainer = Trainer(build(FIRST_RUN + seed), pairs, data_order(np.sort(rows), settings), settings, device)
+    tell = log or (lambda step, values: None)
     while trainer.step < steps:
-        trainer.advance()
-    return measure(trainer.model, replace(held_out, batch=held_out.batch.to(torch.device(device))))
+        loss = trainer.advance()
+        tell(trainer.step, {"loss": loss})
+    value = measure(trainer.model, replace(held_out, batch=held_out.batch.to(torch.device(device))))
+    tell(steps, {held_out.metric: value})
+    return value

@@ -157,7 +157,7 @@ class _Session:
             if step % self.resume_every == 0 and step < steps:
                 self._keep_resume_point(step, losses)
             if board is not None:
-                board.log(step, loss=losses[-1], learning_rate=rate)
+                board.log(step, {"loss": losses[-1], "learning_rate": rate})
             self._show_progress(step, losses[-1], rate)
             if progress is not None:
                 progress(step, losses[-1], rate)

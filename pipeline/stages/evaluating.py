@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -35,6 +36,11 @@ class _Training:
 
     def __str__(self) -> str:
         return f"{self.pairs.name}, seed {self.pairs.seed}"
+
+    @property
+    def board(self) -> str:
+        """What trackers call it: letters, digits and dashes."""
+        return re.sub(r"[^0-9A-Za-z]+", "-", str(self)).strip("-")
 
     @property
     def mark(self) -> str:
@@ -104,5 +110,6 @@ def _training(job: Job, pairs: WrittenSet) -> _Training:
 def _train(training: _Training) -> None:
     from pipeline.stages.subset_training import train_on
 
-    result = {"set": str(training), **train_on(training.config, training.pairs.file, training.pairs.seed)}
+    pairs = training.pairs
+    result = {"set": str(training), **train_on(training.config, training.board, pairs.file, pairs.seed)}
     marks.write_mark(training.mark, training.fingerprint, result)

@@ -16,10 +16,11 @@ from pipeline.evaluation.zeroshot import load_held_out
 from pipeline.stages.computing import ComputingJob
 from pipeline.stages.training import TrainingPairs, build_proxy
 from pipeline.store import storage
+from pipeline.tracking import Board
 
 
-def train_on(config: Config, positions_file: str, seed: int) -> dict[str, Any]:
-    """Train a model on the pairs of a set; metric, pairs that were there (size) and value."""
+def train_on(config: Config, name: str, positions_file: str, seed: int) -> dict[str, Any]:
+    """Train a model on the pairs of a set; metric, pairs that were there (size) and value. Trackers show `name`."""
     assert config.evaluate is not None  # checked before any task
     assert config.evaluate.shards is not None
     job = ComputingJob(config)
@@ -29,5 +30,6 @@ def train_on(config: Config, positions_file: str, seed: int) -> dict[str, Any]:
     rows = np.flatnonzero(np.isin(cache.positions, chosen))
     held_out = load_held_out(config.evaluate.shards, job.decoder, config.data.caption, job.threads)
     device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-    value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, seed, device)
+    with Board(job.folder, config, f"evaluation/{name}") as board:
+        value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, seed, device, board.log)
     return {"metric": held_out.metric, "size": len(rows), "value": value}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import Config
 from pipeline.data.decode import uid_to_id
@@ -144,6 +145,13 @@ def test_evaluate_compares_choices_at_several_sizes_and_repeats_no_training(
     marks = Path(first.root) / "evaluation" / "trainings"
     before = {path.name: path.stat().st_mtime_ns for path in marks.iterdir()}
     assert len(before) == 20
+    board = EventAccumulator(str(Path(first.root) / "tensorboard" / "evaluation" / "random-25-seed-1"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3]
+    (measured,) = (row["values"][1] for row in rows if row["set"] == "random 25 %")
+    assert [(event.step, event.value) for event in board.Scalars("zero-shot_accuracy")] == [
+        (3, pytest.approx(measured))
+    ]
 
     tree["evaluate"] = evaluate | {"compare": {"low": {"by": "-utility"}, "high loss": {"by": "loss"}}, "seeds": 1}
     capsys.readouterr()
