@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,19 @@ from pipeline.run import RunFolder
 from pipeline.tracking import Board
 
 
-def offline_history(folder: Path) -> list[dict[str, str]]:
+def offline_history(folder: Path, calls: int) -> list[dict[str, str]]:
     """The values that the one offline run of Weights & Biases below `folder` recorded, a mapping per call.
+
+    It is written by a process of its own, which may be behind: waits until there are `calls`, for a minute at most.
+    """
+    deadline = time.monotonic() + 60
+    while len(rows := _history(folder)) < calls and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return rows
+
+
+def _history(folder: Path) -> list[dict[str, str]]:
+    """What is in the run's file so far.
 
     Its file is a log of records in LevelDB's format: after 7 bytes, each has a checksum (4 bytes), a size (2) and a
     type (1); a short log fits into the first block, where no record is cut in two.
@@ -29,6 +41,8 @@ def offline_history(folder: Path) -> list[dict[str, str]]:
     while position + 7 <= len(content):
         size, kind = struct.unpack_from("<HB", content, position + 4)
         assert kind in (0, 1)
+        if position + 7 + size > len(content):
+            break
         record = wandb_internal_pb2.Record.FromString(content[position + 7 : position + 7 + size])
         if record.WhichOneof("record_type") == "history":
             rows.append({item.key or ".".join(item.nested_key): item.value_json for item in record.history.item})
@@ -45,7 +59,7 @@ def test_both_trackers_hold_every_step(tmp_path: Path, monkeypatch: pytest.Monke
     events = EventAccumulator(str(tmp_path / "tensorboard" / "run-000"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 4.0), (2, 2.0), (3, 1.0)]
-    assert [(row["step"], row["loss"], row["learning_rate"]) for row in offline_history(tmp_path)] == [
+    assert [(row["step"], row["loss"], row["learning_rate"]) for row in offline_history(tmp_path, 3)] == [
         ("1", "4", "0.5"),
         ("2", "2", "0.5"),
         ("3", "1", "0.5"),

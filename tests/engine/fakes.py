@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 import unittest.mock
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def fake_table(shard: ShardInfo, spread: float = 1.0) -> pa.Table:
     )
 
 
+def _full_for_this_thread() -> Callable[[int], None]:
+    """An `os.fsync` that finds the disk full in this thread: the actor's other threads write other shards."""
+    here, real = threading.get_ident(), os.fsync
+
+    def fsync(handle: int) -> None:
+        if threading.get_ident() == here:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    return fsync
+
+
 @dataclass(frozen=True)
 class FakeSpec:
     run: RunFolder
@@ -119,7 +132,7 @@ class FakeWork:
 
     def commit(self, shard: ShardInfo, scored: Any, seconds: dict[str, float]) -> dict[str, int]:
         if self._event("full", shard):
-            with unittest.mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+            with unittest.mock.patch("os.fsync", _full_for_this_thread()):
                 return self._write(shard, scored, seconds)
         return self._write(shard, scored, seconds)
 
