@@ -16,7 +16,7 @@ from pipeline.report.contents import Place
 from pipeline.report.groups import Group
 from pipeline.report.rows import Bools, read_shard_rows
 from pipeline.run import RunFolder
-from pipeline.selection.clusters import Float32, unit
+from pipeline.selection.clusters import Float32, image_half, unit
 from pipeline.store import storage
 
 #: Scored pairs that are clustered, from as few shards as hold them.
@@ -128,10 +128,8 @@ def _embeddings_at(run: RunFolder, places: Iterable[Place]) -> dict[Place, Float
 
 def _images(column: pa.FixedSizeListArray) -> tuple[Float32, Bools]:
     """The image half of an `embedding` column as unit vectors `[n, d]`, and where there is one `[n]`."""
-    size = column.type.list_size
     known = np.asarray(column.is_valid().to_numpy(zero_copy_only=False), dtype=bool)
-    flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
-    images = np.asarray(flat).reshape(len(column), size)[:, : size // 2].astype(np.float32)
+    images = image_half(column).astype(np.float32)
     known &= np.isfinite(images).all(axis=1)
     images[~known] = 0
     return unit(images), known

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.errors import StageError
 from pipeline.selection import layers
@@ -60,14 +61,19 @@ def image_embeddings(opened: OpenShard, judged: Judged, chosen: Bool | None = No
     """
     span = judged.span
     column = span.arrow("embedding") if not opened.recipe.embeddings else opened.joined_embeddings(span)
-    size = column.type.list_size
-    flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
-    whole = np.asarray(flat).reshape(len(column), size)[:, : size // 2]
+    whole = image_half(column)
     rows = judged.places() - span.start if chosen is None else judged.places()[chosen] - span.start
     found = whole[rows].astype(np.float32)
     found[~np.asarray(column.is_valid().to_numpy(zero_copy_only=False))[rows]] = 0
     found[~np.isfinite(found).all(axis=1)] = 0
     return unit(found)
+
+
+def image_half(column: pa.FixedSizeListArray) -> npt.NDArray[np.float16]:
+    """The image part [n, d] of an `embedding` column, which holds image, then text; as stored, nulls included."""
+    size = column.type.list_size
+    flat = column.values.slice(column.offset * size, len(column) * size).to_numpy(zero_copy_only=False)
+    return np.asarray(flat).reshape(len(column), size)[:, : size // 2]
 
 
 def unit(vectors: Float32) -> Float32:
