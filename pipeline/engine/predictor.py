@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,7 +72,7 @@ class ShardPredictor:
 
     def commit(self, shard: ShardInfo, scored: tuple[pa.Table, str], seconds: dict[str, float]) -> dict[str, int]:
         """Write score file and mark; returns rows by status."""
-        mark = commit_scores(
+        return commit_scores(
             self._run,
             shard,
             scored[0],
@@ -83,8 +82,7 @@ class ShardPredictor:
             finished=time.time(),
             worker=self._worker,
             end_error=scored[1],
-        )
-        return dict(Counter({"ok": mark.ok}) + Counter(mark.reasons))
+        ).statuses
 
     def _completed(self, table: pa.Table) -> pa.Table:
         config = self._config

@@ -120,7 +120,7 @@ def _pending(
     for mark in commits.committed(run, shards, fingerprint, config.stale):
         settled[places[mark.shard]] = 1
         outcome.done += 1
-        outcome.statuses.update({"ok": mark.ok, **mark.reasons})
+        outcome.statuses.update(mark.statuses)
     for url in storage.list_files(storage.join(run.root, "failed"), ".json"):
         aside = read_aside(url)
         place = places.get(aside.item) if aside is not None else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -136,7 +135,7 @@ class ShardScorer:
 
     def commit(self, shard: ShardInfo, scored: _Scored, seconds: dict[str, float]) -> dict[str, int]:
         """Write score file and mark; returns rows by status."""
-        mark = commit_scores(
+        return commit_scores(
             self.folder,
             shard,
             scored.table,
@@ -146,8 +145,7 @@ class ShardScorer:
             finished=time.time(),
             worker=self._worker,
             end_error=scored.end_error,
-        )
-        return dict(Counter({"ok": mark.ok}) + Counter(mark.reasons))
+        ).statuses
 
     def table(self, shard: ShardInfo, decoded: DecodedShard) -> pa.Table:
         """The score file's content: a row for every sample."""

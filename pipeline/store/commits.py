@@ -95,6 +95,11 @@ class ScoreMark:
     fingerprint: str
     parts: dict[str, Any] = field(repr=False)
 
+    @property
+    def statuses(self) -> dict[str, int]:
+        """Rows by status."""
+        return {"ok": self.ok, **self.reasons}
+
     @staticmethod
     def parse(value: dict[str, Any]) -> ScoreMark:
         """A mark as read from JSON. Raises `KeyError` when something is missing (a mark of another version)."""

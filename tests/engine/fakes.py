@@ -147,4 +147,4 @@ class FakeWork:
             finished=time.time(),
             worker=self._worker,
         )
-        return {"ok": mark.ok, **mark.reasons}
+        return mark.statuses
