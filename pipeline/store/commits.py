@@ -6,15 +6,17 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
-import pyarrow.dataset
 
 from pipeline.run import RunFolder
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.scores import score_schema, serialise
+
+if TYPE_CHECKING:
+    import pyarrow.dataset
 
 #: Marks read at the same time: each is a round trip on an object store.
 READERS = 16
@@ -187,6 +189,8 @@ def committed(run: RunFolder, shards: Sequence[Shard], fingerprint: Fingerprint,
 
 def open_scores(run: RunFolder) -> pyarrow.dataset.Dataset:
     """All committed scores as one Arrow dataset, by shard number; files without a mark are not part of it."""
+    import pyarrow.dataset  # with it comes pandas, which workers can do without
+
     files = [run.score_file(mark.shard) for mark in read_marks(run)]
     if not files:
         return pyarrow.dataset.dataset(score_schema().empty_table())
