@@ -26,7 +26,8 @@ import psutil
 import yaml
 from PIL import Image
 
-from pipeline.emit.tar import BLOCK, header, padded
+from pipeline.data.layout import BLOCK, padded
+from pipeline.emit.tar import header
 from pipeline.run import RunFolder
 from pipeline.store import storage
 
