@@ -16,7 +16,6 @@ MODULES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != 
 @pytest.mark.parametrize("name", MODULES)
 def test_it_prints_its_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    monkeypatch.setenv("DIFFPRUNE_TEST_DATA", "data")
     monkeypatch.delitem(sys.modules, f"tests.benchmarks.{name}", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"tests.benchmarks.{name}", run_name="__main__")

@@ -46,9 +46,10 @@ def size_of(folder: Path) -> int:
 
 def main() -> None:
     """Plan and run what is named on the command line, or the demo and all sets."""
+    chosen = real_runs.names(__doc__, ["demo", *real_runs.SETS])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name in sys.argv[1:] or ["demo", *real_runs.SETS]:
+        for name in chosen:
             file = folder / f"{name}.yaml"
             file.write_text(yaml.safe_dump(config_of(name, folder)))
             planned = {stage["stage"]: stage for stage in plan(file)["stages"]}

@@ -6,6 +6,7 @@ processes, and for cifar10n-train how well scores find the wrong captions (`trut
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -87,11 +88,22 @@ def _is_worker(process: psutil.Process) -> bool:
     return process.name().startswith("ray::")
 
 
+def names(doc: str | None, choices: list[str]) -> list[str]:
+    """The names given on the command line, or all of `choices`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(choices))
+    given: list[str] = parser.parse_args().names
+    if unknown := set(given) - set(choices):
+        parser.error(f"expected names out of {', '.join(choices)}, found {', '.join(sorted(unknown))}")
+    return given or choices
+
+
 def main() -> None:
     """Run the sets named on the command line, or all."""
+    chosen = names(__doc__, list(SETS))
     data = Path(os.environ["DIFFPRUNE_TEST_DATA"])
     with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or SETS:
+        for name in chosen:
             config = Path(folder, f"{name}.yaml")
             config.write_text(yaml.safe_dump(config_of(name, data, Path(folder, name))))
             found = run(config, Path(folder, name))
