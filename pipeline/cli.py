@@ -69,7 +69,7 @@ def _top(
 def init(
     shards: Shards,
     to: Annotated[str, typer.Option("--to", metavar="CONFIG", help="Where the config goes.")] = "my.yaml",
-    out: Out = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run's folder, for the config.")] = None,
 ) -> None:
     """Look at shards and this machine, and write a commented config that fits both.
 

@@ -154,14 +154,20 @@ def print_inspection(found: Inspection, console: Console | None = None, *, max_p
         ("shards", f"{count(len(found.urls))}, {size(sum(found.sizes))}"),
         ("pairs", f"{'' if found.exact else 'about '}{count(found.samples)}{about}"),
         ("looked at", f"{plural(found.looked_at, 'pair')} of {plain(found.urls[0], 200)}"),
-        ("images", _kinds(found)),
-        ("width", f"{_range(found.widths)} pixels"),
-        ("height", f"{_range(found.heights)} pixels"),
-        ("captions", f"{_range(found.caption_lengths)} characters, {percent(found.repeated)} of them repeat"),
+        ("images", _kinds(found) or "none"),
+        ("width", f"{_range(found.widths)} pixels" if found.widths else ""),
+        ("height", f"{_range(found.heights)} pixels" if found.heights else ""),
+        (
+            "captions",
+            f"{_range(found.caption_lengths)} characters, {percent(found.repeated)} of them repeat"
+            if found.caption_lengths
+            else "",
+        ),
         ("json keys", ", ".join(plain(key, 40) for key, _ in found.json_keys.most_common(12)) or "none"),
         ("sources", ", ".join(f"{plain(name, 40)} {times}" for name, times in _top(found.sources)) or "none"),
     ):
-        facts.add_row(Text(name, style="dim"), Text(value))
+        if value:
+            facts.add_row(Text(name, style="dim"), Text(value))
     console.print(facts)
     _print_problems(found, console)
     if found.examples:
@@ -174,9 +180,8 @@ def _print_problems(found: Inspection, console: Console) -> None:
     if not bad and not found.broken:
         console.print(Text("No problems found.", style="green"))
         return
-    problems = Table(
-        title=f"Problems: {plural(bad, 'pair')}, {percent(bad / max(found.looked_at, 1))}", title_justify="left"
-    )
+    share = f": {plural(bad, 'pair')}, {percent(bad / found.looked_at)}" if bad else ""
+    problems = Table(title=f"Problems{share}", title_justify="left")
     for head in ("reason", "pairs", "for example"):
         problems.add_column(head, justify="right" if head == "pairs" else "left")
     for reason, times in found.status.most_common():
@@ -196,8 +201,6 @@ def _top(counter: Counter[str]) -> list[tuple[str, int]]:
 
 
 def _range(values: list[int]) -> str:
-    if not values:
-        return "\u2013"
     low, middle, high = np.quantile(values, [0, 0.5, 1])
     return f"{count(low)} to {count(high)} (median {count(middle)})" if low != high else count(low)
 

@@ -153,8 +153,12 @@ def _verdict(run: RunFolder, name: str, pair: Pair, kept: bool) -> str:
 
 def _other_reasons(summary: SelectionSummary) -> str:
     """What may have pruned a pair that the threshold alone does not explain."""
+    by, where = summary.config.get("by"), summary.config.get("where")
     reasons = [reason for reason, pairs in summary.pruned.items() if pairs]
-    return f"by one of {', '.join(reasons)} (select.by: {summary.config.get('by')})" if reasons else "by its rank"
+    if reasons == ["quota"]:
+        return f"{by} is below {number(summary.threshold)}" if summary.threshold is not None else "its group is full"
+    names = [f"where {where}" if reason == "where" else reason for reason in reasons]
+    return f"by {' or '.join(names)} (select.by: {by})" if names else "by its rank"
 
 
 def _nearest(

@@ -36,8 +36,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 #: Programs of others that commands may name without being checked further.
 OTHERS = {
     "aws", "bash", "cat", "cd", "curl", "docker", "duckdb", "export", "gcloud", "git", "helm", "kubectl",
-    "lint-imports", "mkdocs", "nvidia-smi", "pip", "pre-commit", "sbatch", "scancel", "squeue", "tail", "tensorboard",
-    "watch",
+    "lint-imports", "mkdocs", "nvidia-smi", "pip", "pre-commit", "sbatch", "scancel", "squeue", "tail", "tar",
+    "tensorboard", "watch",
 }  # fmt: skip
 FENCE = re.compile(r"^( *)```([a-z]*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 

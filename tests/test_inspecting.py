@@ -195,7 +195,9 @@ def test_verdict_says_what_pruned_a_pair(tmp_path: Path) -> None:
     lowest = tell(made.run.root, str(made.column("uid")[int(np.nanargmin(utility))]))
     assert "is below the threshold" in lowest.verdicts["default"]
     late = tell(made.run.root, made.tables[1]["uid"][25].as_py())
-    assert late.verdicts["wide"] == "pruned: by one of where (select.by: utility)"
+    assert late.verdicts["wide"] == "pruned: by where index < 20 (select.by: utility)"
+    run_selection(made.run, SelectConfig(name="mixed", by="rank(utility)", keep=0.5), seed=0)
+    assert "rank(utility) is below 0.5" in tell(made.run.root, lowest.pair.uid).verdicts["mixed"]
     best = tell(made.run.root, str(made.column("uid")[int(np.nanargmax(utility))]))
     assert best.verdicts["default"].startswith("kept: utility at or above")
     select(made.run, made.tables, "bare", -np.inf, "utility")

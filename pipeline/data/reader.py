@@ -27,6 +27,8 @@ _READ_TYPES = (*IMAGE_TYPES, "txt", "json")
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
 _UID = re.compile(r"[0-9a-fA-F]{32}")
+#: The usual cause is `tar cf shard.tar *.jpg *.txt`: the files of a sample must be neighbours in a tar.
+_SAME_KEY = "an earlier sample of this shard has the same key (tar --sort=name puts the files of a sample together)"
 #: What `tarfile` raises on bytes that are no tar; errors of storage are other ones and pass through.
 _NOT_A_TAR = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError)
 #: How `tarfile` names a zero block (the closing marker) and the end of the file where a header should be.
@@ -130,7 +132,7 @@ class ShardReader:
     def _sample(self, index: int, group: _Group) -> Sample:
         problems: list[tuple[Reason, str]] = []
         if group.repeated:
-            problems.append((Reason.DUPLICATE_KEY, "an earlier sample of this shard has the same key"))
+            problems.append((Reason.DUPLICATE_KEY, _SAME_KEY))
         if group.broken:
             problems.append((Reason.TRUNCATED_SAMPLE, group.broken))
         for ending, content in group.contents.items():

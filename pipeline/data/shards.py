@@ -66,6 +66,8 @@ def _matches(name: str, key: str) -> list[str]:
         path = storage.local_path(name)
         if os.path.isdir(path):
             path = os.path.join(glob.escape(path), "*")
+        elif not os.path.exists(path) and not path.endswith(SUFFIXES) and not glob.has_magic(path):
+            return []
         elif not glob.has_magic(path) or os.path.exists(path):
             return [os.path.abspath(path)]
         path = os.path.abspath(path)
@@ -91,7 +93,10 @@ def _filesystem(url: str, key: str) -> tuple[Any, str]:
 def _check(urls: list[str], pattern: str, key: str) -> None:
     """Raise `ConfigError` unless `urls` are tars that are there (web addresses are not asked for)."""
     if not urls:
-        raise ConfigError("expected shards, no file matches the pattern", key=key, found=pattern)
+        folder = storage.is_local(pattern) and os.path.isdir(storage.local_path(pattern))
+        nothing = f"this folder has no {', '.join(SUFFIXES)}" if folder else "no file matches the pattern"
+        hint = " (put images and captions into one: tar --sort=name -cf 00000.tar *.jpg *.txt)" if folder else ""
+        raise ConfigError(f"expected shards, {nothing}{hint}", key=key, found=pattern)
     for url in urls:
         if not storage.basename(url).endswith(SUFFIXES):
             raise ConfigError(f"expected names ending in {', '.join(SUFFIXES)}", key=key, found=url)

@@ -22,6 +22,7 @@ from pipeline.emit.train_script import (
     consumer_url,
     is_our_model,
     join_urls,
+    most_loaders,
     shard_pattern,
 )
 from pipeline.emit.uids import read_uids, write_uids
@@ -203,22 +204,25 @@ def make_plan(
 def train_command(config: Config, folder: SelectionFolder, lines: Sequence[ManifestLine], tars: int) -> TrainCommand:
     """The open_clip command for the pruned tars, or without them for the input shards read through the keep lists."""
     local = storage.is_local(folder.root)
-    used = [consumer_url(line.url) for line in lines if line.num_kept]
+    used = [line for line in lines if line.num_kept]
+    kept = sum(line.num_kept for line in used)
     if tars and local:
         data = f'"{shard_pattern("$here/shards", tars)}"'
     elif tars:
         data = shlex.quote(join_urls([consumer_url(f"{folder.shards}/{tar:05d}.tar") for tar in range(tars)]))
     else:
-        data = shlex.quote(join_urls(used))
+        data = shlex.quote(join_urls([consumer_url(line.url) for line in used]))
+    sizes = [(kept + tar) // tars for tar in range(tars)] or [line.num_kept for line in used]
+    batch_size = min(config.emit.train_batch_size, kept)
     keep = '--keep "$here"' if local else f"--keep {shlex.quote(folder.root)}"
     return TrainCommand(
         module="open_clip_train.main" if tars and not is_our_model(config.proxy.model) else "pipeline.loader",
         options="" if tars else keep,
         train_data=data,
-        num_samples=sum(line.num_kept for line in lines),
-        shards=tars or len(used),
+        num_samples=kept,
+        loaders=most_loaders(sizes, batch_size),
         model=consumer_model(config.proxy.model),
-        batch_size=config.emit.train_batch_size,
+        batch_size=batch_size,
         epochs=config.emit.train_epochs,
         seed=config.seed,
     )

@@ -9,11 +9,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import accumulate
 
 from pipeline.emit.templates import render
 from pipeline.store import storage
+from pipeline.text import plural
 
-#: Loading processes per GPU where there are shards enough for them (open_clip's own default).
+#: Loading processes per GPU where there are pairs enough for them (open_clip's own default).
 WORKERS = 4
 
 #: How webdataset is told to read a store that it has no client for.
@@ -29,7 +31,7 @@ class TrainCommand:
         options: further arguments before open_clip's own.
         train_data: `--train-data`, as a bash word (quoted; `$here` is the folder of the script).
         num_samples: `--train-num-samples`.
-        shards: tars behind `train_data`.
+        loaders: the most loading processes of all GPUs together that `most_loaders` allows.
         model: an open_clip model name, or a model config file.
         batch_size: pairs per GPU and step.
         epochs: passes over the kept pairs.
@@ -40,16 +42,11 @@ class TrainCommand:
     options: str
     train_data: str
     num_samples: int
-    shards: int
+    loaders: int
     model: str
     batch_size: int
     epochs: int
     seed: int
-
-    @property
-    def workers(self) -> int:
-        """Loading processes per GPU: every one needs a tar of its own."""
-        return max(1, min(WORKERS, self.shards))
 
     @property
     def warmup(self) -> int:
@@ -59,16 +56,27 @@ class TrainCommand:
 
     def render(self) -> str:
         """The text of the script."""
-        return render("train.sh.j2", command=self, quote=shlex.quote)
+        return render("train.sh.j2", command=self, per_gpu=WORKERS, quote=shlex.quote)
 
     def warnings(self) -> list[str]:
         """What a user should know before training."""
-        if self.shards >= WORKERS:
+        if self.loaders >= WORKERS:
             return []
         return [
-            f"{self.shards} tars feed at most {self.shards} loading processes in all (open_clip needs shards >= "
-            "workers x GPUs): for more, lower emit.pairs_per_shard or train with --dataset-resampled"
+            f"{plural(self.num_samples, 'pair')} in batches of {self.batch_size} keep {plural(self.loaders, 'worker')} "
+            "of open_clip busy, over all GPUs; more may wait for ever: for more, lower emit.pairs_per_shard or "
+            "emit.train_batch_size, or train with --dataset-resampled"
         ]
+
+
+def most_loaders(pairs: Sequence[int], batch_size: int) -> int:
+    """The most loading processes of which each fills a batch, whichever tars fall to it; 0 where not even one does.
+
+    `pairs` are the kept pairs of each tar. open_clip shares tars out to processes and drops what is short of a batch;
+    a process that never fills one starts over for ever, and training waits for it.
+    """
+    fewest = accumulate(sorted(pairs))
+    return next((len(pairs) // tars for tars, least in enumerate(fewest, 1) if least >= batch_size), 0)
 
 
 def shard_pattern(folder: str, shards: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from pipeline.emit.verify_selection import check_selection
 from pipeline.emit.verify_tars import check_tars
 from pipeline.errors import DiffpruneError
 from pipeline.run import RunFolder
-from pipeline.selection.summary import read_summary
+from pipeline.selection.summary import begun_selections, read_summary
 from pipeline.store import marks, storage
 
 
@@ -38,7 +37,7 @@ def _problems(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
     yield from _leftovers(run)
     yield from check_scores(run, inventory)
     yield from check_sample(run, inventory)
-    for name in _selections(run):
+    for name in begun_selections(run):
         try:
             selection = read_summary(run, name)
             account(selection)
@@ -64,19 +63,6 @@ def _leftovers(run: RunFolder) -> Iterator[str]:
             yield f"{storage.join(run.root, below)}: left over from an interrupted write; remove it"
 
 
-def _selections(run: RunFolder) -> list[str]:
-    """Names of the selections that were begun: those with a folder."""
-    names = ["default"] if storage.exists(run.selection()) else []
-    fs, path = storage.filesystem(posixpath.dirname(run.selection("any")))
-    if fs.exists(path):
-        names += sorted(
-            posixpath.basename(entry["name"].rstrip("/"))
-            for entry in fs.ls(path, detail=True)
-            if entry["type"] == "directory"
-        )
-    return names
-
-
 def _check_summary(run: RunFolder) -> Iterator[str]:
     """Whether the counts of `summary.json` are those of the selection it speaks of."""
     try:
@@ -86,7 +72,7 @@ def _check_summary(run: RunFolder) -> Iterator[str]:
     except ValueError as error:
         yield f"{run.summary}: expected JSON: {error}"
         return
-    if isinstance(summary, dict) and "counts" not in summary and not _selections(run):
+    if isinstance(summary, dict) and "counts" not in summary and not begun_selections(run):
         return  # nothing is selected yet: the summary knows of the stages before
     counts = summary.get("counts") if isinstance(summary, dict) else None
     if not isinstance(counts, dict):

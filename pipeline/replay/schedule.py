@@ -67,7 +67,9 @@ class TrainingSettings:
         proxy = config.proxy
         if pairs < proxy.batch_size:
             raise ConfigError(
-                f"expected at most the {pairs} pairs of a run", key="proxy.batch_size", found=proxy.batch_size
+                f"expected at most {pairs:,}, the pairs that a proxy run trains on",
+                key="proxy.batch_size",
+                found=proxy.batch_size,
             )
         if proxy.batch_size % proxy.workers:
             raise ConfigError("expected a divisor of proxy.batch_size", key="proxy.workers", found=proxy.workers)

@@ -14,6 +14,7 @@ from pipeline.data.inventory import ShardInfo
 from pipeline.emit.manifest import SelectionFolder
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
+from pipeline.selection.summary import begun_selections
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
 
@@ -123,12 +124,11 @@ class ShardRows:
 
 def selections(run: RunFolder) -> list[str]:
     """Names of the selections of a run that have keep lists; `default` first."""
-    names = ["default"]
-    folder = storage.join(run.root, "selections")
-    fs, path = storage.filesystem(folder)
-    if fs.exists(path):
-        names += sorted(storage.basename(name.rstrip("/")) for name in fs.ls(path, detail=False))
-    return [name for name in names if storage.list_files(storage.join(run.selection(name), "keep"), ".parquet")]
+    return [
+        name
+        for name in begun_selections(run)
+        if storage.list_files(storage.join(run.selection(name), "keep"), ".parquet")
+    ]
 
 
 def kept_indices(run: RunFolder, selection: str, shard: int) -> NDArray[np.int64]:

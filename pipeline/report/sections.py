@@ -10,7 +10,7 @@ from pipeline.report.contents import Content
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.groups import Group, GroupCounter
 from pipeline.report.plots import Figure
-from pipeline.text import count, percent, plain, plural
+from pipeline.text import NO_SOURCE, count, percent, plain, plural
 
 #: Rows of an interval plot of groups.
 SHOWN = 20
@@ -37,7 +37,7 @@ def source_section(counter: GroupCounter, key: str) -> GroupSection | None:
         return None
     groups = counter.gained_and_lost(SHOWN)
     overall = counter.kept / counter.pairs
-    intervals = [_interval(group, plain(str(group.name), 60) or "(no source)", overall) for group in groups]
+    intervals = [_interval(group, plain(str(group.name), 60) or NO_SOURCE, overall) for group in groups]
     about = f"A pair's source is the json key {key!r} (its domain, for addresses). There are "
     about += f"{'at least ' if counter.dropped else ''}{plural(number_of, 'source')}"
     about += f"; shown are the {len(groups)} that change most." if number_of > len(groups) else "."

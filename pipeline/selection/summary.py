@@ -85,6 +85,16 @@ def summary_file(run: RunFolder, name: str) -> str:
     return storage.join(run.selection(name), "selection.json")
 
 
+def begun_selections(run: RunFolder) -> list[str]:
+    """Names of the selections that have a folder; `default` first."""
+    names = ["default"] if storage.exists(run.selection()) else []
+    fs, path = storage.filesystem(storage.join(run.root, "selections"))
+    if fs.exists(path):
+        found = (entry["name"].rstrip("/") for entry in fs.ls(path, detail=True) if entry["type"] == "directory")
+        names += sorted(storage.basename(name) for name in found)
+    return names
+
+
 def write_summary(url: str, summary: SelectionSummary) -> None:
     """Commit a selection."""
     content = asdict(summary)
@@ -98,7 +108,11 @@ def read_summary(run: RunFolder, name: str) -> SelectionSummary:
     try:
         content = storage.read_json(url)
     except FileNotFoundError:
-        raise StageError(f"{url}: expected a finished selection {name!r}; make it with `diffprune select`") from None
+        others = [other for other in begun_selections(run) if storage.exists(summary_file(run, other))]
+        there = f" (there are: {', '.join(others)})" if others else ""
+        raise StageError(
+            f"{url}: expected a finished selection {name!r}{there}; make it with `diffprune select`"
+        ) from None
     content["groups"] = [GroupPlan(**entry) for entry in content["groups"]]
     content["clusters"] = [GroupPlan(**entry) for entry in content.get("clusters", [])]
     content["sources"] = [SourceKept(**entry) for entry in content["sources"]]

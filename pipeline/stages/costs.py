@@ -28,10 +28,12 @@ TASK_CPUS = 1
 
 @dataclass(frozen=True)
 class Volume:
-    """What a run has to deal with: shards, pairs and bytes of the input, and the machines' CPUs and GPUs."""
+    """What a run has to deal with: shards, pairs (all counted, or estimated from a few shards) and bytes of the input,
+    and the machines' CPUs and GPUs."""
 
     shards: int
     pairs: int
+    exact: bool
     bytes: int
     cpus: int
     gpus: int

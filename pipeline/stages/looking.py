@@ -13,6 +13,8 @@ from pipeline.selection.select import select
 from pipeline.selection.tasks import thread_map
 from pipeline.stages.job import open_job
 from pipeline.stages.selecting import require_scores
+from pipeline.store import storage
+from pipeline.text import NO_SOURCE
 
 #: Rows of a table; what comes after is counted.
 LONGEST_TABLE = 20
@@ -38,10 +40,15 @@ def show_plan(config: Config) -> None:
     if config.select.balance.by == "caption":
         _show_shares("caption", [(group.name, group.size, group.kept) for group in plan.groups], console)
     _show_shares("cluster", [(cluster.name, cluster.size, cluster.kept) for cluster in plan.clusters], console)
-    _show_shares(
-        "source", [(source.name or "(unknown)", source.pairs, source.kept) for source in plan.sources], console
-    )
-    _show_shares("shard", [(shard.url, shard.rows, shard.kept) for shard in plan.shards], console)
+    _show_shares("source", [(source.name or NO_SOURCE, source.pairs, source.kept) for source in plan.sources], console)
+    names = _short([shard.url for shard in plan.shards])
+    _show_shares("shard", [(names[shard.url], shard.rows, shard.kept) for shard in plan.shards], console)
+
+
+def _short(urls: list[str]) -> dict[str, str]:
+    """Shards by their file names, where all of them lie in one folder."""
+    one_folder = len({url.rpartition("/")[0] for url in urls}) == 1
+    return {url: storage.basename(url) if one_folder else url for url in urls}
 
 
 def _by_reason(fate: str, counts: dict[str, int]) -> str:
@@ -59,22 +66,31 @@ def _show_shares(title: str, entries: list[tuple[str, int, int]], console: Conso
     for name, pairs, kept in entries[:LONGEST_TABLE]:
         table.add_row(name, f"{pairs:,}", f"{kept:,}", text.percent(kept / pairs) if pairs else "")
     console.print(table)
-    if len(entries) > LONGEST_TABLE:
-        console.print(f"... and {len(entries) - LONGEST_TABLE} more")
+    _count_rest(len(entries), console)
+
+
+def _count_rest(entries: int, console: Console) -> None:
+    if entries > LONGEST_TABLE:
+        console.print(f"... and {entries - LONGEST_TABLE} more")
 
 
 def show_comparison(root: str, first: str, second: str) -> None:
     """Print the overlap of two selections of a run, and where they differ most."""
     found = compare(RunFolder(root), first, second, map_tasks=thread_map)
     console = Console()
+    names = _short([shard.name for shard in found.shards]) | {"": NO_SOURCE}
     for overlaps, title in (([found.overall], "all"), (found.sources, "source"), (found.shards, "shard")):
         table = Table(title=f"by {title}", title_justify="left", box=None)
         for heading in (title, "both", f"only {first}", f"only {second}", "shared"):
             table.add_column(heading, justify="left" if heading == title else "right")
         for overlap in overlaps[:LONGEST_TABLE]:
             counts = (f"{overlap.both:,}", f"{overlap.only_a:,}", f"{overlap.only_b:,}")
-            table.add_row(overlap.name, *counts, text.percent(overlap.jaccard))
+            table.add_row(names.get(overlap.name, overlap.name), *counts, text.percent(overlap.jaccard))
         console.print(table)
+        _count_rest(len(overlaps), console)
     both, only_first, only_second = found.mean_utility
-    console.print(f"rank correlation of the two rankings: {found.spearman:.3f}")
-    console.print(f"mean utility: both {both:.4g}, only {first} {only_first:.4g}, only {second} {only_second:.4g}")
+    console.print(f"rank correlation of the two rankings: {text.number(found.spearman)}")
+    console.print(
+        f"mean utility: both {text.number(both)}, only {first} {text.number(only_first)}, "
+        f"only {second} {text.number(only_second)}"
+    )

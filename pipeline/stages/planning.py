@@ -26,7 +26,7 @@ from pipeline.store import storage
 from pipeline.text import count, plural, size
 
 #: Shards whose samples are counted where there is no inventory yet, and those whose sizes are asked for.
-COUNTED, SIZED = 2, 200
+COUNTED, SIZED = 8, 200
 
 
 def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
@@ -43,6 +43,7 @@ def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
         volume = Volume(
             shards=len(urls),
             pairs=known[0],
+            exact=known[2],
             bytes=known[1],
             cpus=int(sum(node.get("CPU", 0) for node in nodes)),
             gpus=int(sum(node.get("GPU", 0) for node in nodes)),
@@ -51,16 +52,21 @@ def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
             checkpoints=checkpoints,
             runs=runs,
         )
+        Console(stderr=True).print(
+            f"plan: measuring each kind of work with {plural(workers.workers, 'worker')}, which takes a minute or so",
+            highlight=False,
+            soft_wrap=True,
+        )
         rates = calibrate(job.config, urls, workers, checkpoints)
     return costs(job.config, rates, volume), rates, volume
 
 
-def _inventory(job: Job, urls: Sequence[str]) -> tuple[int, int]:
-    """Pairs and bytes of the input: from the inventory where there is one, else from a few shards."""
+def _inventory(job: Job, urls: Sequence[str]) -> tuple[int, int, bool]:
+    """Pairs and bytes of the input, from the inventory where there is one, else from a few shards; whether exact."""
     if storage.exists(job.folder.inventory):
         infos = read_inventory(job.folder.inventory)
         if [info.url for info in infos] == list(urls):
-            return sum(info.samples for info in infos), sum(info.bytes for info in infos)
+            return sum(info.samples for info in infos), sum(info.bytes for info in infos), True
 
     def some(number: int) -> list[str]:
         return [urls[place * len(urls) // min(number, len(urls))] for place in range(min(number, len(urls)))]
@@ -69,8 +75,10 @@ def _inventory(job: Job, urls: Sequence[str]) -> tuple[int, int]:
         sizes = list(pool.map(lambda url: describe(url)[0], some(SIZED)))
         counted: list[ShardInfo] = list(pool.map(inspect_shard, range(COUNTED), some(COUNTED)))
     total = round(sum(sizes) / len(sizes) * len(urls))
-    per_byte = sum(info.samples for info in counted) / max(sum(info.bytes for info in counted), 1)
-    return round(total * per_byte), total
+    pairs = sum(info.samples for info in counted)
+    if len(counted) == len(urls):
+        return pairs, total, True
+    return round(total * pairs / max(sum(info.bytes for info in counted), 1)), total, False
 
 
 def _checkpoints(config: Config) -> tuple[int, int]:
@@ -93,8 +101,9 @@ def show_plan(config: Config, *, as_json: bool = False) -> None:
         return
     console = Console()
     machine = f"{plural(volume.cpus, 'CPU')}, {plural(volume.gpus, 'GPU') if volume.gpus else 'no GPU'}"
+    pairs = f"{'' if volume.exact else 'about '}{plural(volume.pairs, 'pair')}"
     console.print(
-        f"{plural(volume.pairs, 'pair')} in {plural(volume.shards, 'shard')} ({size(volume.bytes)}); "
+        f"{pairs} in {plural(volume.shards, 'shard')} ({size(volume.bytes)}); "
         f"{plural(volume.workers, 'worker')} on {machine}",
         highlight=False,
     )

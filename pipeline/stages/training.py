@@ -18,7 +18,7 @@ from pipeline.data.shards import expand
 from pipeline.engine.patience import Patience
 from pipeline.engine.progress import Display, Tally
 from pipeline.engine.tasks import run_task, run_tasks
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError
 from pipeline.replay.ray_train import ProxyJob, train_runs
 from pipeline.replay.schedule import TrainingSettings, runs_to_hold_out
 from pipeline.stages.job import Job
@@ -55,6 +55,10 @@ def take_inventory(job: Job) -> None:
         patience=Patience(job.config.engine.shard_timeout),
     )
     outcome.check("inventory")
+    if not any(info.samples for info in found.values()):
+        first = found[0]
+        reason = f" ({first.end_error})" if first.end_error else ""
+        raise InputError(f"{first.url}: expected image-text pairs, found none here{reason} or in any other shard")
     write_inventory(job.folder.inventory, [found[number] for number in range(len(urls))])
     for number in range(len(urls)):
         storage.remove(marks.url(number))

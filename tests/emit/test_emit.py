@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.config import Config, parse_config
 from pipeline.emit.emit import EmitSummary, emit
 from pipeline.emit.keys import key_words, keys_repeat
 from pipeline.emit.manifest import read_manifest
-from pipeline.emit.train_script import TrainCommand, consumer_url, join_urls, shard_pattern
+from pipeline.emit.train_script import TrainCommand, consumer_url, join_urls, most_loaders, shard_pattern
 from pipeline.errors import StageError
 from tests.emit.made_run import MadeRun, make_run
 from tests.helpers import sample_members, write_shards, write_tar
@@ -178,9 +179,11 @@ def test_the_script_is_sound_shell(tmp_path: Path) -> None:
         subprocess.run([shellcheck, str(script)], check=True)
 
 
-@pytest.mark.parametrize(("gpus", "warns"), [("1", False), ("2", True)])
-def test_the_script_passes_everything_on_and_warns_below_shards_per_worker(
-    tmp_path: Path, gpus: str, warns: bool
+@pytest.mark.parametrize(
+    ("gpus", "workers", "warns"), [("1", "4", False), ("2", "3", False), ("8", "1", True)], ids=lambda value: str(value)
+)
+def test_the_script_passes_everything_on_and_shares_workers_out(
+    tmp_path: Path, gpus: str, workers: str, warns: bool
 ) -> None:
     folder = tmp_path / "a folder"
     folder.mkdir()
@@ -198,16 +201,37 @@ def test_the_script_passes_everything_on_and_warns_below_shards_per_worker(
     assert arguments == [
         *launch, "-m", "open_clip_train.main", "--train-data", f"{folder}/shards/{{00000..00006}}.tar",
         "--train-num-samples", "700", "--dataset-type", "webdataset", "--model", "ViT-B-32", "--batch-size", "64",
-        "--epochs", "10", "--warmup", "11", "--workers", "4", "--seed", "3", "--lr", "1e-3",
+        "--epochs", "10", "--warmup", "11", "--workers", workers, "--seed", "3", "--lr", "1e-3",
     ]  # fmt: skip
-    assert ("warning: 2 GPUs with 4 workers each need as many shards, there are 7" in done.stderr) is warns
+    assert ("warning: 8 GPUs with 1 loading processes each, but more than 7 in all" in done.stderr) is warns
 
 
-def test_few_shards_get_few_workers_and_a_warning() -> None:
-    few = replace(COMMAND, shards=2)
-    assert few.workers == 2
-    assert "pairs_per_shard" in few.warnings()[0]
+def test_few_pairs_get_few_workers_and_a_warning() -> None:
+    assert "pairs_per_shard" in replace(COMMAND, loaders=2).warnings()[0]
     assert COMMAND.warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch_size", "most"),
+    [
+        ([100] * 7, 100, 7),
+        ([100] * 7, 101, 3),
+        ([209, 209, 210, 210], 256, 2),
+        ([1, 500, 500, 500], 256, 2),
+        ([4], 4, 1),
+        ([4, 4], 9, 0),
+    ],
+)
+def test_each_loading_process_has_a_whole_batch_whichever_tars_it_gets(
+    pairs: list[int], batch_size: int, most: int
+) -> None:
+    def fewest(processes: int) -> int:
+        return min(sum(order[first::processes]) for order in permutations(pairs) for first in range(processes))
+
+    assert most_loaders(pairs, batch_size) == most
+    assert [fewest(processes) >= batch_size for processes in range(1, len(pairs) + 1)] == [
+        processes <= most for processes in range(1, len(pairs) + 1)
+    ]
 
 
 @pytest.mark.parametrize(

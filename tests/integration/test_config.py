@@ -45,13 +45,17 @@ def write(tmp_path: Path, text: str) -> str:
             "evaluate.compare: expected keys of select, mine.buy: no key of select",
         ),
         ("data: {shards: a.tar}\nevaluate: {baselines: [right-only]}", "expected truth with the baseline right-only"),
+        ("data: {shard: a.tar}", "data.shard: expected a known key (did you mean 'shards'?)"),
+        ("data:\n  shards: a.tar\n bla: [", "expected readable YAML: line 3, column 2: expected <block end>"),
+        ("data: {shards: %(folder)s}", "this folder has no .tar, .tar.gz, .tgz, .tar.zst (put images and captions"),
+        ("data: {shards: nowhere}", "data.shards: expected shards, no file matches the pattern, found 'nowhere'"),
         ("data: {shards: nowhere/*.tar}", "data.shards: expected shards, no file matches the pattern"),
     ],
 )
 def test_a_bad_config_is_one_line_and_status_2(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, line: str
 ) -> None:
-    path = write(tmp_path, f"{text}\n")
+    path = write(tmp_path, f"{text}\n".replace("%(folder)s", str(tmp_path)))
     assert invoke(["run", path, "--out", str(tmp_path / "run")]) == 2
     printed = capfd.readouterr().err.strip().splitlines()
     assert len(printed) == 1, printed
@@ -65,6 +69,8 @@ def test_a_missing_config_and_an_unknown_model_are_status_2(
 ) -> None:
     assert invoke(["run", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: expected a config file, found nothing there" in capfd.readouterr().err
+    assert invoke(["run", str(tmp_path)]) == 2
+    assert capfd.readouterr().err.strip().endswith("expected a config file, found a folder")
     path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\nproxy: {{model: ViT-Z-99}}\nout: {tmp_path / 'run'}\n")
     assert invoke(["run", path]) == 2
     assert "proxy.model: ViT-Z-99: expected an open_clip model name" in capfd.readouterr().err

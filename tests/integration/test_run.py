@@ -14,7 +14,7 @@ import yaml
 from pipeline.cli import invoke
 from pipeline.config import dump_config
 from pipeline.emit.verify import verify
-from pipeline.errors import FingerprintError, StageError
+from pipeline.errors import FingerprintError, InputError, StageError
 from pipeline.run import RunFolder
 from pipeline.stages.runner import run_all, run_stage
 from tests.helpers import Member, image_bytes, sample_members, uid_of, write_tar
@@ -169,6 +169,13 @@ def test_a_stage_refuses_before_the_one_before_it(
 ) -> None:
     with pytest.raises(StageError, match=f"run `diffprune {missing} CONFIG` first"):
         run_stage(stage, small_config(shards, tmp_path / "run"))
+
+
+def test_shards_without_samples_are_refused_before_training(tmp_path: Path, ray_local: None) -> None:
+    broken = tmp_path / "broken.tar"
+    broken.write_text("not a tar")
+    with pytest.raises(InputError, match=r"broken\.tar: expected image-text pairs, found none here \(.*truncated"):
+        run_all(small_config([str(broken)], tmp_path / "run"))
 
 
 def test_stage_by_stage_equals_the_whole(finished: RunFolder, shards: list[str], tmp_path: Path) -> None:

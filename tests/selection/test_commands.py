@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config import Config, parse_config
 from pipeline.data.inventory import ShardInfo, write_inventory
+from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.tasks import thread_map
@@ -59,8 +60,8 @@ def test_a_dry_run_prints_reasons_clusters_sources_and_shards(tmp_path, capsys):
     clusters = [line[2:] for line in printed if line[0] == "cluster" and line[1].isdigit()]
     assert sorted(clusters) == [["14", "8", "57.1", "%"], ["18", "10", "55.6", "%"]]
     assert ["0.org", "20"] in [line[:2] for line in printed]
-    assert {line[0] for line in printed} >= {"/in/0.tar", "/in/1.tar"}
-    assert sum(int(line[2]) for line in printed if line[0].startswith("/in/")) == 18
+    assert {line[0] for line in printed} >= {"0.tar", "1.tar"}
+    assert sum(int(line[2]) for line in printed if line[0].endswith(".tar")) == 18
 
 
 @pytest.mark.parametrize("policy", [{"policy": "infomax"}, {"policy": "significant", "fill": "diverse"}])
@@ -96,7 +97,7 @@ def test_long_tables_are_counted(tmp_path, capsys):
     looking.show_plan(with_inventory(run, [rows], keep=0.5))
     out = capsys.readouterr().out
     assert "... and 10 more" in out
-    assert "(unknown)" in out
+    assert "(no source)" in out
 
 
 def test_compare_prints_overlap_and_where_it_is_least(tmp_path, capsys):
@@ -108,7 +109,21 @@ def test_compare_prints_overlap_and_where_it_is_least(tmp_path, capsys):
     looking.show_comparison(run.root, "default", "other")
     out = capsys.readouterr().out
     assert ["all", "4", "8", "8", "20.0", "%"] in [line.split() for line in out.splitlines()]
-    assert "rank correlation of the two rankings: -1.000" in out
+    assert "rank correlation of the two rankings: \u22121.00" in out
+
+
+def test_compare_names_pairs_without_a_source_and_selections_that_are_there(tmp_path, capsys):
+    rows = [row(n, float(n), source=None) for n in range(10)]
+    run = write_run(tmp_path, [rows])
+    config = with_inventory(run, [rows], keep=0.6)
+    select(run, config.select, seed=0)
+    select(run, config.select.model_copy(update={"name": "half", "keep": 0.5}), seed=0)
+    looking.show_comparison(run.root, "default", "half")
+    out = capsys.readouterr().out
+    assert ["(no", "source)", "5", "1", "0"] in [line.split()[:5] for line in out.splitlines()]
+    assert "only half \u2013" in out
+    with pytest.raises(StageError, match=r"expected a finished selection 'third' \(there are: default, half\)"):
+        looking.show_comparison(run.root, "default", "third")
 
 
 def test_a_selection_is_made_again_when_a_joined_run_has_changed(tmp_path):

@@ -16,7 +16,7 @@ RATES = Rates(
     parameters=1_000_000, directed=2_000_000, pixels=3000, tokens=16, embedding=64,
 )  # fmt: skip
 VOLUME = Volume(
-    shards=10, pairs=10_000, bytes=10**9, cpus=2, gpus=0, workers=2, steps=100, checkpoints=4, runs=1
+    shards=10, pairs=10_000, exact=True, bytes=10**9, cpus=2, gpus=0, workers=2, steps=100, checkpoints=4, runs=1
 )  # fmt: skip
 
 

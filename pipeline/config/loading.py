@@ -1,0 +1,108 @@
+"""Reading a config: the only module that knows YAML.
+
+A config is checked as a whole before any work; what is wrong with it is one `ConfigError` that names the file, the key,
+what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.tree import Config
+from pipeline.errors import ConfigError
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None, out: str | None = None) -> Config:
+    """Read a YAML config, apply `a.b=c` overrides (values are YAML) and check everything.
+
+    Relative shard paths are relative to the working directory, as on any command line.
+    Raises `ConfigError` for whatever is wrong.
+    """
+    name = os.fspath(path)
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("expected a config file, found nothing there", file=name) from None
+    except IsADirectoryError:
+        inside = os.path.join(name, "config.yaml")
+        there = f"; the config of this run is {inside}" if os.path.exists(inside) else ""
+        raise ConfigError(f"expected a config file, found a folder{there}", file=name) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"expected readable YAML: {_where(error)}", file=name) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"expected readable YAML: {error}", file=name) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("expected a mapping of sections", file=name, found=tree)
+    for override in overrides or []:
+        _override(tree, override)
+    if out is not None:
+        tree["out"] = out
+    return parse_config(tree, file=name)
+
+
+def parse_config(tree: dict[str, Any], file: str = "") -> Config:
+    """Check a config given as nested dictionaries. Raises `ConfigError` on the first problem."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        # A key that is needed may be missing because it is misspelt: unknown ones are named first.
+        problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+        key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-")))
+        if problem["type"] == "extra_forbidden":
+            raise ConfigError(f"expected a known key{_close_match(key)}", file=file, key=key) from None
+        expected = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ")
+        if problem["type"] == "missing":
+            expected = "expected a value, this key is needed"
+        elif not expected.startswith("expected"):
+            expected = f"expected {expected[0].lower()}{expected[1:]}"
+        found = None if problem["type"] == "missing" else problem["input"]
+        raise ConfigError(expected, file=file, key=key, found=found) from None
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML that `load_config` reads back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """What YAML says, on one line, with its place."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError("expected KEY=VALUE", key="--set", found=override)
+    node: Any = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError("expected a section to set a key in", key=f"--set {key}", found=node)
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError("expected a YAML value", key=f"--set {key}", found=text) from None
+
+
+def _close_match(key: str) -> str:
+    section: type[BaseModel] = Config
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        annotation = section.model_fields[parent].annotation if parent in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        section = annotation
+    close = difflib.get_close_matches(leaf, list(section.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" ({', '.join(section.model_fields)})"

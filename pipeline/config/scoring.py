@@ -1,0 +1,224 @@
+"""The sections that decide the scores, and the one for the workers that compute them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config.base import EstimatorName, Fraction, PositiveInt, Section, Shards
+
+
+class DataConfig(Section):
+    """The pairs that are to be scored and pruned."""
+
+    shards: Shards
+    """WebDataset tars: a brace pattern, a glob, a local folder, a list, a `.txt` file of URLs, `::`-joined patterns;
+    paths or fsspec URLs."""
+    caption: str = "txt"
+    """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json."""
+    max_pixels: PositiveInt = 64_000_000
+    """Images with more pixels than this are rejected before they are decoded (decompression bombs)."""
+    source: str = "url"
+    """The json key whose domain (for URLs) or value names the source of a pair in plans and reports."""
+
+    @field_validator("caption")
+    @classmethod
+    def _known_caption(cls, value: str) -> str:
+        return known_caption(value)
+
+
+def known_caption(value: str) -> str:
+    """The value if it says where captions are. Raises `ValueError`."""
+    if value != "txt" and not (value.startswith("json:") and len(value) > len("json:")):
+        raise ValueError("expected 'txt' or 'json:KEY'")
+    return value
+
+
+class TargetConfig(Section):
+    """The target set V: the pairs whose loss the kept data shall lower."""
+
+    kind: Literal["holdout", "shards", "train"] = "holdout"
+    """`holdout`: a seeded part of the training pairs, left out of the proxy run; `shards`: other pairs; `train`:
+    the training pairs themselves."""
+    shards: Shards | None = None
+    """With `kind: shards`: where the target pairs are (forms as in `data.shards`)."""
+    caption: str | None = None
+    """With `kind: shards`: where the captions are, as in `data.caption`; null takes that. For a labelled set
+    `json:KEY` names the key with the class's name."""
+    prompt: str = "{}"
+    """With `kind: shards`: the caption takes the place of `{}`. With class names as captions, `a photo of a {}` makes
+    the zero-shot prompts of a classification set; `reference.equal_captions: ignore` belongs to it."""
+    pairs: PositiveInt = 512
+    """How many target pairs are used, drawn by the run's seed."""
+
+    @field_validator("caption")
+    @classmethod
+    def _known_caption(cls, value: str | None) -> str | None:
+        return None if value is None else known_caption(value)
+
+    @model_validator(mode="after")
+    def _shards_given(self) -> TargetConfig:
+        if (self.kind == "shards") != (self.shards is not None):
+            raise ValueError("target.shards is needed with, and only with, target.kind: shards")
+        if self.kind != "shards" and (self.caption is not None or self.prompt != "{}"):
+            raise ValueError("target.caption and target.prompt go with target.kind: shards")
+        if "{}" not in self.prompt:
+            raise ValueError("expected a {} in target.prompt, where the caption goes")
+        return self
+
+
+class ReferenceConfig(Section):
+    """The seeded batches of training pairs that a pair's loss is measured against."""
+
+    pairs: PositiveInt = 256
+    """Pairs in R, the negatives of the loss of one pair."""
+    gradient_pairs: PositiveInt = 1024
+    """Pairs in B, whose mean loss gives `G_B` and `H_B` of Eq. 9 (and `G_D` for `moso`)."""
+    equal_captions: Literal["negative", "ignore"] = "negative"
+    """Whether pairs with the same caption are each other's negatives, in training and in scores."""
+
+
+class ProxyConfig(Section):
+    """The proxy CLIP model: trained here, or given as checkpoints."""
+
+    model: str = "ViT-B-32"
+    """An open_clip model name, or a `.json` file with an open_clip model config, or one of the small configs
+    shipped here (`tiny-vit`, ...)."""
+    pretrained: str | None = None
+    """A weights file (open_clip `.pt`, `.safetensors`) to start from; null starts at random."""
+    checkpoints: list[str] | None = None
+    """Existing checkpoints (open_clip `epoch_N.pt`, safetensors) or one `manifest.json`; null trains a proxy."""
+    checkpoint_steps: list[PositiveInt] | None = None
+    """With plain safetensors checkpoints: the step of each."""
+    checkpoint_rates: list[float] | None = None
+    """With plain safetensors checkpoints: the learning rate of each."""
+    runs: PositiveInt = 1
+    """Independent proxy runs (other seeds); their scores are combined and their spread is kept."""
+    subset: Fraction = 1.0
+    """The seeded share of the pairs that each run trains on; consecutive runs complement each other (two halves, three
+    times two thirds)."""
+    within: str | None = None
+    """Folder of a selection over the same shards (`RUN/pruned`, `RUN/selections/NAME`): the runs train only on what it
+    keeps, a second round; null trains on all pairs."""
+    epochs: Annotated[float, Field(gt=0)] = 5
+    """Passes over the data; ignored when `steps` is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; null derives them from `epochs`."""
+    batch_size: PositiveInt = 256
+    """Pairs per step over all workers: the pairs that are each other's negatives."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """The contrastive loss the model trains with, and is scored with."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer; Diff-In's formula follows it."""
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first beta; SGD's momentum is `momentum`."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """AdamW's second beta."""
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    """AdamW's epsilon."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD's momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of matrices (biases, gains and the logit scale have none)."""
+    grad_clip: Annotated[float, Field(gt=0)] | None = None
+    """Norm to which the gradient is clipped; null does not clip."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps with a linearly rising learning rate; a half cosine to zero follows."""
+    num_checkpoints: PositiveInt = 4
+    """Recorded checkpoints per run, `m` in Eq. 9."""
+    checkpoint_at: Literal["even", "random"] | list[PositiveInt] = "even"
+    """Which steps are recorded: evenly spaced (the last one included), at random (seeded), or a list."""
+    augment: bool = False
+    """Train with open_clip's random crops instead of the evaluation transform."""
+    workers: PositiveInt = 1
+    """Training workers per run; above 1 the run goes through `ray.train`."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of a training worker; null takes one where the cluster has GPUs."""
+    resume_every: PositiveInt = 200
+    """Steps between the resume points of an interrupted proxy run."""
+
+    @model_validator(mode="after")
+    def _plain_checkpoints(self) -> ProxyConfig:
+        for name in ("checkpoint_steps", "checkpoint_rates"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.checkpoints or []):
+                raise ValueError(f"{name} must have one entry per checkpoint")
+        if self.within is not None and self.checkpoints is not None:
+            raise ValueError("expected either within or checkpoints: these are trained already")
+        return self
+
+
+class ScoreConfig(Section):
+    """What is computed for each pair."""
+
+    estimator: EstimatorName = "diff-in"
+    """The estimator; `diffprune estimators` lists them with their costs."""
+    method: Literal["auto", "exact", "central", "forward"] = "auto"
+    """How Diff-In's bracket is computed: Hessian-vector product and mixed second derivative, central difference of
+    two tangent passes, or forward passes only."""
+    loss: Literal["marginal", "row"] = "marginal"
+    """The loss of one pair against R: with what it does to the others as a negative, or without."""
+    parameters: str = "all"
+    """Parameters that directions live on: `all`, `projections`, or `last-K-blocks`."""
+    precondition: Literal["auto", "adam", "none"] = "auto"
+    """AdamW's preconditioner in Eq. 9; `auto` uses it where the checkpoint carries Adam's state."""
+    held_out: bool = False
+    """Score each pair only with the proxy runs that did not train on it; needs `proxy.subset` below 1 and runs that
+    leave every pair out once (two with `subset: 0.5`)."""
+    batch_size: PositiveInt = 256
+    """Pairs per tangent pass (on a CPU at most 32); it changes speed and memory, not the scores (to rounding)."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the passes on a GPU; sums and losses are always float32."""
+    embeddings: bool = False
+    """Store the normalised embedding of the last checkpoint (image and text, float16) in the score files."""
+    projections: PositiveInt = 64
+    """Random directions of the projected self-influences (`diff-in-self`, `tracin-self`)."""
+    eigenpairs: PositiveInt = 16
+    """Leading eigenpairs of `H_B` (Lanczos) for `diff-in-self`."""
+    self_form: Literal["projected", "exact"] = "projected"
+    """How self-influences are computed; `exact` takes a gradient per pair (small models)."""
+    replay: Literal["exact", "checkpoints"] = "checkpoints"
+    """`unrolled`: back through every recorded step, or with each checkpoint's own Hessian in between."""
+    sample: Fraction = 1.0
+    """Share of the pairs, drawn by their uids, that is scored; the others' scores are predicted from one forward pass
+    per proxy run. 1 scores every pair."""
+    min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """With `sample` below 1: the least rank correlation of predicted with computed scores, on pairs that were not
+    fitted on; below it the stage is refused."""
+
+
+class EngineConfig(Section):
+    """Workers, retries and what a restart does."""
+
+    workers: PositiveInt | None = None
+    """Scoring actors, whether or not there is room for all of them yet: an autoscaling cluster grows to fit them. Null
+    takes one per GPU, or without GPUs one per `cpus_per_worker`; on a cluster that was joined, as many again are asked
+    for, so that one that can grow does."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
+    """CPUs of an actor; null shares the machine's CPUs out evenly."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of an actor; null takes one where the cluster has GPUs."""
+    memory_per_worker: PositiveInt | None = None
+    """Bytes that Ray reserves for an actor; null reserves none."""
+    object_store_memory: PositiveInt | None = None
+    """Bytes of the object store of a Ray started here; null takes 256 MiB, as only small messages go through it."""
+    decode_threads: PositiveInt | None = None
+    """Threads that decode images in each actor; null takes its CPUs."""
+    prefetch: PositiveInt = 1
+    """Shards fetched and decoded ahead in each actor."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Times a failed shard is tried again before it is set aside."""
+    retry_wait: Annotated[float, Field(ge=0)] = 1.0
+    """Seconds before the first retry; doubled each time."""
+    shard_timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds without news from a worker that has shards in hand, after which it is taken to hang, is killed and is
+    started anew; null takes 20 times the longest shard so far, and half an hour at least."""
+    allowed_failures: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the shards that may fail for good without failing the run."""
+    stale: Literal["refuse", "redo"] = "refuse"
+    """What happens to finished results that were made with other settings."""
+    address: str | None = None
+    """A running Ray cluster (`auto`, `ray://...`); null joins the job's own, else starts a local one."""
