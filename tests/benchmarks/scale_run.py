@@ -126,7 +126,7 @@ def config_of(folder: Path, pairs: int, shards: int) -> dict[str, Any]:
             "lr": 1e-3,
             "num_checkpoints": 2,
         },
-        "score": {"estimator": "clip-score", "batch_size": 1024},
+        "score": {"estimator": "tracin", "batch_size": 1024},
         "select": {"keep": 0.5},
         "emit": {"materialize": True, "pairs_per_shard": 10_000},
     }
