@@ -15,9 +15,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.api import PairScores, encode_pairs, open_scores, score_pairs, select
+    from pipeline.api import PairScores, encode_pairs, score_pairs
     from pipeline.config import Config, load_config, parse_config
     from pipeline.errors import ConfigError, DiffpruneError, FingerprintError, InputError, StageError
+    from pipeline.finished import open_scores, select
     from pipeline.influence import Batches, Scorer, Settings, prepare_run
     from pipeline.models.checkpoint import load_checkpoint
     from pipeline.models.clip import build_model
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from pipeline.types import AdamState, Checkpoint, Features, PairBatch
 
 _HOME = {
-    "pipeline.api": ("PairScores", "encode_pairs", "open_scores", "score_pairs", "select"),
+    "pipeline.api": ("PairScores", "encode_pairs", "score_pairs"),
     "pipeline.config": ("Config", "load_config", "parse_config"),
     "pipeline.errors": ("ConfigError", "DiffpruneError", "FingerprintError", "InputError", "StageError"),
+    "pipeline.finished": ("open_scores", "select"),
     "pipeline.influence": ("Batches", "Scorer", "Settings", "prepare_run"),
     "pipeline.models.checkpoint": ("load_checkpoint",),
     "pipeline.models.clip": ("build_model",),

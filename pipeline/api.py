@@ -1,74 +1,24 @@
-"""The library's short-cuts: a run's scores as Arrow, selections, and the influence of pairs held in Python."""
+"""The influence of pairs held in Python: the library's short-cut past shards and runs."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import pyarrow.dataset
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.config import parse_config
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import Sample
-from pipeline.errors import ConfigError, InputError, StageError
+from pipeline.errors import ConfigError, InputError
 from pipeline.influence import Batches, Scorer, Settings, prepare_run, utility_of
 from pipeline.models.clip import PairModel
-from pipeline.run import RunFolder
-from pipeline.selection.select import select as make_selection
-from pipeline.selection.summary import SelectionSummary
-from pipeline.store import commits, storage
 from pipeline.types import Checkpoint, PairBatch
 
 #: As `data.max_pixels`.
 MAX_PIXELS = 64_000_000
-
-
-def open_scores(run: str) -> pyarrow.dataset.Dataset:
-    """The scores of a run as one Arrow dataset (columns: `docs/outputs.md`); shards without a commit mark are left out.
-
-    Args:
-        run: a run's folder: a path or an fsspec URL.
-
-    Raises `StageError` where there is no run. Nothing is read before it is asked for:
-
-    >>> import pyarrow.compute as pc
-    >>> scores = open_scores(run)
-    >>> scores.count_rows(filter=pc.field("status") == "ok")
-    16
-    >>> scores.to_table(columns=["uid", "utility"]).sort_by([("utility", "descending")])["utility"].to_pylist()[:1]
-    [1.304...]
-    """
-    folder = RunFolder(run)
-    if not storage.exists(folder.inventory):
-        raise StageError(f"{run}: expected a run's folder, found no inventory there")
-    return commits.open_scores(folder)
-
-
-def select(run: str, *, seed: int = 0, dry_run: bool = False, **settings: Any) -> SelectionSummary:
-    """Choose the pairs of a scored run that are kept, and write the keep lists unless `dry_run`.
-
-    Args:
-        run: a run's folder: a path or an fsspec URL.
-        seed: decides random choices among ties.
-        dry_run: write nothing.
-        settings: the keys of the config's `select` section.
-
-    Raises `ConfigError` for settings that do not fit, `StageError` without scores.
-
-    >>> plan = select(run, keep=0.25, by="utility", dry_run=True)
-    >>> plan.total, plan.kept, plan.pruned
-    (16, 4, {'quota': 12})
-    >>> select(run, keep=1.5, dry_run=True)
-    Traceback (most recent call last):
-    pipeline.errors.ConfigError: select.keep: expected a fraction in (0, 1], found 1.5
-    """
-    config = parse_config({"data": {"shards": []}, "select": settings})
-    return make_selection(RunFolder(run), config.select, seed=seed, dry_run=dry_run)
 
 
 def encode_pairs(

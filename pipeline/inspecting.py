@@ -22,6 +22,7 @@ from pipeline.data.shards import expand
 from pipeline.data.stream import describe
 from pipeline.errors import InputError
 from pipeline.pictures import half_blocks, open_image
+from pipeline.store import storage
 from pipeline.text import count, percent, plain, plural, size
 
 #: Samples of the first shard that are decoded.
@@ -153,7 +154,7 @@ def print_inspection(found: Inspection, console: Console | None = None, *, max_p
     for name, value in (
         ("shards", f"{count(len(found.urls))}, {size(sum(found.sizes))}"),
         ("pairs", f"{'' if found.exact else 'about '}{count(found.samples)}{about}"),
-        ("looked at", f"{plural(found.looked_at, 'pair')} of {plain(found.urls[0], 200)}"),
+        ("looked at", f"{plural(found.looked_at, 'pair')} of {plain(storage.basename(found.urls[0]), 200)}"),
         ("images", _kinds(found) or "none"),
         ("width", f"{_range(found.widths)} pixels" if found.widths else ""),
         ("height", f"{_range(found.heights)} pixels" if found.heights else ""),

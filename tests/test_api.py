@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import pipeline
-from pipeline import Batches, Checkpoint, ConfigError, InputError, Settings, StageError, api
+from pipeline import Batches, Checkpoint, ConfigError, InputError, Settings, StageError
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import read_shard
 from pipeline.models.clip import split_state
@@ -23,7 +24,9 @@ from tests.emit.made_run import make_run
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = (
         "import sys, pipeline; assert pipeline.load_config and pipeline.RunFolder; "
-        "heavy = {'torch', 'ray', 'pyarrow', 'open_clip', 'PIL'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'ray', 'pyarrow', 'open_clip', 'PIL'} & set(sys.modules); assert not heavy, heavy; "
+        "assert pipeline.open_scores and pipeline.select; "
+        "heavy = {'torch', 'ray', 'open_clip', 'tqdm'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -40,9 +43,10 @@ def test_every_public_name_is_there_and_others_are_not() -> None:
 @pytest.mark.parametrize("name", ["open_scores", "select", "encode_pairs", "score_pairs"])
 def test_doctests(name: str, tmp_path: Path, tiny_shards: list[str]) -> None:
     run = make_run(tmp_path / "run", tiny_shards).run.root
+    home = importlib.import_module(getattr(pipeline, name).__module__)
     finder = doctest.DocTestFinder(recurse=False)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    found = finder.find(getattr(api, name), name, globs={**vars(api), "run": run})
+    found = finder.find(getattr(home, name), name, globs={**vars(home), "run": run})
     for case in found:
         runner.run(case)
     assert runner.summarize() == (0, len(found[0].examples))

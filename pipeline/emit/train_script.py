@@ -63,9 +63,8 @@ class TrainCommand:
         if self.loaders >= WORKERS:
             return []
         return [
-            f"{plural(self.num_samples, 'pair')} in batches of {self.batch_size} keep {plural(self.loaders, 'worker')} "
-            "of open_clip busy, over all GPUs; more may wait for ever: for more, lower emit.pairs_per_shard or "
-            "emit.train_batch_size, or train with --dataset-resampled"
+            f"train.sh starts at most {plural(self.loaders, 'worker')}, as more would not all fill batches of "
+            f"{self.batch_size} (for more, lower emit.pairs_per_shard or emit.train_batch_size)"
         ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,18 +20,24 @@ REFRESH_EVERY = 0.2
 #: Seconds over which a rate is averaged.
 RATE_WINDOW = 60
 
+#: Units of work that their rate is taken over, at least: some take minutes.
+FEWEST_UNITS = 10
+
 #: A worker that committed nothing for so long is not counted in the rate per worker.
 WORKER_SILENCE = 300.0
 
 
 class Rate:
-    """Events per second over the last `RATE_WINDOW` seconds (or since the start, when that is less)."""
+    """Events per second over the last `RATE_WINDOW` seconds, or over as long as `fewest` events take on average where
+    that is more; over the time since the start while that is less."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, fewest: int = 0) -> None:
         self._clock = clock
+        self._fewest = fewest
         self._start = clock()
         self._buckets: deque[tuple[int, int]] = deque()
         self._sum = 0
+        self._all = 0
 
     def add(self, count: int) -> None:
         """Count `count` events now."""
@@ -40,13 +47,16 @@ class Rate:
         else:
             self._buckets.append((second, count))
         self._sum += count
+        self._all += count
 
     def per_second(self) -> float:
         """The present rate; 0 before anything was counted."""
         now = self._clock()
-        while self._buckets and self._buckets[0][0] < now - RATE_WINDOW:
+        elapsed = max(now - self._start, 1e-3)
+        window = max(RATE_WINDOW, self._fewest * elapsed / max(self._all, 1))
+        while self._buckets and self._buckets[0][0] < now - window:
             self._sum -= self._buckets.popleft()[1]
-        return self._sum / max(min(now - self._start, RATE_WINDOW), 1e-3) if self._sum else 0.0
+        return self._sum / min(elapsed, window) if self._sum else 0.0
 
 
 class Tally:
@@ -61,7 +71,7 @@ class Tally:
         self.failed = 0
         self.pairs = pairs
         self.rejected = rejected
-        self._units = Rate(self._clock)
+        self._units = Rate(self._clock, fewest=FEWEST_UNITS)
         self._pairs = Rate(self._clock)
         self._workers: dict[str, tuple[Rate, float]] = {}
 
@@ -87,8 +97,8 @@ class Tally:
         parts = []
         if self.pairs:
             parts.append(f"{self._pairs.per_second():,.0f} pairs/s{self._per_worker()}")
-        else:
-            parts.append(f"{self._units.per_second():,.1f} {unit}/s")
+        elif rate := self._units.per_second():
+            parts.append(f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{duration(1 / rate)} per {unit.removesuffix('s')}")
         left = self.seconds_left()
         parts.append(f"{duration(left)} left" if left is not None else "time left unknown")
         if self.rejected:
@@ -106,6 +116,15 @@ class Tally:
         return f" ({len(rates)} workers, {min(rates):,.0f} to {max(rates):,.0f} each)"
 
 
+def can_repaint(console: Console) -> bool:
+    """Whether what is shown there can be painted over: on a terminal that a person looks at.
+
+    `FORCE_COLOR` makes rich take a file for a terminal, and the shell lines of a notebook have a terminal whose output
+    is kept as it comes; both get colours, but plain lines.
+    """
+    return console.is_interactive and console.file.isatty() and "JPY_PARENT_PID" not in os.environ
+
+
 class Display:
     """Shows a `Tally`; use as a context manager and call `tick` as often as convenient."""
 
@@ -119,7 +138,7 @@ class Display:
         self._live: Progress | None = None
 
     def __enter__(self) -> Display:
-        if self._console.is_terminal:
+        if can_repaint(self._console):
             self._live = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

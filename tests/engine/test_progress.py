@@ -45,6 +45,17 @@ def test_earlier_work_counts_as_done_but_not_towards_the_rate() -> None:
     assert tally.line("shards") == "10 pairs/s, 40 s left"
 
 
+def test_slow_units_are_averaged_since_the_start() -> None:
+    clock = Clock()
+    tally = Tally(6, clock=clock)
+    assert tally.line("trainings") == "time left unknown"
+    for now in (100, 200, 300):
+        clock.now = now
+        tally.add()
+    clock.now = 400
+    assert tally.line("trainings") == "2 min per training, 7 min left"
+
+
 def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     out = io.StringIO()
@@ -59,14 +70,39 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatc
     assert "\x1b" not in out.getvalue()
 
 
-def test_on_a_terminal_there_is_a_bar_with_counts_and_rate() -> None:
-    out = io.StringIO()
-    tally = Tally(4)
-    with Display("score", "shards", tally, Console(file=out, width=120, force_terminal=True)) as display:
-        tally.add(pairs=10, rejected=2)
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("out", "environment", "repainted"),
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (Terminal(), {"FORCE_COLOR": "1", "JPY_PARENT_PID": "1"}, False),  # a shell line of a notebook
+        (io.StringIO(), {"FORCE_COLOR": "1"}, False),
+    ],
+    ids=["terminal", "dumb-terminal", "notebook", "file-with-colours"],
+)
+def test_a_bar_only_where_it_can_be_painted_over(
+    out: io.StringIO, environment: dict[str, str], repainted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JPY_PARENT_PID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm-256color", **environment}.items():
+        monkeypatch.setenv(name, value)
+    console = Console(file=out, width=120)
+    assert console.is_terminal is (out.isatty() or "FORCE_COLOR" in environment)
+    with Display("score", "shards", Tally(4), console) as display:
+        display.tally.add(pairs=10, rejected=2)
         display.tick()
-    assert "1/4" in out.getvalue()
+    assert ("score: 1 of 4 shards, " in out.getvalue()) is not repainted
+    assert ("1/4" in out.getvalue()) is repainted
     assert "2 rejected" in out.getvalue()
+    assert ("\r" in out.getvalue()) is repainted
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (119, "2 min"), (3900, "1 h 05 min"), (532_800, "6 d 4 h")])
