@@ -19,7 +19,7 @@ class PairBatch:
     Attributes:
         images: uint8 `[n, 3, height, width]`, resized and cropped, not yet normalised (the model does that).
         tokens: int64 `[n, context_length]`.
-        ids: int64 `[n]`, the first 64 bits of each pair's uid: equal ids are the same pair.
+        ids: int64 `[n]`, a hash of each pair's uid: equal ids are the same pair.
         captions: int64 `[n]`, a hash of each caption's text: equal values are equal captions.
     """
 

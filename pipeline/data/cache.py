@@ -25,6 +25,9 @@ from pipeline.errors import InputError
 from pipeline.store import storage
 from pipeline.types import PairBatch
 
+#: Of what the arrays hold.
+_VERSION = 2
+
 #: Samples decoded at a time while building: bounds the memory.
 CHUNK = 1024
 
@@ -119,6 +122,7 @@ def open_cache(folder: str) -> PairCache:
 
 def _fingerprint(inventory: Sequence[ShardInfo], decoder: Decoder, caption: str, wanted: Positions) -> str:
     parts: list[Any] = [
+        _VERSION,
         [[info.url, info.samples, info.bytes, info.etag] for info in inventory],
         asdict(decoder.spec),
         decoder.max_pixels,

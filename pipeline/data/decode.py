@@ -205,13 +205,16 @@ class _RejectedError(Exception):
 
 
 def uid_to_id(uid: str) -> int:
-    """The first 64 bits of a uid (32 hex digits) as a signed integer."""
-    value = int(uid[:16], 16)
-    return value - (1 << 64) if value >= 1 << 63 else value
+    """The signed 64-bit BLAKE2b of a uid: of all digits, as uids may be numbers that differ in the last ones alone."""
+    return _digest(uid)
 
 
 def caption_id(text: str) -> int:
     """The signed 64-bit BLAKE2b of a caption: equal for equal captions."""
+    return _digest(text)
+
+
+def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 

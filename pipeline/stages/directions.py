@@ -17,7 +17,7 @@ from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
 
 #: Of what the directions' files hold.
-_VERSION = 2
+_VERSION = 3
 
 
 def compute_directions(job: Job) -> None:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pipeline.data.cache import PairCache
     from pipeline.models.clip import PairModel
 
+#: Of what a run's record holds.
+_VERSION = 2
+
 
 def take_inventory(job: Job) -> None:
     """Write `inventory.parquet`: one row per shard; shards counted by an interrupted call are not read again."""
@@ -182,6 +185,7 @@ def _fingerprint(job: Job) -> Fingerprint:
     config = job.config
     return Fingerprint(
         {
+            "version": _VERSION,
             **_identity(job),
             "proxy": config.proxy.model_dump(mode="json", exclude={"gpus_per_worker", "resume_every"}),
             **model_files(config),

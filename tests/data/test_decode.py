@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from io import BytesIO
@@ -214,8 +215,10 @@ def test_source(meta: dict[str, Any], source: str) -> None:
 
 
 def test_ids() -> None:
-    assert uid_to_id("0000000000000001" + "f" * 16) == 1
-    assert uid_to_id("f" * 32) == -1
-    assert uid_to_id("8" + "0" * 31) == -(1 << 63)
+    numbered = [f"{number:032x}" for number in range(1000)]
+    numbered += [f"{number:03x}".ljust(32, "0") for number in range(1, 1000)]
+    ids = [uid_to_id(uid) for uid in numbered]
+    assert len(set(ids)) == len(ids)
+    assert all(-(1 << 63) <= number < 1 << 63 for number in ids)
+    assert uid_to_id("f" * 32) == int.from_bytes(hashlib.blake2b(b"f" * 32, digest_size=8).digest(), "big", signed=True)
     assert caption_id("a") != caption_id("b")
-    assert -(1 << 63) <= caption_id("a") < 1 << 63

@@ -81,7 +81,7 @@ def test_computed_rows_are_those_of_full_scoring_and_the_rest_is_predicted(tmp_p
     ok = pc.equal(mine["status"], "ok").to_numpy()
     predicted = mine["predicted"].to_numpy()
     assert not predicted[~ok].any()
-    ids = torch.tensor([int(uid[:16], 16) - (1 << 64) * (int(uid[0], 16) >= 8) for uid in mine["uid"].to_pylist()])
+    ids = torch.tensor([uid_to_id(uid) for uid in mine["uid"].to_pylist()])
     np.testing.assert_array_equal(predicted[ok], ~in_sample(ids, config).numpy()[ok])
     computed = ok & ~predicted
     for name in ("score", "utility", "utility_std"):
