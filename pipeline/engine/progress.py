@@ -95,12 +95,13 @@ class Tally:
     def line(self, unit: str) -> str:
         """The numbers in one line, without the counts of done and total."""
         parts = []
-        if self.pairs:
+        if self._pairs.per_second():
             parts.append(f"{self._pairs.per_second():,.0f} pairs/s{self._per_worker()}")
         elif rate := self._units.per_second():
             parts.append(f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{duration(1 / rate)} per {unit.removesuffix('s')}")
-        left = self.seconds_left()
-        parts.append(f"{duration(left)} left" if left is not None else "time left unknown")
+        if self.done + self.failed < self.total:
+            left = self.seconds_left()
+            parts.append(f"{duration(left)} left" if left is not None else "time left unknown")
         if self.rejected:
             parts.append(f"{self.rejected:,} rejected")
         if self.failed:
@@ -179,7 +180,8 @@ class Display:
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
-        self.note(f"{self.tally.done:,} of {self.tally.total:,} {self._unit}, {self.tally.line(self._unit)}")
+        line = self.tally.line(self._unit)
+        self.note(f"{self.tally.done:,} of {self.tally.total:,} {self._unit}" + (f", {line}" if line else ""))
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,8 @@ MOST_BINS, FEWEST_BINS = 72, 24
 SOURCE_LETTERS = 100
 #: Share of the pairs beyond either end of a plot's range; they are counted in its outermost bins.
 TAIL = 0.003
+#: Distances between the quartiles that a plot reaches beyond them at most: with heavy tails all else would be one bin.
+REACH = 6
 
 
 @dataclass
@@ -337,7 +339,10 @@ def _second_pass(run: RunFolder, found: Findings, names: list[str], gallery: int
 
 def _edges(values: Floats, bins: int, include: float = float("nan")) -> Floats:
     finite = values[np.isfinite(values)]
-    low, high = np.quantile(finite, [TAIL, 1 - TAIL])
+    low, first, third, high = np.quantile(finite, [TAIL, 0.25, 0.75, 1 - TAIL])
+    if third > first:
+        reach = REACH * (third - first)
+        low, high = max(low, first - reach), min(high, third + reach)
     if np.isfinite(include):
         low, high = min(low, include), max(high, include)
     if not high > low:

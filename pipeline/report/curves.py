@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report.figures import WIDTH_OF_LETTER
+from pipeline.report.figures import WIDTH_WHEN_WIDE
 from pipeline.report.plots import Canvas, Figure, draw
 from pipeline.text import count, plus_minus
 
@@ -29,7 +29,7 @@ def curve_figure(title: str, see: str, label: str, curves: Sequence[Curve]) -> F
             for sign in (-1, 1)]  # fmt: skip
     sizes = [size for curve in curves if len(curve.points) > 1 for size, _, _ in curve.points]
     margin = (max(ends) - min(ends)) * 0.06 or 0.05
-    room = round(max(len(curve.name) for curve in curves) * WIDTH_OF_LETTER) + 16
+    room = round(max(len(curve.name) for curve in curves) * WIDTH_WHEN_WIDE) + 16
 
     def drawing(canvas: Canvas) -> None:
         x = canvas.x_scale(min(sizes) - (max(sizes) - min(sizes)) * 0.04, max(sizes))

@@ -18,6 +18,8 @@ from pipeline.text import count, number, percent, plural
 SHADES = 7
 #: Rough width of a letter in the plots' type, in their units.
 WIDTH_OF_LETTER = 6.7
+#: The same in the wide drawings, whose type is larger where the page is narrower than they are (see the style sheet).
+WIDTH_WHEN_WIDE = 7.8
 
 
 def utility_figure(histogram: Histogram, cut: Cut) -> Figure:
@@ -289,8 +291,8 @@ def interval_figure(
     else:
         low, high = low - margin, high + margin
 
-    left = min(round(max(len(row.name) for row in rows) * WIDTH_OF_LETTER) + 24, 320)
-    right = round(max(len(row.note) for row in rows) * WIDTH_OF_LETTER) + 20
+    left = min(round(max(len(row.name) for row in rows) * WIDTH_WHEN_WIDE) + 16, 330)
+    right = round(max(len(row.note) for row in rows) * WIDTH_WHEN_WIDE) + 16
 
     def drawing(canvas: Canvas) -> None:
         x = canvas.x_scale(low, high)
@@ -300,8 +302,9 @@ def interval_figure(
             canvas.line(x(mark * factor), canvas.top, x(mark * factor), canvas.bottom, "threshold")
         for position, row in enumerate(rows):
             middle = canvas.top + (position + 0.5) * height
-            room = canvas.width - WIDTH_OF_LETTER * len(row.note) - 24 if canvas.narrow else left
-            limit = max(8, int(room / WIDTH_OF_LETTER))
+            letter = WIDTH_OF_LETTER if canvas.narrow else WIDTH_WHEN_WIDE
+            room = canvas.width - letter * len(row.note) - 24 if canvas.narrow else left - 12
+            limit = max(8, int(room / letter))
             name = row.name if len(row.name) <= limit else row.name[: limit - 1] + "\u2026"
             if canvas.narrow:
                 canvas.text(canvas.left, middle - 8, name, "strong")

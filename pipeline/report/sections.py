@@ -105,8 +105,8 @@ def _shares(title: str, intervals: list[Interval], overall: float) -> Figure:
     above = sum(1 for interval in intervals if interval.low > overall)
     below = sum(1 for interval in intervals if interval.high < overall)
     see = (
-        f"The dashed line is the share kept of all scored pairs, {percent(overall)}. Of the {len(intervals)} shown, "
-        f"{count(above) if above else 'none'} lie above it and {count(below) if below else 'none'} below it by more "
-        "than chance explains (95\u202f% intervals)."
+        f"The dashed line is the share kept of all scored pairs, {percent(overall)}. By more than chance "
+        f"explains (95\u202f% intervals), {count(above) if above else 'none'} of the {len(intervals)} shown "
+        f"{'is' if above == 1 else 'are'} above it and {count(below) if below else 'none'} below."
     )
     return interval_figure(title, see, "kept share, %", intervals, mark=overall, factor=100)

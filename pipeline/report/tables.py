@@ -87,6 +87,10 @@ def _quartiles(values: Floats, mask: Bools) -> str:
     return f"{write(float(middle))} ({write(float(low))}\u00a0to\u00a0{write(float(high))})"
 
 
+#: Names in `summary.json` that say less than the config's.
+_RANKED_BY = {"select": "select.by"}
+
+
 def quality_table(quality: Mapping[str, Any]) -> Table | None:
     """How well values find the pairs known to be wrong: one row per value, with intervals where sizes are known."""
     by = quality.get("by")
@@ -94,7 +98,7 @@ def quality_table(quality: Mapping[str, Any]) -> Table | None:
     if not entries:
         return None
     rows = [
-        (plain(name), _auroc(value), number(value.get("average_precision"), 3), _precision(value),
+        (_RANKED_BY.get(name, plain(name)), _auroc(value), number(value.get("average_precision"), 3), _precision(value),
          _rate(value, "base_rate"))
         for name, value in entries.items()
     ]  # fmt: skip

@@ -144,6 +144,7 @@ def command_line() -> str:
 
 
 def _report(job: Job) -> None:
+    summary.speak_of_selection(job)
     _say("report", run_task(_write_report, job.config, stage="report", config=job.config.engine))
 
 

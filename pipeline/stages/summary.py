@@ -134,9 +134,18 @@ def note_selection(job: Job) -> None:
     _note(job, values)
 
 
+def speak_of_selection(job: Job) -> None:
+    """Note this job's selection again where the summary speaks of another one, made since."""
+    name = job.config.select.name
+    noted = _read(job).get("counts", {}).get("selection")
+    if noted != name and storage.exists(summary_file(job.folder, name)):
+        note_selection(job)
+
+
 def show(job: Job, results: list[Result], console: Console | None = None) -> None:
     """Print the table that a run ends with."""
     console = console or Console()
+    speak_of_selection(job)
     summary = _read(job)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     counts = summary["counts"]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from scipy.stats import spearmanr
 
-from pipeline.report.collect import Findings, collect
+from pipeline.report.collect import TAIL, Findings, _edges, collect
 from pipeline.report.figures import agreement_figures, spearman, utility_figure, variance_shares
 from pipeline.report.groups import GroupCounter, wilson
 from pipeline.report.rows import ShardRows, selections
@@ -154,3 +154,24 @@ def test_variance_shares_add_up_and_find_the_loud_checkpoint() -> None:
     assert np.isnan(variance_shares(np.ones((5, 2)))).all()
     _, carried = agreement_figures(terms, ["a", "b", "c", "d"])
     assert "Checkpoint 3 (c)" in carried.see
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_heavy_tails_do_not_squeeze_the_others_into_one_bin(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    values = scale * np.concatenate([rng.normal(size=950), 100 * rng.normal(size=50)])
+    edges = _edges(values, 24)
+    middle = np.histogram(values, edges)[0]
+    assert edges[0] < -4 * scale
+    assert edges[-1] > 4 * scale
+    assert middle.max() < 0.35 * len(values)
+    far = 90 * scale
+    assert _edges(values, 24, far)[-1] == pytest.approx(far)
+
+
+def test_without_heavy_tails_nearly_all_values_are_within_the_axis() -> None:
+    values = np.random.default_rng(1).normal(size=20_000)
+    edges = _edges(values, 24)
+    assert ((values < edges[0]) | (values > edges[-1])).mean() == pytest.approx(2 * TAIL, abs=0.0005)
+    constant = _edges(np.ones(10), 24)
+    assert constant[0] < 1 < constant[-1]
