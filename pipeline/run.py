@@ -38,6 +38,11 @@ class RunFolder:
         return storage.join(self.checkpoints, "manifest.json")
 
     @property
+    def decoding(self) -> str:
+        """How many pairs are decoded for trainings, renewed every few seconds while they are (JSON)."""
+        return storage.join(self.root, "cache", "decoding.json")
+
+    @property
     def directions(self) -> str:
         """Folder with one safetensors file per checkpoint."""
         return storage.join(self.root, "directions")

@@ -216,6 +216,14 @@ class EngineConfig(Section):
     shard_timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds without news from a worker that has shards in hand, after which it is taken to hang, is killed and is
     started anew; null takes 20 times the longest shard so far, and half an hour at least."""
+    start_timeout: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds that a scoring worker may take to load model, checkpoints and directions; one that takes longer is killed
+    and started anew, `retries` times."""
+    task_timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds without news from the tasks of `train`, `directions`, `evaluate` and `validate` (a task ended, a training
+    step, a shard decoded for training), after which those in hand are killed and started anew, `retries` times. Null
+    takes 20 times the longest silence so far, and at least half an hour in `train` (6 hours before its first news),
+    6 hours in the others (a day before their first news)."""
     allowed_failures: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the shards that may fail for good without failing the run."""
     stale: Literal["refuse", "redo"] = "refuse"

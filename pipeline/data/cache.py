@@ -7,7 +7,7 @@ on behind the last noted shard. `cache.json` is written last and holds what the 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -67,11 +67,13 @@ def build_cache(
     caption: str,
     positions: Positions | None = None,
     threads: int = 1,
+    tell: Callable[[int], None] = lambda rows: None,
 ) -> PairCache:
     """Decode the pairs at `positions` (all, if None) into `folder`; bad ones are left out, the rest are sorted.
 
     Goes on where an interrupted call stopped, opens what is complete, and starts anew where the folder was made from
-    other shards, positions or preprocessing. One process at a time builds a folder.
+    other shards, positions or preprocessing. One process at a time builds a folder. `tell` is called with the pairs
+    decoded so far, every `CHUNK` samples.
     """
     wanted = np.arange(offsets(inventory)[-1]) if positions is None else np.unique(np.asarray(positions, np.int64))
     fingerprint = _fingerprint(inventory, decoder, caption, wanted)
@@ -99,6 +101,7 @@ def build_cache(
                 for name, file in files.items():
                     file.write(np.ascontiguousarray(columns[name], dtype=_TYPES[name]).data)
                 rows += len(batch)
+                tell(rows)
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import queue
 import time
-from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,17 +17,18 @@ from ray.exceptions import ActorDiedError, RayActorError
 from pipeline.config import EngineConfig
 from pipeline.data.inventory import ShardInfo
 from pipeline.engine.connect import alive_nodes, cluster_address, node_is_alive
-from pipeline.engine.failures import Aside, Failure, check_writable, read_aside, set_aside
+from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.metrics import DriverMetrics
-from pipeline.engine.patience import Patience
+from pipeline.engine.outcome import Outcome, pending_shards, rejected
 from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.resources import plan_workers
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.engine.worker import Place, ScoreWorker, ShardStats, WorkerSpec
 from pipeline.errors import StageError
+from pipeline.patience import Patience
 from pipeline.run import RunFolder
-from pipeline.store import commits, storage
+from pipeline.store import commits
 from pipeline.store.fingerprint import Fingerprint
 
 #: Times Ray restarts one actor by itself; after that the driver makes a new one.
@@ -46,27 +45,6 @@ TICK = 0.2
 
 #: Workers whose news are taken in before they are fed again.
 EVENTS_AT_ONCE = 100
-
-
-@dataclass
-class Outcome:
-    """How scoring ended: shards committed (earlier ones included), rows by status, and the shards set aside."""
-
-    total: int
-    done: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
-    failed: list[Aside] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def check(self, allowed_failures: float, failed_folder: str) -> None:
-        """Raise `StageError` with the list when more than the allowed share of the shards failed."""
-        if len(self.failed) > allowed_failures * self.total:
-            named = "; ".join(str(aside) for aside in self.failed[:5])
-            more = f"; and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
-            raise StageError(
-                f"score: {len(self.failed)} of {self.total} shards failed ({named}{more}); why is in {failed_folder}; "
-                "--retry-failed takes them up again"
-            )
 
 
 def score_shards(
@@ -96,8 +74,8 @@ def score_shards(
     start = time.monotonic()
     check_writable(run.root)
     outcome = Outcome(total=len(shards))
-    pending = _pending(shards, run, fingerprint, config, outcome, retry_failed)
-    tally = Tally(len(shards), done=outcome.done, pairs=outcome.statuses.total(), rejected=_rejected(outcome.statuses))
+    pending = pending_shards(shards, run, fingerprint, config, outcome, retry_failed)
+    tally = Tally(len(shards), done=outcome.done, pairs=outcome.statuses.total(), rejected=rejected(outcome.statuses))
     tally.failed = len(outcome.failed)
     with Display(title, "shards", tally) as display:
         if pending:
@@ -106,55 +84,27 @@ def score_shards(
     return outcome
 
 
-def _pending(
-    shards: Sequence[ShardInfo],
-    run: RunFolder,
-    fingerprint: Fingerprint,
-    config: EngineConfig,
-    outcome: Outcome,
-    retry_failed: bool,
-) -> Sequence[int]:
-    """Places in `shards` that are left to do; counts the others into `outcome`."""
-    places = {shard.index: place for place, shard in enumerate(shards)}
-    settled = bytearray(len(shards))
-    for mark in commits.committed(run, shards, fingerprint, config.stale):
-        settled[places[mark.shard]] = 1
-        outcome.done += 1
-        outcome.statuses.update(mark.statuses)
-    for url in storage.list_files(storage.join(run.root, "failed"), ".json"):
-        aside = read_aside(url)
-        place = places.get(aside.item) if aside is not None else None
-        if aside is None or place is None:
-            continue
-        current = aside.fingerprint == commits.shard_fingerprint(fingerprint, shards[place]).digest
-        if settled[place] or retry_failed or not current:
-            storage.remove(url)
-        else:
-            settled[place] = 1
-            outcome.failed.append(aside)
-    return array("q", (place for place, value in enumerate(settled) if not value))
-
-
-def _rejected(statuses: dict[str, int]) -> int:
-    return sum(count for status, count in statuses.items() if status != "ok")
-
-
 @dataclass
 class _Slot:
     """One actor, or the wish for one. `life` counts its deaths, so that late news of an earlier life is ignored.
 
-    `heard` is when it last had news, or got work after it had none.
+    `place` is None while the cluster has no room for it. `heard` is when it last had news, or got work after it had
+    none; `hung` how often in a row it did not come back from its start.
     """
 
     handle: Any
     ready: bool = False
-    place: Place = field(default_factory=lambda: Place("", ""))
+    place: Place | None = None
     life: int = 0
+    hung: int = 0
     waiting_since: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
 
 
-#: News of an actor: slot, its life, place of the shard (None: it started), and what came back.
+#: In place of where an actor was that had no place.
+_NOWHERE = Place("", "")
+
+#: News of an actor: slot, its life, place of the shard (None: of its start), and what came back.
 _Event = tuple[str, int, int | None, Any]
 
 
@@ -242,7 +192,7 @@ class _Driver:
             self._patience.saw(sum(result.seconds.values()))
             self._outcome.done += 1
             self._outcome.statuses.update(result.statuses)
-            self._display.tally.add(result.pairs, _rejected(result.statuses), name)
+            self._display.tally.add(result.pairs, rejected(result.statuses), name)
         else:
             failure = result if isinstance(result, Failure) else Failure.of(result, name)
             if not self._queue.failed(name, place):
@@ -250,7 +200,11 @@ class _Driver:
 
     def _started(self, name: str, slot: _Slot, result: Any) -> None:
         if isinstance(result, Place):
-            slot.ready, slot.place = True, result
+            slot.place = result
+            # Repeated here, not by Ray: a death means that a new place must be waited for.
+            self._listen(slot.handle.start.options(max_task_retries=0).remote(), name, slot.life, None)
+        elif result is None:
+            slot.ready, slot.hung = True, 0
             self._fruitless = 0
         else:
             self._drop(name, result if isinstance(result, Failure) else Failure.of(result, name))
@@ -263,8 +217,9 @@ class _Driver:
             self._drop(name, Failure.of(error, name))
             return
         why = "the worker's process died each time it had this shard (out of memory, or a crash in native code)"
-        failure = Failure("WorkerDied", why, str(error)[-1000:], node=slot.place.host, worker=name)
-        self._lost(name, failure, blame=node_is_alive(slot.place.node_id))
+        at = slot.place or _NOWHERE
+        failure = Failure("WorkerDied", why, str(error)[-1000:], node=at.host, worker=name)
+        self._lost(name, failure, blame=node_is_alive(at.node_id))
         if isinstance(error, ActorDiedError):
             slot.handle = self._actor(name)
         self._start(name, slot)
@@ -276,18 +231,30 @@ class _Driver:
             self._give_up(given_up, failure)
 
     def _replace_hanging(self) -> None:
-        """Kill workers that have been silent for too long with shards in hand, and start others in their place."""
+        """Kill workers that were silent for too long, with shards in hand or at their start, and start others."""
         now = time.monotonic()
-        for name, slot in self._slots.items():
-            silent = now - slot.heard
-            if not slot.ready or not self._queue.in_hand(name) or silent <= self._patience.seconds:
+        for name, slot in list(self._slots.items()):
+            if slot.place is None or (slot.ready and not self._queue.in_hand(name)):
                 continue
-            self._display.note(f"worker {name} on {slot.place.host} was silent for {duration(silent)} and is killed")
+            silent, limit = now - slot.heard, self._patience.seconds if slot.ready else self._config.start_timeout
+            if silent <= limit:
+                continue
+            doing = "" if slot.ready else " at its start"
+            self._display.note(
+                f"worker {name} on {slot.place.host} was silent for {duration(silent)}{doing} and is killed"
+            )
             self._metrics.worker_died()
             slot.life += 1
             ray.kill(slot.handle)
             why = f"the worker hung each time it had this shard: silent for {silent:.0f} s (storage, or a deadlock)"
-            self._lost(name, Failure("WorkerHung", why, node=slot.place.host, worker=name), blame=True)
+            if not slot.ready:
+                slot.hung += 1
+                why = f"the worker hung at its start: nothing loaded after {silent:.0f} s (storage, or a deadlock)"
+            failure = Failure("WorkerHung", why, node=slot.place.host, worker=name)
+            self._lost(name, failure, blame=slot.ready)
+            if slot.hung > self._config.retries:
+                self._drop(name, failure)
+                continue
             slot.handle = self._actor(name)
             self._start(name, slot)
 
@@ -335,8 +302,14 @@ class _Driver:
                     self._queue.removed(name)
         elif now - self._last_ready > GONE_AFTER:
             self._last_ready = now
-            asked = ", ".join(f"{key}={value:g}" for key, value in self._plan.options().items() if value)
-            self._display.note(f"no worker is there yet; the cluster is asked for {self._wanted} of {asked} each")
+            self._display.note(self._why_none_is_ready())
+
+    def _why_none_is_ready(self) -> str:
+        places = [slot.place.host for slot in self._slots.values() if slot.place is not None]
+        if places:
+            return f"no worker is ready yet; {len(places)} of {self._wanted} load what they need, one on {places[0]}"
+        asked = ", ".join(f"{key}={value:g}" for key, value in self._plan.options().items() if value)
+        return f"no worker is there yet; the cluster is asked for {self._wanted} of {asked} each"
 
     def _actor(self, name: str) -> Any:
         return (
@@ -353,10 +326,10 @@ class _Driver:
         )
 
     def _start(self, name: str, slot: _Slot) -> None:
-        """Ask for the actor's start; Ray repeats the call through the actor's restarts."""
-        slot.ready = False
+        """Wait until the actor has a place; Ray repeats the call through the actor's restarts. Then it is started."""
+        slot.ready, slot.place = False, None
         slot.waiting_since = time.monotonic()
-        self._listen(slot.handle.start.remote(), name, slot.life, None)
+        self._listen(slot.handle.place.remote(), name, slot.life, None)
 
     def _feed(self, name: str) -> None:
         slot = self._slots.get(name)

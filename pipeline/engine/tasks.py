@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from array import array
@@ -12,16 +13,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pipeline.config import EngineConfig
 from pipeline.engine.connect import alive_nodes
 from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
 from pipeline.engine.interrupt import Interruption
-from pipeline.engine.patience import Patience
 from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
+from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.task_marks import TaskMarks
@@ -34,6 +35,9 @@ IN_FLIGHT_PER_CPU = 2
 
 #: Seconds that the driver waits for news before it looks around.
 TICK = 0.2
+
+#: Seconds between two looks for a sign of life of the tasks in hand.
+LOOK_EVERY = 5.0
 
 _LANE = "tasks"
 
@@ -68,6 +72,7 @@ def run_tasks(
     cpus: float = 1,
     gpus: float = 0,
     patience: Patience | None = None,
+    pulse: Callable[[Item], object] | None = None,
 ) -> TaskOutcome:
     """Run `function(item)` for every item in Ray tasks.
 
@@ -83,8 +88,9 @@ def run_tasks(
         name: how an item is called in messages.
         cpus: CPUs of one task.
         gpus: GPUs of one task.
-        patience: when no task has come back for so long, those in hand are taken to hang: they are killed, and count as
-            failed. None waits for ever, for tasks of which nothing is known.
+        patience: when there was no news for so long, the tasks in hand are taken to hang: they are killed, and count as
+            failed. News are a task that came back, and another `pulse`. None waits for ever.
+        pulse: called in the driver; something about an item in hand that becomes another one while its task goes on.
 
     Raises `StageError` when the run folder cannot be written or the run is interrupted.
     """
@@ -105,7 +111,8 @@ def run_tasks(
     events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     in_hand: dict[int, tuple[Any, float]] = {}  # by number: Ray's reference, and since when
 
-    heard = time.monotonic()
+    killed: dict[int, Failure] = {}
+    silence = _Silence(patience or Patience(math.inf), pulse)
     tally = Tally(len(items), done=outcome.done)
     with (
         Display(stage, unit, tally) as display,
@@ -120,7 +127,7 @@ def run_tasks(
             while not stop.requested and (due := waiting.take(_LANE)) is not None:
                 ref = remote.remote(function_ref, items[due], due, marks)
                 if not in_hand:
-                    heard = time.monotonic()
+                    silence.begins()
                 in_hand[due] = (ref, time.monotonic())
                 future: Future[Any] = ref.future()
                 future.add_done_callback(partial(_report, events.put, due))
@@ -128,23 +135,24 @@ def run_tasks(
             try:
                 number, result = events.get(timeout=TICK)
             except queue.Empty:
-                if patience is not None and in_hand and time.monotonic() - heard > patience.seconds:
-                    display.note(f"no news for {duration(patience.seconds)}: {len(in_hand)} {unit} in hand are killed")
-                    heard = time.monotonic()
+                if in_hand and silence.is_too_long({each: items[each] for each in in_hand}):
+                    display.note(f"no news for {duration(silence.limit)}: {len(in_hand)} {unit} in hand are killed")
+                    why = f"no news for {silence.limit:.0f} s: killed (storage, or a deadlock)"
+                    killed.update(dict.fromkeys(in_hand, Failure("TaskHung", why)))
+                    silence.begins()
                     for ref, _ in in_hand.values():
                         ray.cancel(ref, force=True)
                 continue
-            heard = time.monotonic()
             _, since = in_hand.pop(number)
+            hung = killed.pop(number, None)
+            silence.ends(since, well=isinstance(result, _Done))
             if isinstance(result, _Done):
                 waiting.succeeded(_LANE, number)
                 outcome.done += 1
                 tally.add()
-                if patience is not None:
-                    patience.saw(heard - since)
                 on_result(number, result.value)
                 continue
-            failure = result if isinstance(result, Failure) else Failure.of(result)
+            failure = result if isinstance(result, Failure) else hung or Failure.of(result)
             if not waiting.failed(_LANE, number):
                 attempts, _ = waiting.attempts(number)
                 aside = Aside(number, name(items[number]), failure, attempts)
@@ -156,26 +164,80 @@ def run_tasks(
     return outcome
 
 
-def run_task(function: Callable[[Item], Result], item: Item, *, stage: str, config: EngineConfig) -> Result:
+def run_task(
+    function: Callable[[Item], Result],
+    item: Item,
+    *,
+    stage: str,
+    config: EngineConfig,
+    patience: Patience | None = None,
+) -> Result:
     """`function(item)` in one Ray task: for work that needs more memory or imports than the driver shall have.
 
-    A task whose process dies is tried again `config.retries` times. Raises what the function raised, or `StageError`
-    when its process died too often.
+    A task whose process dies is tried again `config.retries` times; so is one that has not come back after `patience`,
+    when it is killed. None waits for ever. Raises what the function raised, or `StageError` when its process died or
+    hung too often.
     """
-    task = ray.remote(_apply).options(max_retries=config.retries, name=stage)
-    try:
-        result: Result = ray.get(task.remote(function, item))
-    except RayTaskError as error:
-        if isinstance(error.cause, DiffpruneError | OSError):
-            raise error.cause from None
-        raise
-    except RayError as error:
-        raise StageError(f"{stage}: lost its process: {' '.join(str(error).split())[:300]}") from None
-    return result
+    # Deaths are counted here, not by Ray, which may start a task again that was killed because it hung.
+    task = ray.remote(_apply).options(max_retries=0, name=stage)
+    limit = patience.seconds if patience is not None else None
+    lost = ""
+    for _ in range(config.retries + 1):
+        ref = task.remote(function, item)
+        try:
+            result: Result = ray.get(ref, timeout=limit)
+        except GetTimeoutError:
+            ray.cancel(ref, force=True)
+            lost = f"hung: it had not come back after {limit:.0f} s and was killed (storage, or a deadlock)"
+        except RayTaskError as error:
+            if isinstance(error.cause, DiffpruneError | OSError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            lost = f"lost its process: {' '.join(str(error).split())[:300]}"
+        else:
+            return result
+    raise StageError(f"{stage}: {lost}")
 
 
 def _apply(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
+
+
+class _Silence:
+    """Since when there is no news of the tasks in hand, and whether that is too long."""
+
+    def __init__(self, patience: Patience, pulse: Callable[[Any], object] | None) -> None:
+        self._patience = patience
+        self._pulse = pulse
+        self._pulses: dict[int, object] = {}
+        self._since = self._looked = time.monotonic()
+
+    @property
+    def limit(self) -> float:
+        """Seconds of silence that are not yet too long."""
+        return self._patience.seconds
+
+    def begins(self) -> None:
+        """Work was handed out where there was none."""
+        self._since = time.monotonic()
+
+    def ends(self, started: float, *, well: bool) -> None:
+        """A task that was handed out at `started` came back."""
+        now = time.monotonic()
+        if well:
+            self._patience.saw(now - (started if self._pulse is None else self._since))
+        self._since = now
+
+    def is_too_long(self, in_hand: dict[int, Any]) -> bool:
+        """Whether to take the tasks in hand to hang; looks at their pulses every `LOOK_EVERY` seconds."""
+        now = time.monotonic()
+        if self._pulse is not None and now - self._looked > LOOK_EVERY:
+            self._looked = now
+            before, self._pulses = self._pulses, {number: self._pulse(item) for number, item in in_hand.items()}
+            if any(before.get(number, value) != value for number, value in self._pulses.items()):
+                self.ends(self._since, well=True)
+        return now - self._since > self.limit
 
 
 @dataclass(frozen=True)

@@ -86,13 +86,17 @@ class ScoreWorker(Generic[Loaded, Scored]):
     def __repr__(self) -> str:
         return f"ScoreWorker({self._name})"
 
-    def start(self) -> Place | Failure:
-        """Build the work if this process has not yet. Returns where that is, or why it cannot be built."""
+    def place(self) -> Place:
+        """Where this process is: it answers as soon as it runs, before anything is loaded."""
+        return Place(ray.get_runtime_context().get_node_id(), socket.gethostname())
+
+    def start(self) -> Failure | None:
+        """Build the work if this process has not yet. Returns why it cannot be built."""
         try:
             self._ready_work()
         except Exception as error:
             return Failure.of(error, self._name)
-        return Place(ray.get_runtime_context().get_node_id(), socket.gethostname())
+        return None
 
     def score_shard(self, shard: ShardInfo) -> ShardStats | Failure:
         """Load, score and commit one shard. An exception comes back as a value: it may not survive pickling."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -22,13 +21,11 @@ from pipeline.replay.workers import Alone, Workers
 from pipeline.run import RunFolder
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.pulse import Pulse
 from pipeline.tracking import Board
 
 #: Called after each step with the steps taken, the loss before the last of them and the rate that it used.
 Progress = Callable[[int, float, float], None]
-
-#: Seconds between two writings of `progress.json`.
-PROGRESS_SECONDS = 2.0
 
 
 def train_proxy(
@@ -127,7 +124,7 @@ class _Session:
         self.recorded = recorded
         self.resume_every = resume_every
         self.writes = trainer.workers.rank == 0
-        self._shown = 0.0
+        self._pulse = Pulse(files.progress)
 
     def resume(self, stale: str) -> list[float]:
         """Restore the last whole resume point; the losses of the steps before it.
@@ -158,7 +155,8 @@ class _Session:
                 self._keep_resume_point(step, losses)
             if board is not None:
                 board.log(step, {"loss": losses[-1], "learning_rate": rate})
-            self._show_progress(step, losses[-1], rate)
+            state = {"step": step, "steps": steps, "loss": losses[-1], "lr": rate}
+            self._pulse.beat(state, now=step == steps)
             if progress is not None:
                 progress(step, losses[-1], rate)
         if self.writes:
@@ -173,13 +171,6 @@ class _Session:
         for url in storage.list_files(self.files.root, ".safetensors"):
             if storage.basename(url).startswith("resume-") and storage.basename(url) != storage.basename(keep):
                 storage.remove(url)
-
-    def _show_progress(self, step: int, loss: float, rate: float) -> None:
-        now = time.monotonic()
-        steps = self.trainer.settings.steps
-        if now - self._shown >= PROGRESS_SECONDS or step == steps:
-            self._shown = now
-            storage.write_json(self.files.progress, {"step": step, "steps": steps, "loss": loss, "lr": rate})
 
     def _commit(self, losses: list[float]) -> None:
         rates = self.trainer.rates

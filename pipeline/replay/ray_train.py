@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +17,33 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config import Config
 from pipeline.errors import DiffpruneError, StageError
+from pipeline.patience import Patience
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.schedule import Rows
 from pipeline.run import RunFolder
 from pipeline.store import storage
+from pipeline.store.pulse import read_pulse
 
 if TYPE_CHECKING:
     from pipeline.models.clip import PairModel
     from pipeline.replay.train import Pairs
+
+
+class WorkersLostError(StageError):
+    """The processes that train died or hung too often."""
+
 
 #: Called with the number of the run and what its `progress.json` says.
 RunProgress = Callable[[int, dict[str, Any]], None]
 
 #: Seconds between two looks at the runs' progress.
 POLL_SECONDS = 1.0
+
+#: Seconds between two looks of a worker that shares a run with others.
+WORKER_POLL_SECONDS = 5.0
+
+#: Seconds that a process which is killed is waited for.
+KILLED_WITHIN = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,24 +73,21 @@ class ProxyJob:
         return len(record.rates)
 
 
-def train_runs(job: ProxyJob, progress: RunProgress | None = None) -> list[int]:
+def train_runs(
+    job: ProxyJob, progress: RunProgress = lambda run, state: None, note: Callable[[str], None] = lambda text: None
+) -> list[int]:
     """Train all `proxy.runs` on the connected Ray cluster, and say how many steps each has; finished ones are read.
 
     With `proxy.workers: 1` the runs go side by side as resources allow; else one after the other, each through
     `ray.train` with that many workers. A lost worker is replaced `engine.retries` times and goes on from the last
-    resume point. Raises what `train_proxy` raises, and `StageError` when workers were lost too often.
+    resume point; so are runs of which `engine.task_timeout` saw no step, which `note` is told. Raises what
+    `train_proxy` raises, and `StageError` when workers were lost or hung too often.
     """
     proxy = job.config.proxy
-    finished = threading.Event()
-    with ThreadPoolExecutor(1) as watcher:
-        if progress is not None:
-            watcher.submit(_watch, job, progress, finished)
-        try:
-            if proxy.workers == 1:
-                return _train_side_by_side(job)
-            return [_gather(_train_distributed, job, [run], num_cpus=0)[0] for run in range(proxy.runs)]
-        finally:
-            finished.set()
+    watch = _Watch(job, progress)
+    if proxy.workers == 1:
+        return _gather(_train_alone, job, range(proxy.runs), watch, note, num_gpus=_gpus(job))
+    return [_gather(_train_distributed, job, [run], watch, note, num_cpus=0)[0] for run in range(proxy.runs)]
 
 
 def _gpus(job: ProxyJob) -> float:
@@ -85,27 +95,56 @@ def _gpus(job: ProxyJob) -> float:
     return given if given is not None else float(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
 
 
-def _train_side_by_side(job: ProxyJob) -> list[int]:
-    return _gather(_train_alone, job, range(job.config.proxy.runs), num_gpus=_gpus(job))
-
-
-def _gather(function: Callable[[ProxyJob, int], int], job: ProxyJob, runs: Iterable[int], **options: Any) -> list[int]:
+def _gather(
+    function: Callable[[ProxyJob, int], int],
+    job: ProxyJob,
+    runs: Iterable[int],
+    watch: _Watch,
+    note: Callable[[str], None],
+    **options: Any,
+) -> list[int]:
     """`function(job, run)` for all `runs` in Ray tasks. Raises `StageError`, and the project's own errors."""
-    task = ray.remote(function).options(max_retries=job.config.engine.retries, **options)
+    # Deaths are counted here, not by Ray, which may start a task again that was killed because it hung.
+    task = ray.remote(function).options(max_retries=0, **options)
     sent = ray.put(job)
-    try:
-        steps: list[int] = ray.get([task.remote(sent, run) for run in runs])
-    except RayTaskError as error:
-        if isinstance(error.cause, DiffpruneError | OSError):
-            raise error.cause from None
-        raise
-    except RayError as error:
-        raise _lost(error) from None
-    return steps
+    in_hand = {task.remote(sent, run): run for run in runs}
+    left = dict.fromkeys(in_hand.values(), job.config.engine.retries)
+    steps: dict[int, int] = {}
+    stuck = ""
+    watch.begins()
+    while in_hand:
+        done, _ = ray.wait(list(in_hand), timeout=POLL_SECONDS)
+        moved = watch.look()
+        if not (moved or done) and watch.silence > watch.patience.seconds:
+            stuck = f"no step of training for {watch.silence:.0f} s (storage, or a deadlock)"
+            note(f"{stuck}: what trains is killed and goes on from the last resume point")
+            watch.begins()
+            if function is _train_alone:
+                for ref in in_hand:
+                    ray.cancel(ref, force=True)
+                done = list(in_hand)
+                ray.wait(done, num_returns=len(done), timeout=KILLED_WITHIN)
+        for ref in done:
+            run = in_hand.pop(ref)
+            watch.begins()
+            try:
+                steps[run] = ray.get(ref, timeout=0)
+            except RayTaskError as error:
+                if stuck and isinstance(error.cause, WorkersLostError):
+                    raise _lost(stuck) from None
+                if isinstance(error.cause, DiffpruneError | OSError):
+                    raise error.cause from None
+                raise
+            except RayError as error:
+                if not left[run]:
+                    raise _lost(stuck or error) from None
+                left[run] -= 1
+                in_hand[task.remote(sent, run)] = run
+    return [steps[run] for run in sorted(steps)]
 
 
-def _lost(error: Exception) -> StageError:
-    return StageError(f"the proxy run was lost: {' '.join(str(error).split())[:300]}; start it again to go on")
+def _lost(error: Exception | str) -> WorkersLostError:
+    return WorkersLostError(f"the proxy run was lost: {' '.join(str(error).split())[:300]}; start it again to go on")
 
 
 def _train_alone(job: ProxyJob, run: int) -> int:
@@ -159,6 +198,8 @@ def _train_shared(parts: dict[str, Any]) -> None:
     from pipeline.replay.workers import Group
 
     job: ProxyJob = parts["job"]
+    # Nobody else can end this process alone: what is left of a killed `ray.train` may keep its CPUs for good.
+    threading.Thread(target=_end_when_silent, args=(job,), daemon=True).start()
     workers = Group()
     try:
         job.train(parts["run"], device=get_device(), workers=workers)
@@ -168,15 +209,55 @@ def _train_shared(parts: dict[str, Any]) -> None:
             storage.write_json(RecordFolder.of(job.folder, parts["run"]).failure, {"error": str(error)})
 
 
-def _watch(job: ProxyJob, progress: RunProgress, finished: threading.Event) -> None:
-    shown: dict[int, Any] = {}
-    while True:
-        last = finished.wait(POLL_SECONDS)
-        for run in range(job.config.proxy.runs):
-            url = RecordFolder.of(job.folder, run).progress
-            state = storage.read_json(url) if storage.exists(url) else None
-            if state is not None and shown.get(run) != state:
-                shown[run] = state
-                progress(run, state)
-        if last:
-            return
+def _end_when_silent(job: ProxyJob) -> None:
+    """End this process when no worker has taken a step for too long: `ray.train` starts all of them anew."""
+    watch = _Watch(job, lambda run, state: None)
+    while watch.silence <= watch.patience.seconds:
+        time.sleep(WORKER_POLL_SECONDS)
+        watch.look()
+    os._exit(1)
+
+
+class _Watch:
+    """What the files of the runs say of their progress, and how long they have said nothing new."""
+
+    def __init__(self, job: ProxyJob, progress: RunProgress) -> None:
+        self.patience = Patience(job.config.engine.task_timeout)
+        self._files = [RecordFolder.of(job.folder, run).progress for run in range(job.config.proxy.runs)]
+        self._decoding = job.folder.decoding
+        self._progress = progress
+        self._shown: dict[str, Any] = {}
+        self._since = time.monotonic()
+        self._has_news()  # what an earlier attempt left is none
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last news."""
+        return time.monotonic() - self._since
+
+    def look(self) -> bool:
+        """Tell of the steps that were taken since; whether there were any, or pairs were decoded."""
+        if not self._has_news():
+            return False
+        self.patience.saw(self.silence)
+        self.begins()
+        return True
+
+    def begins(self) -> None:
+        """Now there is news, or work that was handed out."""
+        self._since = time.monotonic()
+
+    def _has_news(self) -> bool:
+        found = self._is_new(self._decoding) is not None
+        for run, url in enumerate(self._files):
+            if (state := self._is_new(url)) is not None:
+                found = True
+                self._progress(run, state)
+        return found
+
+    def _is_new(self, url: str) -> dict[str, Any] | None:
+        state = read_pulse(url)
+        if state is None or self._shown.get(url) == state:
+            return None
+        self._shown[url] = state
+        return state

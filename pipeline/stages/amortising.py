@@ -12,11 +12,13 @@ from pipeline import text
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo
 from pipeline.engine.failures import read_aside, set_aside
+from pipeline.engine.outcome import Outcome
 from pipeline.engine.scorer_spec import PredictorSpec, SampleSpec
-from pipeline.engine.scoring import Outcome, score_shards
+from pipeline.engine.scoring import score_shards
 from pipeline.engine.tasks import run_tasks
 from pipeline.errors import StageError
 from pipeline.models.manifest import Manifest
+from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.stages.job import Job
 from pipeline.store import marks, storage
@@ -117,6 +119,7 @@ def _fit(job: Job, sampled: Fingerprint) -> dict[str, Any]:
         on_result=found.__setitem__,
         name=lambda item: "the regressor",
         unit="regressors",
+        patience=Patience.of_computing(job.config.engine.task_timeout),
     )
     outcome.check("fit")
     storage.remove_temporary(job.folder.sample)

@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import StageError
 from pipeline.models.manifest import Manifest
+from pipeline.patience import Patience
 from pipeline.stages.job import Job
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
@@ -28,7 +29,8 @@ def compute_directions(job: Job) -> None:
     if job.is_current(job.folder.directions_mark, fingerprint):
         return
     storage.remove(job.folder.directions_mark)
-    drawn = run_task(_draw, job.config, stage="directions", config=job.config.engine)
+    patience = Patience.of_computing(job.config.engine.task_timeout)
+    drawn = run_task(_draw, job.config, stage="directions", config=job.config.engine, patience=patience)
     parts = drawn["parts"]
     outcome = run_tasks(
         _write_plans,
@@ -41,6 +43,7 @@ def compute_directions(job: Job) -> None:
         marks=TaskMarks(storage.join(job.folder.directions, "marks"), fingerprint),
         unit="checkpoints" if len(parts) == len(manifest.checkpoints) else "runs",
         gpus=float(ray.cluster_resources().get("GPU", 0) > 0),  # type: ignore[no-untyped-call]
+        patience=patience,
     )
     outcome.check("directions")
     job.write_mark(job.folder.directions_mark, fingerprint, {"checkpoints": digests, "basis": drawn["basis"]})

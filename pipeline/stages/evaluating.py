@@ -13,11 +13,13 @@ from pipeline.config import Config
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
 from pipeline.evaluation.results import Result
+from pipeline.patience import Patience
 from pipeline.stages.evaluation_sets import WrittenSet, write_sets
 from pipeline.stages.job import Job
 from pipeline.stages.training import model_files
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.pulse import read_pulse
 
 #: Keys of `proxy` that decide nothing about the training of a judged model.
 _OF_THE_PROXY_ALONE = {
@@ -41,6 +43,11 @@ class _Training:
     def board(self) -> str:
         """What trackers call it: letters, digits and dashes."""
         return re.sub(r"[^0-9A-Za-z]+", "-", str(self)).strip("-")
+
+    @property
+    def pulse(self) -> str:
+        """How far it is, while it is trained."""
+        return storage.join(self.config.out, "evaluation", "progress", f"{self.fingerprint.digest}.json")
 
     @property
     def mark(self) -> str:
@@ -69,6 +76,8 @@ def evaluate(job: Job) -> list[Result]:
         on_result=lambda number, result: None,
         unit="trainings",
         gpus=float(ray.cluster_resources().get("GPU", 0) > 0),  # type: ignore[no-untyped-call]
+        patience=Patience.of_computing(config.engine.task_timeout),
+        pulse=lambda training: (read_pulse(training.pulse), read_pulse(job.folder.decoding)),
     )
     outcome.check("evaluate")
     results = []
@@ -111,5 +120,6 @@ def _train(training: _Training) -> None:
     from pipeline.stages.subset_training import train_on
 
     pairs = training.pairs
-    result = {"set": str(training), **train_on(training.config, training.board, pairs.file, pairs.seed)}
+    done = train_on(training.config, training.board, pairs.file, pairs.seed, training.pulse)
+    result = {"set": str(training), **done}
     marks.write_mark(training.mark, training.fingerprint, result)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from pipeline.engine.patience import Patience
 from pipeline.engine.tasks import run_task, run_tasks
+from pipeline.patience import Patience
 from pipeline.selection.tasks import thread_map
 from pipeline.stages.job import Job
 

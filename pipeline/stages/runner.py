@@ -28,6 +28,7 @@ from pipeline.stages.mapping import apart, ordered_map
 from pipeline.stages.scoring import score
 from pipeline.stages.selecting import require_scores, select_pairs
 from pipeline.stages.training import check_checkpoints, check_held_out, take_inventory, train
+from pipeline.stages.validating import validate
 from pipeline.store import storage
 
 #: Stages that use the proxy, so that it is checked before them.
@@ -154,12 +155,6 @@ def _write_report(config: Config) -> str:
     return write_report(Job(config).folder, config, selection=config.select.name)
 
 
-def _validate(job: Job) -> None:
-    from pipeline.stages.validating import validate  # its tables and plots need torch and matplotlib in this process
-
-    validate(job)
-
-
 def _say(stage: str, what: str) -> None:
     """One line for a stage that is over too soon for a progress bar."""
     Console(stderr=True).print(f"{stage}: {what}", markup=False, highlight=False, soft_wrap=True)
@@ -172,7 +167,7 @@ _STAGES: dict[str, Callable[[Job], None]] = {
     "select": _select,
     "emit": _emit,
     "report": _report,
-    "validate": _validate,
+    "validate": validate,
 }
 
 

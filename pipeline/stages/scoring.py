@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pipeline.engine.outcome import Outcome
 from pipeline.engine.scorer_spec import ScorerSpec, score_fingerprint
-from pipeline.engine.scoring import Outcome, score_shards
+from pipeline.engine.scoring import score_shards
 from pipeline.errors import StageError
 from pipeline.stages.amortising import score_amortised
 from pipeline.stages.directions import directions_fingerprint

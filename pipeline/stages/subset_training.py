@@ -16,11 +16,15 @@ from pipeline.evaluation.zeroshot import load_held_out
 from pipeline.stages.computing import ComputingJob
 from pipeline.stages.training import TrainingPairs, build_proxy
 from pipeline.store import storage
+from pipeline.store.pulse import Pulse
 from pipeline.tracking import Board
 
 
-def train_on(config: Config, name: str, positions_file: str, seed: int) -> dict[str, Any]:
-    """Train a model on the pairs of a set; metric, pairs that were there (size) and value. Trackers show `name`."""
+def train_on(config: Config, name: str, positions_file: str, seed: int, pulse_file: str) -> dict[str, Any]:
+    """Train a model on the pairs of a set; metric, pairs that were there (size) and value.
+
+    Trackers show `name`; `pulse_file` says how far it is, while it goes on.
+    """
     assert config.evaluate is not None  # checked before any task
     assert config.evaluate.shards is not None
     job = ComputingJob(config)
@@ -30,6 +34,13 @@ def train_on(config: Config, name: str, positions_file: str, seed: int) -> dict[
     rows = np.flatnonzero(np.isin(cache.positions, chosen))
     held_out = load_held_out(config.evaluate.shards, job.decoder, config.data.caption, job.threads)
     device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    pulse = Pulse(pulse_file)
     with Board(job.folder, config, f"evaluation/{name}") as board:
-        value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, seed, device, board.log)
+
+        def log(step: int, values: dict[str, float]) -> None:
+            board.log(step, values)
+            pulse.beat({"step": step})
+
+        value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, seed, device, log)
+    pulse.end()
     return {"metric": held_out.metric, "size": len(rows), "value": value}

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pipeline import text
 from pipeline.emit.summary import account
-from pipeline.engine.scoring import Outcome
+from pipeline.engine.outcome import Outcome
 from pipeline.evaluation.results import Result
 from pipeline.run import RunFolder
 from pipeline.selection.scan import input_fingerprint

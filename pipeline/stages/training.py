@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,15 +14,16 @@ from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
 from pipeline.data.positions import Positions
 from pipeline.data.shards import expand
-from pipeline.engine.patience import Patience
 from pipeline.engine.progress import Display, Tally
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError, InputError
+from pipeline.patience import Patience
 from pipeline.replay.ray_train import ProxyJob, train_runs
 from pipeline.replay.schedule import TrainingSettings, runs_to_hold_out
 from pipeline.stages.job import Job
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.pulse import Pulse
 from pipeline.store.task_marks import TaskMarks
 
 if TYPE_CHECKING:
@@ -106,16 +106,20 @@ class TrainingPairs:
             positions, name = (positions, name) if same else (free, "evaluation")
         folder = os.path.join(job.cache_folder, name)
         os.makedirs(folder, exist_ok=True)
+        pulse = Pulse(job.folder.decoding)
         with open(os.path.join(folder, "lock"), "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return build_cache(
+            cache = build_cache(
                 folder,
                 job.inventory,
                 job.decoder,
                 self.config.data.caption,
                 positions,
                 job.threads,
+                lambda rows: pulse.beat({"pairs": rows}),
             )
+            pulse.end()
+            return cache
 
 
 def training_pairs(job: Job) -> tuple[TrainingPairs, Config]:
@@ -165,18 +169,16 @@ def train(job: Job) -> None:
     steps = TrainingSettings.of(training, max(job.samples, config.proxy.batch_size)).steps * config.proxy.runs
     tally = Tally(steps)
     seen = [0] * config.proxy.runs
-    lock = threading.Lock()
     with Display("train", "steps", tally) as display:
 
         def show(run: int, progress: dict[str, Any]) -> None:
-            with lock:
-                tally.total = int(progress["steps"]) * config.proxy.runs
-                for _ in range(int(progress["step"]) - seen[run]):
-                    tally.add()
-                seen[run] = int(progress["step"])
-                display.tick()
+            tally.total = int(progress["steps"]) * config.proxy.runs
+            for _ in range(int(progress["step"]) - seen[run]):
+                tally.add()
+            seen[run] = int(progress["step"])
+            display.tick()
 
-        tally.total = tally.done = sum(train_runs(proxy_job, show))
+        tally.total = tally.done = sum(train_runs(proxy_job, show, display.note))
     job.write_mark(mark, fingerprint, {"runs": config.proxy.runs})
 
 

@@ -1,50 +1,22 @@
-"""The validate stage: small runs retrained without pairs, against what every estimator foretells."""
+"""The validate stage: has small runs retrained without pairs, and what every estimator foretells held against them."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
+from rich.console import Console
+from rich.table import Table
 
 from pipeline.config import Config
-from pipeline.data.decode import uid_to_id
-from pipeline.data.sampling import load_pairs
-from pipeline.engine.tasks import run_tasks
+from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
-from pipeline.evaluation.agreement import Measured, raw_rows, table
-from pipeline.evaluation.by_runs import by_runs
-from pipeline.evaluation.cleaning import losses_without, suspects, with_swapped_captions
-from pipeline.evaluation.deletion import deletions, random_deletions
-from pipeline.evaluation.estimates import Estimator, forms_of, reference_of
-from pipeline.evaluation.lds import Bools, outcomes, random_halves
-from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
-from pipeline.evaluation.quality import Detection, detect, read_truth
-from pipeline.evaluation.small_run import small_run
-from pipeline.evaluation.steepness import stability_limit, steepness
-from pipeline.evaluation.validation_plot import plot
-from pipeline.prepared import settings_of
-from pipeline.replay.schedule import TrainingSettings, recorded_steps
-from pipeline.stages.computing import ComputingJob
-from pipeline.stages.job import OVERDRAW, Job
-from pipeline.stages.plans import draw_batches
+from pipeline.patience import Patience
+from pipeline.stages.job import Job
 from pipeline.stages.training import take_inventory
-from pipeline.stages.validation_tables import show
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
-from pipeline.types import PairBatch
-
-#: Offset of the seed that draws the pairs of the small runs.
-PAIRS_SEED = 106
-
-#: Share of the pairs in a deletion.
-DELETED = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,6 +28,15 @@ class _Seed:
 
     def __str__(self) -> str:
         return f"seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What came of all seeds, and where it is written to."""
+
+    folder: str
+    config: Config
+    seeds: list[dict[str, Any]]
 
 
 def validate(job: Job) -> None:
@@ -75,9 +56,10 @@ def validate(job: Job) -> None:
         )
     folder = storage.join(job.folder.root, "validation")
     found: dict[int, dict[str, Any]] = {}
-    fingerprint = Fingerprint({"config": config.model_dump(mode="json"), "inventory": job.inventory_digest})
+    decides = config.model_dump(mode="json", exclude={"engine"})
+    fingerprint = Fingerprint({"config": decides, "inventory": job.inventory_digest})
     outcome = run_tasks(
-        measure,
+        _measure,
         [_Seed(config, seed) for seed in range(config.validation.seeds)],
         run=job.folder,
         stage="validate",
@@ -85,157 +67,22 @@ def validate(job: Job) -> None:
         on_result=found.__setitem__,
         marks=TaskMarks(storage.join(folder, "seeds"), fingerprint),
         unit="seeds",
+        patience=Patience.of_computing(config.engine.task_timeout),
     )
     outcome.check("validate")
-    write_results(folder, config, [found[seed] for seed in range(config.validation.seeds)])
+    results = _Results(folder, config, [found[seed] for seed in range(config.validation.seeds)])
+    console = Console()
+    for table in run_task(_write, results, stage="validate", config=config.engine):
+        console.print(table)
 
 
-class _Pairs:
-    """The pairs of all seeds: drawn and decoded alike in every task."""
+def _measure(item: _Seed) -> dict[str, Any]:
+    from pipeline.stages.measuring import measure
 
-    def __init__(self, job: ComputingJob) -> None:
-        self.job = job
-        self.sizes = job.config.validation
-
-    @cached_property
-    def drawn(self) -> PairBatch:
-        """Pairs of the small run, then those of the warm-up."""
-        count = self.sizes.pairs + (self.sizes.warm_pairs if self.sizes.warm_steps else 0)
-        positions = self.job.draw(int(count * OVERDRAW) + 16, PAIRS_SEED, self.job.held_out_positions)
-        decoder = self.job.decoder
-        return load_pairs(self.job.inventory, positions, decoder, self.job.config.data.caption, self.job.threads)[0]
-
-    @property
-    def others(self) -> PairBatch | None:
-        """Pairs of the warm-up, or None where there is none."""
-        sizes = self.sizes
-        return self.drawn[sizes.pairs : sizes.pairs + sizes.warm_pairs] if sizes.warm_steps else None
-
-    @cached_property
-    def data(self) -> tuple[PairBatch, Bools | None]:
-        """The pairs of the small run, and which of them are known to be wrong (None where nothing is known)."""
-        config = self.job.config
-        data = self.drawn[: self.sizes.pairs]
-        if self.sizes.swapped:
-            return with_swapped_captions(data, self.sizes.swapped, config.seed)
-        if config.evaluate is None or config.evaluate.truth is None:
-            return data, None
-        truth = {uid_to_id(uid): wrong for uid, wrong in read_truth(config.evaluate.truth).items()}
-        return data, np.array([truth.get(number, False) for number in data.ids.tolist()], dtype=bool)
+    return measure(item.config, item.seed)
 
 
-def measure(item: _Seed) -> dict[str, Any]:
-    """Everything of one seed, as plain numbers."""
-    config, sizes = item.config, item.config.validation
-    job = ComputingJob(config)
-    torch.set_num_threads(1)
-    pairs = _Pairs(job)
-    (data, wrong), target = pairs.data, draw_batches(job).target
-    n = len(data)
-    run = small_run(config, job.model(item.seed), data, target, item.seed, pairs.others)
-    recorded = _recorded(config, n)
-    reference = reference_of(run.data, config.reference.pairs, config.seed)
-    settings = settings_of(config)
-    estimator = Estimator(run, recorded, reference)
-    estimates = {form.name: estimator.estimate(form) for form in forms_of(sizes.estimators, settings)}
-    fast = small_run(config, job.model(item.seed), data, target, item.seed, pairs.others, dtype=torch.float32)
-    rows = left_out_pairs(n, sizes.leave_out, config.seed)
-    result: dict[str, Any] = {
-        "utilities": {name: found.utilities.tolist() for name, found in estimates.items()},
-        "costs": {name: [found.directions, found.scoring] for name, found in estimates.items()},
-        "changes": left_out_changes(run, rows).tolist(),
-        "outcomes": outcomes(fast, random_halves(n, sizes.halves, config.seed)).tolist(),
-        "pairs": n,
-        "steepness": steepness(run, settings),
-        "stability_limit": stability_limit(run),
-        "losses": [float(run.target_losses({k: v[None] for k, v in run.states[at].params.items()})) for at in (0, -1)],
-    }
-    if sizes.partial is not None:
-        result["partial"] = left_out_changes(run, rows, sizes.partial).tolist()
-    if sizes.deletions:
-        sets = random_deletions(n, sizes.deletions + 1, DELETED, config.seed)
-        result["deletions"] = [asdict(found) for found in deletions(run, recorded, settings, sets)]
-    if wrong is not None and wrong.any():
-        count = int(wrong.sum())
-        chance = suspects(np.random.default_rng([config.seed, item.seed]).random(n), count)
-        removed = [np.zeros(n, dtype=bool), wrong, chance]
-        removed += [suspects(found.utilities, count) for found in estimates.values()]
-        names = ["(nothing)", "(known wrong)", "(random)", *estimates]
-        result["wrong"] = wrong.tolist()
-        result["cleaned"] = dict(zip(names, losses_without(fast, removed).tolist(), strict=True))
-    return result
+def _write(results: _Results) -> list[Table | str]:
+    from pipeline.stages.measuring import write_results
 
-
-def _recorded(config: Config, pairs: int) -> list[int]:
-    sizes = config.validation
-    even = {"checkpoint_at": "even", "steps": sizes.steps, "batch_size": min(config.proxy.batch_size, pairs)}
-    sized = config.model_copy(update={"proxy": config.proxy.model_copy(update=even)})
-    return recorded_steps(sized, TrainingSettings.of(sized, pairs))
-
-
-def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> None:
-    """Write and print what all seeds together say."""
-    n = seeds[0]["pairs"]
-    sizes = config.validation
-    measured = Measured(
-        utilities={name: np.array([seed["utilities"][name] for seed in seeds]) for name in seeds[0]["utilities"]},
-        costs={name: (cost[0], cost[1]) for name, cost in seeds[0]["costs"].items()},
-        rows=left_out_pairs(n, sizes.leave_out, config.seed),
-        changes=np.array([seed["changes"] for seed in seeds]),
-        halves=random_halves(n, sizes.halves, config.seed),
-        outcomes=np.array([seed["outcomes"] for seed in seeds]),
-        partial=None if sizes.partial is None else np.array([seed["partial"] for seed in seeds]),
-    )
-    lines = table(measured)
-    wrong = np.array(seeds[0]["wrong"], dtype=bool) if "wrong" in seeds[0] else None
-    runs = list(by_runs(measured, wrong)) if len(seeds) > 1 else []
-    rows = list(raw_rows(measured))
-    for number, seed in enumerate(seeds):
-        for item, found in enumerate(seed.get("deletions", [])):
-            rows.append({"measure": "deletion", "estimator": found["method"], "seed": number, "item": item}
-                        | {key: found[key] for key in ("predicted", "true", "distance")})  # fmt: skip
-        for name, loss in seed.get("cleaned", {}).items():
-            rows.append({"measure": "cleaned", "estimator": name, "seed": number, "item": 0, "true": loss})
-    cleaning = _cleaning(measured, wrong)
-    with storage.atomic_writer(storage.join(folder, "results.parquet")) as handle:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), handle, compression="zstd")
-    storage.write_json(
-        storage.join(folder, "table.json"),
-        {
-            "lines": [_plain(asdict(line)) for line in lines],
-            "runs": [_plain(asdict(line)) for line in runs],
-            "cleaning": {name: _plain(found.to_dict()) for name, found in cleaning.items()},
-            "target_loss": [seed["losses"] for seed in seeds],
-            "eta_lambda_max": [seed["steepness"] for seed in seeds],
-            "stability_limit": seeds[0]["stability_limit"],
-        },
-    )
-    storage.write_bytes(storage.join(folder, "validation.svg"), plot(lines, runs))
-    show(lines, runs, cleaning, seeds)
-
-
-_SCHEMA = pa.schema(
-    [
-        ("measure", pa.string()),
-        ("estimator", pa.string()),
-        ("seed", pa.int32()),
-        ("item", pa.int32()),
-        ("predicted", pa.float64()),
-        ("true", pa.float64()),
-        ("distance", pa.float64()),
-    ]
-)
-
-
-def _plain(row: Any) -> Any:
-    """Numbers that JSON has: what is not finite becomes null."""
-    if isinstance(row, dict):
-        return {key: _plain(value) for key, value in row.items()}
-    return None if isinstance(row, float) and not math.isfinite(row) else row
-
-
-def _cleaning(measured: Measured, wrong: Bools | None) -> dict[str, Detection]:
-    """How well low utility (mean over the runs) finds the wrong pairs, precision at their true number."""
-    if wrong is None:
-        return {}
-    return {name: detect(values.mean(0), wrong, int(wrong.sum())) for name, values in measured.utilities.items()}
+    return write_results(results.folder, results.config, results.seeds)

@@ -1,11 +1,10 @@
-"""What a validation prints: agreement with retraining, cleaning, deletion."""
+"""The tables of a validation: agreement with retraining, cleaning, deletion."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from pipeline import text
@@ -15,18 +14,18 @@ from pipeline.evaluation.correlation import Interval
 from pipeline.evaluation.quality import Detection
 
 
-def show(lines: list[Line], runs: list[RunsLine], cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> None:
-    """Print the tables that there is something for; `seeds` are the raw numbers of each seed."""
-    console = Console()
-    console.print(_left_out(lines))
-    console.print(_halves(lines))
-    console.print(_stability(seeds))
+def tables(
+    lines: list[Line], runs: list[RunsLine], cleaning: dict[str, Detection], seeds: list[dict[str, Any]]
+) -> list[Table | str]:
+    """The tables that there is something for; `seeds` are the raw numbers of each seed."""
+    found: list[Table | str] = [_left_out(lines), _halves(lines), _stability(seeds)]
     if runs:
-        console.print(_by_runs(runs))
+        found.append(_by_runs(runs))
     if cleaning:
-        console.print(_cleaning(cleaning, seeds))
+        found.append(_cleaning(cleaning, seeds))
     if deletions := [deletion for seed in seeds for deletion in seed.get("deletions", [])]:
-        console.print(_deletions(deletions))
+        found.append(_deletions(deletions))
+    return found
 
 
 def _left_out(lines: list[Line]) -> Table:

@@ -3,7 +3,8 @@
 In the folder `script` of a `FakeSpec`, a file named `<event>-<shard>` makes something happen:
 `raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once;
 `hang-N` never comes back from scoring it; `stop-N` stops the whole process;
-`full-N` makes the disk full while its file is written. `log` lists the shards scored: number, process, worker.
+`full-N` makes the disk full while its file is written. `start-hang*` never comes back from the start of a worker, and
+`start-kill*` kills it there, once for each such file. `log` lists the shards scored: number, process, worker.
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ class FakeSpec:
     def build(self, worker: str) -> FakeWork:
         if self.broken:
             raise ValueError(self.broken)
+        for trouble in Path(self.script).glob("start-*") if self.script else ():
+            trouble.unlink()
+            if trouble.name.startswith("start-kill"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            threading.Event().wait()
         return FakeWork(self, worker)
 
 

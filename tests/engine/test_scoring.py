@@ -139,3 +139,27 @@ def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path: Path, c
     run = RunFolder(str(tmp_path / "run"))
     with pytest.raises(StageError, match="no worker can start: ValueError: no such checkpoint"):
         score_shards(FakeSpec(run, broken="no such checkpoint"), shard_infos(3), run, FINGERPRINT, config)
+
+
+def test_a_worker_that_hangs_or_dies_at_its_start_is_started_anew(
+    tmp_path: Path, config: EngineConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(4)
+    (tmp_path / "start-hang").touch()
+    (tmp_path / "start-kill").touch()
+    config = config.model_copy(update={"start_timeout": 2.0, "workers": 1})
+    outcome = score_shards(FakeSpec(run, script=str(tmp_path)), shards, run, FINGERPRINT, config)
+    assert (outcome.done, outcome.failed) == (4, [])
+    assert set(scored_by(tmp_path).values()) == {1}
+    assert list(tmp_path.glob("start-*")) == []
+    assert "at its start and is killed" in capsys.readouterr().err
+
+
+def test_workers_that_hang_at_each_start_end_the_run_with_the_reason(tmp_path: Path, config: EngineConfig) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    for number in range(9):
+        (tmp_path / f"start-hang-{number}").touch()
+    config = config.model_copy(update={"start_timeout": 1.0, "workers": 1, "retries": 1})
+    with pytest.raises(StageError, match=r"no worker can start: WorkerHung: the worker hung at its start"):
+        score_shards(FakeSpec(run, script=str(tmp_path)), shard_infos(3), run, FINGERPRINT, config)
+    assert len(list(tmp_path.glob("start-*"))) == 7, "tried again as often as retries says"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import EngineConfig
+from pipeline.engine import tasks
 from pipeline.engine.failures import read_aside
-from pipeline.engine.patience import Patience
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError, StageError
+from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
@@ -38,7 +40,7 @@ class Square:
             trouble.unlink()
             if trouble.name.startswith(f"{number}-kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            if trouble.name == f"{number}-hang":
+            if trouble.name.startswith(f"{number}-hang"):
                 threading.Event().wait()
             raise ValueError(f"no square of {number}")
         return number * number
@@ -108,6 +110,56 @@ def test_tasks_that_hang_are_killed_and_tried_again(tmp_path: Path, capsys: pyte
     assert (outcome.done, results) == (4, {0: 0, 1: 1, 2: 4, 3: 9})
     assert calls(tmp_path).count(1) == 2
     assert "1 tasks in hand are killed" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Renews the item's file in `folder` for some seconds, or, where the item is marked to hang, does nothing."""
+
+    folder: str
+
+    def __call__(self, item: str) -> str:
+        hangs = Path(self.folder, f"{item}-hang")
+        if hangs.exists():
+            hangs.unlink()
+            threading.Event().wait()
+        for step in range(12):
+            Path(self.folder, item).write_text(str(step))
+            time.sleep(0.5)
+        return item
+
+
+def test_tasks_with_a_pulse_may_take_their_time_and_those_without_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tasks, "LOOK_EVERY", 0.2)
+    (tmp_path / "b-hang").touch()
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    results: dict[int, str] = {}
+    outcome = run_tasks(
+        Slow(str(tmp_path)),
+        ["a", "b"],
+        run=RunFolder(str(tmp_path / "run")),
+        stage="slow",
+        config=CONFIG,
+        on_result=results.__setitem__,
+        patience=Patience(4.0),
+        pulse=lambda item: (tmp_path / item).read_text(),
+    )
+    assert (outcome.done, results) == (2, {0: "a", 1: "b"})
+    assert capsys.readouterr().err.count("in hand are killed") == 1, "only b, and only once"
+
+
+def test_one_task_that_hangs_is_killed_and_tried_again_as_often_as_the_config_says(tmp_path: Path) -> None:
+    (tmp_path / "4-hang").touch()
+    square, patience = Square(str(tmp_path)), Patience(8.0)
+    assert run_task(square, 4, stage="square", config=CONFIG, patience=patience) == 16
+    assert calls(tmp_path) == [4, 4]
+    for number in range(9):
+        (tmp_path / f"5-hang-{number}").touch()
+    with pytest.raises(StageError, match="square: hung: it had not come back after 8 s"):
+        run_task(square, 5, stage="square", config=CONFIG, patience=patience)
 
 
 def test_one_task_gives_its_result_or_raises_what_the_function_raised(tmp_path: Path) -> None:

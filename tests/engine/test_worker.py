@@ -108,10 +108,13 @@ def test_an_error_comes_back_as_a_value_and_the_next_shard_goes_on(counted: list
     assert len(counted) == 3
 
 
-def test_a_start_says_where_it_is_or_why_it_cannot(counted: list[dict[str, int]]) -> None:
-    place = ScoreWorker("0", Watched(), 1).start()
+def test_a_worker_says_where_it_is_before_it_loads_and_why_it_cannot_start(counted: list[dict[str, int]]) -> None:
+    spec = Watched()
+    place = ScoreWorker("0", spec, 1).place()
     assert isinstance(place, Place)
-    assert place.node_id == "n0"
+    assert (place.node_id, spec.built) == ("n0", 0)
+    assert ScoreWorker("0", spec, 1).start() is None
+    assert spec.built == 1
     failure = ScoreWorker("0", Watched(broken="build"), 1).start()
     assert isinstance(failure, Failure)
     assert failure.message == "no such checkpoint"
@@ -123,7 +126,7 @@ def test_storage_that_stumbles_at_the_start_is_asked_again(
 ) -> None:
     monkeypatch.setattr(worker.tenacity, "wait_random_exponential", lambda max: worker.tenacity.wait_none())
     spec = Watched(storage_errors=2)
-    assert isinstance(ScoreWorker("0", spec, 1).start(), Place)
+    assert ScoreWorker("0", spec, 1).start() is None
     assert spec.built == 3
     lasting = ScoreWorker("0", Watched(storage_errors=9), 1).start()
     assert isinstance(lasting, Failure)

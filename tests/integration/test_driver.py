@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import dump_config
@@ -27,7 +29,7 @@ sys.exit(status)
 
 
 def loaded_by(*arguments: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout.rpartition("loaded:")[2].split()
 
@@ -52,6 +54,27 @@ def test_the_driver_of_a_whole_run_loads_nothing_that_computes(
     config.write_text(dump_config(whole))
     assert loaded_by("run", str(config)) == []
     assert loaded_by("status", str(tmp_path / "run")) == []
+
+
+@pytest.mark.ray
+def test_a_validation_loads_nothing_that_computes_and_is_not_measured_again(
+    make_shards: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    sizes = {"pairs": 10, "leave_out": 4, "halves": 4, "seeds": 2, "steps": 3, "swapped": 0.4, "deletions": 2}
+    config = small_config(
+        make_shards(shards=3), tmp_path / "run", validation={**sizes, "estimators": ["diff-in", "random"]}
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(config))
+    assert loaded_by("validate", str(file)) == []
+    results = tmp_path / "run" / "validation"
+    assert len(json.loads((results / "table.json").read_text())["lines"]) == 2
+    measures = pq.read_table(results / "results.parquet")["measure"].to_pylist()
+    assert {"deletion", "cleaned"} < set(measures)
+    marks = {path: path.stat().st_mtime_ns for path in (results / "seeds").iterdir()}
+    assert len(marks) == 2
+    assert loaded_by("validate", str(file), "--set", "engine.retries=1") == []
+    assert {path: path.stat().st_mtime_ns for path in (results / "seeds").iterdir()} == marks
 
 
 def test_help_loads_no_ray() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,33 @@ class DyingOnce:
             self.trace.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.pairs.batch(rows)
+
+
+class Hanging:
+    """Pairs of which the eighth batch never comes, once for each file `hang*` in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pairs = MemoryPairs()
+        self.ids = self.pairs.ids
+        self.batches = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, rows: Any) -> Any:
+        self.batches += 1
+        if self.batches == 8:
+            for trouble in self.folder.glob("hang*"):
+                trouble.unlink()
+                threading.Event().wait()
+        return self.pairs.batch(rows)
+
+
+def hasty(config: Config, retries: int = 3, seconds: float = 15.0) -> Config:
+    """The config with a limit that the start of a process on a busy machine stays below."""
+    engine = config.engine.model_copy(update={"task_timeout": seconds, "retries": retries})
+    return config.model_copy(update={"engine": engine})
 
 
 def job(folder: Path, config: Config, factory: Factory, open_pairs: Any = MemoryPairs) -> ProxyJob:
@@ -90,6 +118,39 @@ def test_runs_train_at_the_same_time(tmp_path: Path, ray_local: None) -> None:
     meeting = Meeting(tmp_path, runs=2)
     steps = train_runs(job(tmp_path / "ray", config_of(runs=2, gpus_per_worker=0), Factory(tmp_path), meeting))
     assert steps == [12, 12]
+
+
+def test_a_run_that_hangs_is_killed_and_goes_on_from_its_resume_point(tmp_path: Path, ray_local: None) -> None:
+    factory, config = Factory(tmp_path), hasty(config_of(gpus_per_worker=0))
+    (tmp_path / "hang").touch()
+    notes: list[str] = []
+    steps = train_runs(job(tmp_path / "ray", config, factory, lambda: Hanging(tmp_path)), note=notes.append)
+    assert steps == [12]
+    assert not (tmp_path / "hang").exists()
+    assert len(notes) == 1
+    assert "goes on from the last resume point" in notes[0]
+    train_proxy(config, factory, MemoryPairs(), RunFolder(str(tmp_path / "direct")))
+    assert checkpoints(tmp_path / "ray") == checkpoints(tmp_path / "direct")
+
+
+def test_a_run_that_hangs_each_time_ends_with_the_reason(tmp_path: Path, ray_local: None) -> None:
+    config = hasty(config_of(gpus_per_worker=0, resume_every=100), retries=0)
+    (tmp_path / "hang").touch()
+    with pytest.raises(StageError, match=r"^the proxy run was lost: no step of training for \d+ s"):
+        train_runs(job(tmp_path / "ray", config, Factory(tmp_path), lambda: Hanging(tmp_path)))
+
+
+@pytest.mark.slow
+def test_workers_that_share_a_run_and_hang_are_killed_and_go_on(tmp_path: Path, ray_local: None) -> None:
+    factory, config = Factory(tmp_path), hasty(config_of(workers=2, gpus_per_worker=0, steps=9), seconds=60.0)
+    (tmp_path / "hang").touch()
+    notes: list[str] = []
+    shared = job(tmp_path / "ray", config, factory, lambda: Hanging(tmp_path))
+    assert train_runs(shared, note=notes.append) == [9]
+    assert not (tmp_path / "hang").exists()
+    assert len(notes) >= 1
+    single = train_proxy(config, factory, MemoryPairs(), RunFolder(str(tmp_path / "direct")))
+    assert Record.read(RunFolder(str(tmp_path / "ray"))).losses == pytest.approx(single.losses, rel=1e-4)
 
 
 def test_divergence_in_a_task_is_the_stages_own_error(tmp_path: Path, ray_local: None) -> None:

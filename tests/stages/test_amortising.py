@@ -16,7 +16,8 @@ from pipeline.data.inventory import ShardInfo
 from pipeline.emit.verify import verify
 from pipeline.engine import shard_scorer
 from pipeline.engine.failures import Aside, Failure, set_aside
-from pipeline.engine.scoring import Outcome, _pending, score_shards
+from pipeline.engine.outcome import Outcome, pending_shards
+from pipeline.engine.scoring import score_shards
 from pipeline.engine.status import run_status
 from pipeline.engine.tasks import TaskOutcome
 from pipeline.engine.worker import WorkerSpec
@@ -52,7 +53,7 @@ def score_here(
     """`score_shards` in this process: one worker, no second attempt."""
     outcome = Outcome(total=len(shards))
     work = spec.build("0")
-    for place in _pending(shards, run, fingerprint, config, outcome, retry_failed):
+    for place in pending_shards(shards, run, fingerprint, config, outcome, retry_failed):
         shard = shards[place]
         try:
             work.commit(shard, work.score(shard, work.load(shard)), {"score": 1.0})

@@ -1,0 +1,44 @@
+"""How long those who have work in hand may be silent before they are taken to hang."""
+
+from __future__ import annotations
+
+#: Times the longest silence seen so far.
+FACTOR = 20.0
+
+#: Seconds at least: storage may be away for some minutes.
+LEAST = 1800.0
+
+#: Seconds while there was no news yet, so that nothing is known of how long it takes.
+UNKNOWN = 6 * 3600.0
+
+
+class Patience:
+    """The limit on a silence: the one given, else derived from the silences that ended well.
+
+    Args:
+        given: seconds; None derives the limit.
+        least: seconds of a derived limit at least.
+        unknown: seconds of a derived limit before the first news.
+    """
+
+    def __init__(self, given: float | None, *, least: float = LEAST, unknown: float = UNKNOWN) -> None:
+        self._given = given
+        self._least = least
+        self._unknown = unknown
+        self._longest = 0.0
+
+    @staticmethod
+    def of_computing(given: float | None) -> Patience:
+        """For tasks that compute for long between two signs of life, and of which there may be one alone."""
+        return Patience(given, least=UNKNOWN, unknown=4 * UNKNOWN)
+
+    def saw(self, seconds: float) -> None:
+        """News came after `seconds`."""
+        self._longest = max(self._longest, seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of silence after which who has work in hand is taken to hang."""
+        if self._given is not None:
+            return self._given
+        return max(self._least, FACTOR * self._longest) if self._longest else self._unknown
