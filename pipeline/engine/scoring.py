@@ -104,7 +104,10 @@ class _Slot:
 #: In place of where an actor was that had no place.
 _NOWHERE = Place("", "")
 
-#: News of an actor: slot, its life, place of the shard (None: of its start), and what came back.
+#: In place of a shard's: news of an actor's life, which end it.
+_ALIVE = -1
+
+#: News of an actor: slot, its life, place of the shard (None: of its start; `_ALIVE`), and what came back.
 _Event = tuple[str, int, int | None, Any]
 
 
@@ -159,6 +162,10 @@ class _Driver:
                     ray.kill(slot.handle)
             raise
         finally:
+            for slot in self._slots.values():
+                if slot.ready:
+                    with suppress(Exception):
+                        slot.handle.leave.remote()
             self._slots.clear()  # without a handle an actor ends by itself, and reports its last metrics
 
     def _react(self, feed: bool) -> None:
@@ -187,6 +194,8 @@ class _Driver:
             self._died(name, slot, place, result)
         elif place is None:
             self._started(name, slot, result)
+        elif place == _ALIVE:
+            pass  # it was asked to leave
         elif isinstance(result, ShardStats):
             self._queue.succeeded(name, place)
             self._patience.saw(sum(result.seconds.values()))
@@ -206,6 +215,7 @@ class _Driver:
         elif result is None:
             slot.ready, slot.hung = True, 0
             self._fruitless = 0
+            self._listen(slot.handle.stay.options(max_task_retries=0).remote(), name, slot.life, _ALIVE)
         else:
             self._drop(name, result if isinstance(result, Failure) else Failure.of(result, name))
 
@@ -318,7 +328,7 @@ class _Driver:
                 name=f"score-worker-{name}-{time.time_ns():x}",
                 max_restarts=ACTOR_RESTARTS,
                 max_task_retries=-1,
-                max_concurrency=self._config.prefetch + 2,
+                max_concurrency=self._config.prefetch + 3,
                 scheduling_strategy="SPREAD",
                 **self._plan.options(),
             )

@@ -67,7 +67,8 @@ class Place(NamedTuple):
 
 
 class ScoreWorker(Generic[Loaded, Scored]):
-    """The actor's class: `prefetch + 2` calls run in threads of it, one each in the phases load, score and commit.
+    """The actor's class: `prefetch + 2` shards are in threads of it, one each in the phases load, score and commit; one
+    more call, `stay`, lasts as long as the process.
 
     At most `prefetch` loaded shards wait in memory beside the one that is scored.
     """
@@ -81,6 +82,7 @@ class ScoreWorker(Generic[Loaded, Scored]):
         self._loading = threading.Semaphore(prefetch)
         self._device = threading.Lock()
         self._idle_since = time.perf_counter()
+        self._left = threading.Event()
         self._metrics = WorkerMetrics(name)
 
     def __repr__(self) -> str:
@@ -97,6 +99,15 @@ class ScoreWorker(Generic[Loaded, Scored]):
         except Exception as error:
             return Failure.of(error, self._name)
         return None
+
+    def stay(self) -> None:
+        """Return once `leave` is called. The call fails when the process dies, so that the driver hears of it even if
+        no shard is in hand: a shard given to it then would wait until the cluster has room to start it again."""
+        self._left.wait()
+
+    def leave(self) -> None:
+        """Let `stay` return: the driver is done."""
+        self._left.set()
 
     def score_shard(self, shard: ShardInfo) -> ShardStats | Failure:
         """Load, score and commit one shard. An exception comes back as a value: it may not survive pickling."""

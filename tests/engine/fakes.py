@@ -2,9 +2,10 @@
 
 In the folder `script` of a `FakeSpec`, a file named `<event>-<shard>` makes something happen:
 `raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once;
-`hang-N` never comes back from scoring it; `stop-N` stops the whole process;
+`wait-N` waits while the file is there; `hang-N` never comes back from scoring it; `stop-N` stops the whole process;
 `full-N` makes the disk full while its file is written. `start-hang*` never comes back from the start of a worker, and
-`start-kill*` kills it there, once for each such file. `log` lists the shards scored: number, process, worker.
+`start-kill*` kills it there, once for each such file. `log` lists the shards scored: number, process, worker;
+`started` the processes of workers.
 """
 
 from __future__ import annotations
@@ -104,6 +105,9 @@ class FakeSpec:
             if trouble.name.startswith("start-kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             threading.Event().wait()
+        if self.script:
+            with open(Path(self.script, "started"), "a") as started:
+                started.write(f"{os.getpid()}\n")
         return FakeWork(self, worker)
 
 
@@ -129,6 +133,8 @@ class FakeWork:
         if self._event("once", shard):
             Path(self._spec.script, f"once-{shard.index}").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        while self._event("wait", shard):
+            time.sleep(0.05)
         if self._event("hang", shard):
             threading.Event().wait()
         if self._event("stop", shard):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -11,6 +15,7 @@ import pytest
 
 from pipeline.config import EngineConfig
 from pipeline.engine.failures import read_aside
+from pipeline.engine.metrics import DriverMetrics
 from pipeline.engine.scoring import score_shards
 from pipeline.errors import FingerprintError, StageError
 from pipeline.run import RunFolder
@@ -107,6 +112,44 @@ def test_a_shard_that_hangs_its_worker_is_set_aside_and_costs_no_other_shard(
     for process in {int(process) for shard, process, _ in lines if shard == "3"}:
         assert not alive(process), "the process that hung is still there"
     assert "was silent for" in capsys.readouterr().err
+
+
+def test_the_death_of_a_worker_without_a_shard_is_noticed(
+    tmp_path: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(2)  # both go to whichever worker is ready first
+    for shard in shards:
+        (tmp_path / f"wait-{shard.index}").touch()
+    noticed = threading.Event()
+    monkeypatch.setattr(DriverMetrics, "worker_died", lambda self: noticed.set())
+
+    def kill_the_idle_one() -> bool:
+        try:
+            os.kill(idle_worker(tmp_path), signal.SIGKILL)
+            return noticed.wait(20)
+        finally:
+            for shard in shards:
+                (tmp_path / f"wait-{shard.index}").unlink()
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(kill_the_idle_one)
+        outcome = score_shards(FakeSpec(run, script=str(tmp_path)), shards, run, FINGERPRINT, config)
+        assert found.result()
+    assert (outcome.done, outcome.failed) == (2, [])
+
+
+def idle_worker(folder: Path) -> int:
+    """The process of the worker that has no shard, a moment after it and one that has are ready."""
+    for _ in range(600):
+        time.sleep(0.1)
+        if not (folder / "started").exists() or not (folder / "log").exists():
+            continue
+        busy = {int(line.split()[1]) for line in (folder / "log").read_text().splitlines()}
+        idle = [pid for pid in map(int, (folder / "started").read_text().split()) if pid not in busy]
+        if busy and idle:
+            time.sleep(2)
+            return idle[0]
+    raise AssertionError("no idle worker came up")
 
 
 def alive(process: int) -> bool:
