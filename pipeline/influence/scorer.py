@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import InputError
 from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
 from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets, pass_size
 from pipeline.influence.per_pair import self_values
@@ -66,7 +67,12 @@ class Scorer:
             ]
 
     def score(self, batch: PairBatch) -> ScoreBatch:
-        """Terms, loss, similarity and embedding of each pair of the batch, in its order."""
+        """Terms, loss, similarity and embedding of each pair of the batch, in its order.
+
+        Raises `InputError` for a batch without pairs.
+        """
+        if not len(batch):
+            raise InputError("expected at least one pair to score, found none")
         order = _by_caption_length(batch.tokens)
         parts: list[ScoreBatch] = []
         with torch.no_grad(), self.passes.ready():

@@ -41,7 +41,7 @@ def dot(left: Tree, right: Tree) -> Tensor:
 
 def norm(tree: Tree) -> float:
     """Euclidean length."""
-    return float(dot(tree, tree).sqrt())
+    return float(dot(tree, tree).detach().sqrt())
 
 
 def restricted(tree: Tree, names: Iterable[str]) -> Tree:

@@ -95,6 +95,8 @@ def test_an_unknown_subset_is_refused():
         chosen_names(["visual.proj"], "first-2-blocks")
     with pytest.raises(InputError, match="projections"):
         chosen_names(["tower.weight", "logit_scale"], "projections")
+    with pytest.raises(InputError, match="numbered blocks for last-2-blocks, found none"):
+        chosen_names(["tower.weight", "text_projection", "logit_scale"], "last-2-blocks")
 
 
 @pytest.mark.parametrize("estimator", ["diff-in", "tracin", "grand"])

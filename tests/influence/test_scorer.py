@@ -144,6 +144,11 @@ def test_only_runs_that_did_not_train_on_a_pair_score_it():
         rows = shown.counts[:, run]
         assert torch.equal(shown.embedding[rows, run], alone[run].embedding[rows])
     assert torch.equal(shown.embedding[:, -1], found.embedding)
+    # A block that no run may score has no score, but its embedding.
+    none = scorer.score(pairs[3:4])
+    assert none.terms.isnan().all()
+    assert none.loss.isnan().all()
+    assert torch.allclose(none.embedding.float(), every.embedding[3:4].float(), atol=1e-3)
 
 
 def test_loss_and_similarity_are_those_of_the_last_checkpoint():

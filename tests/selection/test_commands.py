@@ -16,7 +16,7 @@ from pipeline.selection.tasks import thread_map
 from pipeline.stages import looking, selecting
 from pipeline.stages.job import Job
 from pipeline.stages.mapping import ordered_map
-from pipeline.stages.summary import selection_is_current
+from pipeline.stages.summary import note_selection, selection_is_current, speak_of_selection
 from pipeline.store import storage
 from tests.selection.scores import kept, row, select, write_run
 
@@ -124,6 +124,22 @@ def test_compare_names_pairs_without_a_source_and_selections_that_are_there(tmp_
     assert "only half \u2013" in out
     with pytest.raises(StageError, match=r"expected a finished selection 'third' \(there are: default, half\)"):
         looking.show_comparison(run.root, "default", "third")
+
+
+def test_the_summary_speaks_of_the_selection_that_is_shown(tmp_path):
+    rows = [row(n, float(n)) for n in range(10)]
+    run = write_run(tmp_path, [rows])
+    jobs = {}
+    for name, keep in (("default", 0.6), ("half", 0.5)):
+        config = with_inventory(run, [rows], keep=keep, name=name)
+        jobs[name] = Job(config)
+        select(run, config.select, seed=0)
+        note_selection(jobs[name])
+    assert storage.read_json(run.summary)["counts"]["kept"] == 5
+    for name, count in (("default", 6), ("half", 5), ("half", 5)):
+        speak_of_selection(jobs[name])
+        assert storage.read_json(run.summary)["counts"]["selection"] == name
+        assert storage.read_json(run.summary)["counts"]["kept"] == count
 
 
 def test_a_selection_is_made_again_when_a_joined_run_has_changed(tmp_path):
