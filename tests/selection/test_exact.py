@@ -19,7 +19,7 @@ from pipeline.run import RunFolder
 from pipeline.selection import bracket, cuts, plan, prepare, write
 from pipeline.selection.bracket import Bracket, Caught, guess
 from pipeline.selection.keys import order_keys
-from pipeline.selection.scan import committed_shards
+from pipeline.selection.scan import SPAN_ROWS, ScoreFile, committed_shards
 from pipeline.selection.summary import read_summary
 from pipeline.selection.tasks import thread_map
 from pipeline.store import storage
@@ -40,13 +40,19 @@ def build(drawn):
 
 
 @settings(max_examples=40, deadline=None)
-@given(drawn=SHARDS, keep=st.floats(0.01, 1.0), collect=st.sampled_from([1, 15, 1 << 21]))
-def test_keeps_exactly_the_first_of_the_total_order(drawn, keep, collect):
+@given(
+    drawn=SHARDS,
+    keep=st.floats(0.01, 1.0),
+    collect=st.sampled_from([1, 15, 1 << 21]),
+    span=st.sampled_from([7, SPAN_ROWS]),
+)
+def test_keeps_exactly_the_first_of_the_total_order(drawn, keep, collect, span):
     shards = build(drawn)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         # 1: every digit of the uids has to be searched; 15: the cut is guessed from a sample, rightly or wrongly
         patch.setattr(cuts, "COLLECT", collect)
         patch.setattr(plan, "COLLECT", collect)
+        patch.setattr(ScoreFile.spans, "__defaults__", (span,))  # a file is read in one or in several parts
         run = write_run(Path(folder), shards)
         summary = select(run, SelectConfig(keep=keep), seed=0)
         order = ranking(shards)
@@ -149,12 +155,13 @@ def test_many_equal_values_are_cut_by_uid_then_place(tmp_path, monkeypatch, coll
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_digits_of_any_width_find_the_same_cut_in_every_group(tmp_path, monkeypatch, bits):
+@pytest.mark.parametrize("uid_of", [lambda n: "0" * 16 + uid(n)[16:], "{:032x}".format, "{:028x}ffff".format])
+def test_digits_of_any_width_find_the_same_cut_in_every_group(tmp_path, monkeypatch, bits, uid_of):
     monkeypatch.setattr(cuts, "COLLECT", 1)
     monkeypatch.setattr(cuts, "digit_bits", lambda strata: bits)
-    # two captions with ties each; uids that share their first half, so that the second decides
-    shared = "0" * 16
-    rows = [row(n, float(n % 3), caption_id=n % 2, uid=shared + uid(n)[16:]) for n in range(60)]
+    monkeypatch.setattr(ScoreFile.spans, "__defaults__", (7,))
+    # two captions with ties each; uids that share their first half, or all but a few digits
+    rows = [row(n, float(n % 3), caption_id=n % 2, uid=uid_of(n)) for n in range(60)]
     run = write_run(tmp_path, [rows[:40], rows[40:]])
     select(run, SelectConfig(keep=0.4, balance=BalanceConfig(by="caption")), seed=0)
     order = ranking([rows[:40], rows[40:]])

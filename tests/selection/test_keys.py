@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.selection.keys import order_keys, parse_uids, seeded_draw, value_of
+from pipeline.selection.keys import _mix, order_keys, parse_uids, seeded_draw, value_of
 
 FLOATS = st.floats(width=32, allow_nan=False)
 
@@ -67,3 +67,14 @@ def test_draws_are_uniform_and_depend_on_the_whole_uid_and_the_seed():
     for other in others:
         assert abs(np.corrcoef(draw.astype(float), other.astype(float))[0, 1]) < 0.03
     assert (seeded_draw(high, low, -1) == seeded_draw(high, low, 2**64 - 1)).all()  # any integer is a seed
+
+
+def test_draws_are_splitmix64s():
+    # The generator's first three numbers for seed 0, as its author's program prints them.
+    step = 0x9E3779B97F4A7C15
+    states = np.array([number * step % 2**64 for number in range(3)], dtype=np.uint64)
+    assert [hex(word) for word in _mix(states).tolist()] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]

@@ -34,6 +34,20 @@ def commit(run: RunFolder, table: pa.Table, fingerprint: Fingerprint = FINGERPRI
     )
 
 
+def test_a_mark_says_what_was_committed_where_when_and_by_whom(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    mark = commits.commit_scores(
+        run, SHARD, fake_table(SHARD), FINGERPRINT, estimator="fake", seconds={"load": 0.12345, "score": 2.0},
+        finished=12.34567, worker="3", end_error="cut at byte 7",
+    )  # fmt: skip
+    (read,) = commits.read_marks(run)
+    assert read == mark
+    assert (mark.shard, mark.url, mark.end_error, mark.worker) == (SHARD.index, SHARD.url, "cut at byte 7", "3")
+    assert (mark.seconds, mark.finished) == ({"load": 0.1235, "score": 2.0}, 12.346)
+    assert mark.checksum == storage.file_checksum(run.score_file(SHARD.index))
+    assert mark.statuses == {"ok": 18, "no-image": 2}
+
+
 def test_equal_tables_give_equal_bytes_whatever_their_chunks() -> None:
     table = with_embedding(fake_table(SHARD))
     pieces = pa.concat_tables([table.slice(0, 5), table.slice(5, 0), table.slice(5)])
