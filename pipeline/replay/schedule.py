@@ -65,6 +65,11 @@ class TrainingSettings:
     def of(config: Config, pairs: int, run: int = 0) -> TrainingSettings:
         """The settings of a run on `pairs` pairs. Raises `ConfigError` where they do not fill a batch."""
         proxy = config.proxy
+        if not pairs:
+            raise ConfigError(
+                "expected pairs with image and caption to train on, found none (`diffprune inspect` says why)",
+                key="data.shards",
+            )
         if pairs < proxy.batch_size:
             raise ConfigError(
                 f"expected at most {pairs:,}, the pairs that a proxy run trains on",

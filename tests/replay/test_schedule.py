@@ -118,6 +118,7 @@ def test_what_does_not_fit_names_its_key() -> None:
         return str(caught.value)
 
     assert "proxy.batch_size" in problem(pairs=7)
+    assert "data.shards: expected pairs with image and caption" in problem(pairs=0)
     assert "proxy.workers" in problem(workers=3)
     assert "proxy.num_checkpoints" in problem(num_checkpoints=13)
     assert "proxy.checkpoint_at" in problem(checkpoint_at=[13])
