@@ -1,6 +1,7 @@
 """What scoring costs in memory, as multiples of a bare forward pass of the same model over the same pairs.
 
-    python -m tests.benchmarks.passes [--batch 256] [--repeats 3] [--threads 2] [--forms "diff-in central" tracin]
+    python -m tests.benchmarks.passes [--model ViT-B-32] [--batch 256] [--repeats 3] [--threads 2]
+        [--forms "diff-in central" tracin]
 
 The bare pass is open_clip's own forward under `no_grad` in `eval` mode, with torch's fused attention. Multiples are
 taken of two of them: over all pairs of the batch at once, and the fastest to be had on a CPU, over parts of 32 with the
@@ -27,7 +28,7 @@ from pipeline.influence.passes import chunks
 from pipeline.influence.tangents import TangentRules
 from pipeline.models.clip import PairModel, split_state
 from pipeline.types import Checkpoint, PairBatch, Tree
-from tests.benchmarks.models import medium_model
+from tests.benchmarks.models import medium_model, small_model
 
 #: Forward passes that the flops of each form amount to.
 LIMITS = {"tracin": 3, "tracin by losses": 2, "diff-in central": 6, "diff-in by losses": 4, "diff-in exact": 10}
@@ -79,16 +80,18 @@ def timed(function: Callable[[], object]) -> float:
     return clock() - start
 
 
-def measure(batch: int, repeats: int, forms: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def measure(
+    name: str | None, batch: int, repeats: int, forms: Sequence[str]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of the bare passes, and of each form's passes, one number per repeat."""
-    model = medium_model()
+    model = small_model(name) if name else medium_model()
     params, buffers = split_state(model)
     checkpoint, later = Checkpoint(1, 0.1, 0, params, buffers), Checkpoint(2, 0.1, 0, params, buffers)
     pairs, reference = random_pairs(model, batch, 1), random_pairs(model, 16, 2)
     nothing = ProbePlan([])
     scorers = {
-        name: Scorer(model, [(checkpoint, plan_of(name, params)), (later, nothing)], reference, Settings())
-        for name in forms
+        form: Scorer(model, [(checkpoint, plan_of(form, params)), (later, nothing)], reference, Settings())
+        for form in forms
     }
     bare: dict[str, list[float]] = {name: [] for name in (f"batch {batch}", *BARE)}
     found: dict[str, list[float]] = {name: [] for name in scorers}
@@ -111,10 +114,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", help="as `proxy.model`; default: 27M parameters at 112 px")
     parser.add_argument("--forms", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bare, found = measure(options.batch, options.repeats, options.forms)
+    bare, found = measure(options.model, options.batch, options.repeats, options.forms)
     for name, seconds in bare.items():
         print(f"bare forward pass, {name}: {options.batch / statistics.median(seconds):.0f} pairs/s")
     whole, fastest = bare[f"batch {options.batch}"], list(bare.values())[-1]
