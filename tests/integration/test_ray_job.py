@@ -29,12 +29,14 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from pipeline.config import dump_config
 from pipeline.emit.verify import verify
 from tests.helpers import Member, image_bytes, sample_members, write_tar
+from tests.infra.test_monitoring import expressions, names_in
 from tests.integration.runs import small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 240
+LABEL = re.compile(r'[{,](\w+)="')
 
 
 @dataclass
@@ -46,11 +48,13 @@ class Head:
     environment: dict[str, str]
     folder: str
 
-    def submit(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, *arguments: str, module: str = "jobs.prune", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """What README shows: `ray job submit` of `jobs.prune` from the project's root."""
         command = [_bin("ray"), "job", "submit", "--address", self.dashboard, "--working-dir", "."]
         return subprocess.run(
-            [*command, "--", "python", "-m", "jobs.prune", *arguments],
+            [*command, "--", "python", "-m", module, *arguments],
             cwd=ROOT,
             env={**self.environment, **environment},
             capture_output=True,
@@ -131,23 +135,33 @@ def _answers(url: str) -> bool:
 
 
 class MetricsWatch(threading.Thread):
-    """Reads a Prometheus endpoint while something runs; remembers the largest value of each series."""
+    """Reads a Prometheus endpoint while something runs; remembers the largest value of each series of ours that begins
+    then (each has the id of a process), and of all of Ray's."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         self.url = url
         self.values: dict[str, float] = {}
         self.ended = threading.Event()
+        self.earlier = {series for series in self._read() if series.startswith("ray_diffprune")}
 
     def run(self) -> None:
         while not self.ended.wait(0.5):
-            try:
-                with urllib.request.urlopen(self.url, timeout=5) as answer:
-                    text = answer.read().decode()
-            except OSError:
-                continue
-            for series, value in re.findall(r"^(ray_diffprune\S*?\{.*\}) (\S+)$", text, re.MULTILINE):
-                self.values[series] = max(float(value), self.values.get(series, 0.0))
+            for series, value in self._read().items():
+                if series not in self.earlier:
+                    self.values[series] = max(value, self.values.get(series, 0.0))
+
+    def _read(self) -> dict[str, float]:
+        try:
+            with urllib.request.urlopen(self.url, timeout=5) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return {}
+        return {series: float(value) for series, value in re.findall(r"^(ray_\w+\{.*\}) (\S+)$", text, re.MULTILINE)}
+
+    def labels(self, name: str) -> set[str]:
+        """The labels of a metric's series."""
+        return {label for series in self.values if series.startswith(f"{name}{{") for label in LABEL.findall(series)}
 
     def total(self, name: str, **labels: str) -> float:
         """Sum of the series of a metric that have these labels."""
@@ -199,6 +213,51 @@ def test_a_submitted_job_runs_to_the_end_and_counts_on_the_endpoint(
     assert watch.total("ray_diffprune_rejected_total", reason="no-caption") == 1
     for phase in ("load", "waiting", "score", "commit"):
         assert watch.total("ray_diffprune_phase_seconds_count", phase=phase) == 3
+
+
+def documented() -> dict[str, set[str]]:
+    """The metrics of docs/operations.md as they appear on the endpoint, with their labels."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / "docs" / "operations.md").read_text().splitlines():
+        if line.startswith("| `ray_diffprune"):
+            _, names, labels, _, _ = line.split("|")
+            name, *suffixes = re.findall(r"`(\w+)`", names)
+            found.update({name + suffix: set(re.findall(r"`(\w+)`", labels)) for suffix in suffixes or [""]})
+    return found
+
+
+def test_every_metric_that_is_documented_or_drawn_is_on_the_endpoint(head: Head, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.mkdir()
+    (script / "raise-3").touch()
+    (script / "kill-7").touch()
+    watch = MetricsWatch(head.metrics)
+    watch.start()
+    arguments = ["--out", str(tmp_path / "run"), "--script", str(script), "--shards", "20", "--retries", "1"]
+    done = head.submit(*arguments, module="tests.faults.cheap_job")
+    assert "2 of 20 shards failed" in done.stdout, done.stdout + done.stderr
+    deadline = time.monotonic() + 60
+    while watch.total("ray_diffprune_failed_shards_total") < 2 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    watch.ended.set()
+
+    table = documented()
+    assert len(table) == 8
+    for name, labels in table.items():
+        assert labels <= watch.labels(name), name
+    assert watch.total("ray_diffprune_failed_shards_total") == 2
+    assert watch.total("ray_diffprune_worker_deaths_total") in (1, 2)  # alone, or first beside other shards
+    # A worker that is killed takes what it has not reported yet with it.
+    shards = watch.total("ray_diffprune_shards_total")
+    assert 1 <= shards <= 18
+    assert watch.total("ray_diffprune_pairs_total") == 20 * shards
+    assert watch.total("ray_diffprune_rejected_total", reason="no-image") == 2 * shards
+    for phase in ("load", "waiting", "score", "commit"):
+        assert watch.total("ray_diffprune_phase_seconds_count", phase=phase) == shards
+        assert watch.total("ray_diffprune_phase_seconds_bucket", phase=phase, le="+Inf") == shards
+    assert watch.total("ray_diffprune_phase_seconds_sum", phase="score") >= 0.1 * shards
+    drawn = {name for expression in expressions() for name in names_in(expression)}
+    assert {name for name in drawn if not watch.labels(name)} == {"ray_node_gpus_utilization"}, "no GPU here"
 
 
 def test_the_list_of_nodes_for_prometheus_names_the_endpoint(head: Head) -> None:
