@@ -18,8 +18,10 @@ from pipeline.emit.emit import emit
 from pipeline.emit.summary import account
 from pipeline.emit.verify import verify
 from pipeline.selection.summary import read_summary
-from pipeline.store import storage
+from pipeline.store import marks, storage
+from pipeline.store.fingerprint import Fingerprint
 from tests.conftest import Bucket
+from tests.emit import made_run
 from tests.emit.made_run import make_run
 from tests.helpers import sample_members, write_shards, write_tar
 
@@ -146,6 +148,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda run: edit_table(run / "inventory.parquet", lambda rows: rows[1].update(etag="other")),
         r"scores/00001\.json: stale: .*shard\.etag",
     ),
+    "an entry of a mark is missing": (
+        lambda run: edit_json(run / "scores" / "00002.json", lambda mark: mark.pop("ok")),
+        r"scores/00002\.json: expected the entry 'ok', found none",
+    ),
+    "a score file that is none": (
+        lambda run: (run / "scores" / "00002.parquet").write_bytes(b"no table") and None,
+        r"scores/00002\.parquet: cannot be read: ",
+    ),
+    "scores out of order": (
+        lambda run: edit_table(run / "scores" / "00002.parquet", lambda rows: rows[0].update(index=5)),
+        r"scores/00002\.parquet: expected the rows in input order, indices 0 to 7",
+    ),
     "scores of no shard": (
         lambda run: shutil.copy(run / "scores" / "00000.parquet", run / "scores" / "00009.parquet") and None,
         r"scores/00009\.parquet: belongs to no shard",
@@ -153,6 +167,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a keep list is missing": (
         lambda run: (run / "pruned" / "keep" / "00001.parquet").unlink(),
         r"pruned/keep/00001\.parquet: missing",
+    ),
+    "a keep list that is none": (
+        lambda run: fullest(run).write_bytes(b"no table") and None,
+        r"pruned/keep/0000\d\.parquet: cannot be read: ",
     ),
     "a keep list names a uid that is not there": (
         lambda run: edit_table(fullest(run), lambda rows: rows[1].update(uid="f" * 32)),
@@ -222,6 +240,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         and None,
         r"manifest\.jsonl: expected 4 lines, one per input shard, found 3",
     ),
+    "no manifest": (
+        lambda run: (run / "pruned" / "manifest.jsonl").unlink(),
+        r"pruned/manifest\.jsonl: missing",
+    ),
+    "a mark of the hand-over without its numbers": (
+        lambda run: edit_json(run / "pruned" / "emit.json", lambda mark: mark.pop("tars")),
+        r"pruned/emit\.json: expected the entry 'tars', found none",
+    ),
     "a broken manifest": (
         lambda run: truncate(run / "pruned" / "manifest.jsonl", 9),
         r"manifest\.jsonl: expected one JSON object per input shard",
@@ -286,6 +312,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda run: edit_json(run / "pruned" / "shards" / "sizes.json", set_value("00000.tar", 5)),
         r"sizes\.json: expected the pairs of each tar",
     ),
+    "no sizes": (
+        lambda run: (run / "pruned" / "shards" / "sizes.json").unlink(),
+        r"shards/sizes\.json: missing or no JSON",
+    ),
     "a tar too many": (
         lambda run: shutil.copy(run / "pruned" / "shards" / "00000.tar", run / "pruned" / "shards" / "00003.tar")
         and None,
@@ -294,6 +324,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a training command with another number": (
         lambda run: (path := run / "pruned" / "train.sh").write_text(path.read_text().replace(" 12 ", " 13 ")) and None,
         r"train\.sh: expected --train-num-samples 12, found 13",
+    ),
+    "no training command": (
+        lambda run: (run / "pruned" / "train.sh").unlink(),
+        r"pruned/train\.sh: missing",
+    ),
+    "a summary that is none": (
+        lambda run: (run / "summary.json").write_text("{") and None,
+        r"summary\.json: expected JSON: ",
+    ),
+    "a summary without counts": (
+        lambda run: (run / "summary.json").write_text('{"counts": 3}') and None,
+        r"summary\.json: expected an object with counts",
     ),
     "a summary off by one": (
         lambda run: edit_json(run / "summary.json", lambda summary: summary["counts"].update(kept=13)),
@@ -319,6 +361,34 @@ def test_damage_is_found(run: Path, name: str) -> None:
     assert all("\n" not in problem for problem in problems)
     # What is broken is told where it is, not once per thing that depends on it.
     assert len(problems) <= 4, problems
+
+
+def test_an_inventory_that_is_none_is_one_problem(run: Path) -> None:
+    (run / "inventory.parquet").write_bytes(b"no table")
+    (problem,) = verify(str(run))
+    assert "inventory.parquet: cannot be read: " in problem
+
+
+def test_scores_of_another_regressor_and_one_that_changed_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = Fingerprint({**made_run.FINGERPRINT.parts, "sample": 0.5})
+    regressor = b"weights"
+    digest = storage.checksum(regressor)
+    monkeypatch.setattr(made_run, "FINGERPRINT", Fingerprint({**sampled.parts, "regressor": digest}))
+    made = make_run(tmp_path / "run", write_shards(tmp_path / "in", shards=2))
+    storage.write_bytes(made.run.regressor, regressor)
+    marks.write_mark(made.run.regressor_mark, sampled, {"regressor": digest})
+    assert verify(made.run) == []
+    storage.write_bytes(made.run.regressor, b"other weights")
+    assert [f"regressor.safetensors: changed since it was committed: its checksum is not {digest}" in problem
+            for problem in verify(made.run)] == [True]  # fmt: skip
+    marks.write_mark(made.run.regressor_mark, sampled, {"regressor": storage.checksum(b"other weights")})
+    problems = verify(made.run)
+    assert len(problems) == 2
+    assert all("stale: predicted with another regressor" in problem for problem in problems)
+    storage.remove(made.run.regressor)
+    assert any("regressor.safetensors: missing, though its commit mark is there" in each for each in verify(made.run))
 
 
 def test_a_run_that_has_not_come_to_selecting_needs_no_counts(run: Path) -> None:

@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from pipeline.config import EngineConfig
+from pipeline.engine import scoring
 from pipeline.engine.failures import read_aside
 from pipeline.engine.metrics import DriverMetrics
 from pipeline.engine.scoring import score_shards
@@ -206,3 +209,66 @@ def test_workers_that_hang_at_each_start_end_the_run_with_the_reason(tmp_path: P
     with pytest.raises(StageError, match=r"no worker can start: WorkerHung: the worker hung at its start"):
         score_shards(FakeSpec(run, script=str(tmp_path)), shard_infos(3), run, FINGERPRINT, config)
     assert len(list(tmp_path.glob("start-*"))) in (7, 8), "tried again once, by a process that came as far, or was late"
+
+
+@contextmanager
+def ctrl_c(when: Callable[[], bool]) -> Iterator[None]:
+    """SIGINT to this process, once `when` is true."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            if when():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_ctrl_c_finishes_what_is_in_hand_and_the_same_call_goes_on(
+    tmp_path: Path, config: EngineConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(30)
+    spec = FakeSpec(run, script=str(tmp_path), seconds=0.3)
+    with (
+        ctrl_c(lambda: (tmp_path / "log").exists()),
+        pytest.raises(
+            StageError, match=r"^score: interrupted, (\d+) of 30 shards left; the same command goes on"
+        ) as caught,
+    ):
+        score_shards(spec, shards, run, FINGERPRINT, config)
+    left = int(str(caught.value).split()[2])
+    begun = scored_by(tmp_path)
+    assert left == 30 - len(begun), "whatever was begun is finished"
+    assert 1 <= len(begun) < 30
+    assert len(list(read_marks(run))) == len(begun)
+    assert "finishing what is in hand (again: stop at once)" in capsys.readouterr().err
+    assert score_shards(spec, shards, run, FINGERPRINT, config).done == 30
+    assert set(scored_by(tmp_path).values()) == {1}, "nothing is repeated"
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_while_no_worker_is_ready_a_line_says_why(
+    tmp_path: Path,
+    config: EngineConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room: bool,
+) -> None:
+    monkeypatch.setattr(scoring, "LOOK_EVERY", 0.2)
+    monkeypatch.setattr(scoring, "GONE_AFTER", 1.0)
+    said: list[str] = []
+    monkeypatch.setattr(scoring.Display, "note", lambda self, text: said.append(text))
+    (tmp_path / "start-hang").touch()
+    wanted = "; 1 of 1 load what they need, one on " if room else "the cluster is asked for 1 of num_cpus=64 each"
+    config = config.model_copy(update={"workers": 1, "cpus_per_worker": 1 if room else 64})
+    spec = FakeSpec(RunFolder(str(tmp_path / "run")), script=str(tmp_path))
+    with ctrl_c(lambda: any(wanted in text for text in said)), pytest.raises(StageError, match="3 of 3 shards left"):
+        score_shards(spec, shard_infos(3), RunFolder(str(tmp_path / "run")), FINGERPRINT, config)
+    assert (tmp_path / "start-hang").exists() != room

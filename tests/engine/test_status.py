@@ -56,3 +56,32 @@ def test_counts_rate_and_failures_come_from_the_files(tmp_path: Path, capsys: py
     assert "4 done, 1 failed, 5 left" in printed
     assert "2 pairs/s on 2 workers" in printed
     assert "failed: 00007.tar: OSError: torn" in printed
+
+
+def test_while_a_sample_is_scored_its_files_are_counted_and_then_those_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = RunFolder(str(tmp_path)), shard_infos(4)
+    sample = RunFolder(run.sample)
+    write_inventory(run.inventory, shards)
+
+    def commit(where: RunFolder, place: int, finished: float) -> None:
+        table, shard = fake_table(shards[place]), shards[place]
+        commit_scores(where, shard, table, FINGERPRINT, estimator="fake", seconds={}, finished=finished, worker="0")
+
+    commit(sample, 0, 1000.0)
+    status = run_status(str(tmp_path))
+    assert (status.sampling, status.shards_done, status.shards_left) == (True, 1, 3)
+    assert (status.pairs_per_second, status.seconds_left) == (None, None)
+    print_status(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "the pass that scores the sample" in printed
+    assert "time left" not in printed
+
+    for place in range(4):
+        commit(sample, place, 1000.0 + place)
+        commit(run, place, 2000.0)
+    storage.write_json(run.regressor_mark, {})
+    status = run_status(str(tmp_path))
+    assert (status.sampling, status.stages["score"], status.shards_left) == (False, True, 0)
+    assert status.pairs_per_second is None, "all of them were finished at the same moment"
