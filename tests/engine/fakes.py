@@ -16,7 +16,8 @@ import signal
 import threading
 import time
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,23 @@ class FakeWork:
             worker=self._worker,
         )
         return mark.statuses
+
+
+@contextmanager
+def ctrl_c(when: Callable[[], bool]) -> Iterator[None]:
+    """SIGINT to this process, once `when` is true."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            if when():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

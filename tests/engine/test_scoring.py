@@ -7,9 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -24,7 +22,7 @@ from pipeline.errors import FingerprintError, StageError
 from pipeline.run import RunFolder
 from pipeline.store.commits import open_scores, read_marks
 from pipeline.store.fingerprint import Fingerprint
-from tests.engine.fakes import FINGERPRINT, FakeSpec, fake_table, shard_infos
+from tests.engine.fakes import FINGERPRINT, FakeSpec, ctrl_c, fake_table, shard_infos
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -209,26 +207,6 @@ def test_workers_that_hang_at_each_start_end_the_run_with_the_reason(tmp_path: P
     with pytest.raises(StageError, match=r"no worker can start: WorkerHung: the worker hung at its start"):
         score_shards(FakeSpec(run, script=str(tmp_path)), shard_infos(3), run, FINGERPRINT, config)
     assert len(list(tmp_path.glob("start-*"))) in (7, 8), "tried again once, by a process that came as far, or was late"
-
-
-@contextmanager
-def ctrl_c(when: Callable[[], bool]) -> Iterator[None]:
-    """SIGINT to this process, once `when` is true."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.05):
-            if when():
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def test_ctrl_c_finishes_what_is_in_hand_and_the_same_call_goes_on(

@@ -23,6 +23,7 @@ from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
+from tests.engine.fakes import ctrl_c
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -170,6 +171,39 @@ def test_tasks_with_a_pulse_may_take_their_time_and_those_without_are_killed(
     )
     assert (outcome.done, results) == (2, {0: "a", 1: "b"})
     assert capsys.readouterr().err.count("in hand are killed") == 1, "only b, and only once"
+
+
+def nap(number: int) -> int:
+    time.sleep(0.2)
+    return number
+
+
+def test_ctrl_c_finishes_what_is_in_hand_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    results: dict[int, int] = {}
+
+    def work() -> int:
+        run, marks = RunFolder(str(tmp_path / "run")), TaskMarks(str(tmp_path / "marks"), Fingerprint({"items": 40}))
+        return run_tasks(
+            nap,
+            range(40),
+            run=run,
+            stage="naps",
+            config=CONFIG,
+            on_result=results.__setitem__,
+            marks=marks,
+            unit="naps",
+        ).done
+
+    with (
+        ctrl_c(lambda: bool(results)),
+        pytest.raises(
+            StageError, match=r"^naps: interrupted, (\d+) of 40 naps left; the same command goes on"
+        ) as caught,
+    ):
+        work()
+    assert len(results) == 40 - int(str(caught.value).split()[2])
+    assert len(results) < 40
+    assert work() == 40
 
 
 def test_one_task_that_hangs_is_killed_and_tried_again_as_often_as_the_config_says(tmp_path: Path) -> None:
