@@ -64,7 +64,8 @@ def test_a_server_without_ranges_that_breaks_off_is_an_error(folder: Path) -> No
     with (
         WebServer(folder, ranges=False, cut=20_000) as web,
         read_shard(f"{web.url}/00000.tar") as reader,
-        pytest.raises(InputError, match=r"00000\.tar: broke off after \d+"),
+        # Which of the two depends on whether the cut is seen with the first bytes or after them.
+        pytest.raises(InputError, match=r"00000\.tar: (broke off after \d+|cannot be read: .*not completed)"),
     ):
         list(reader)
 
