@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 #: Times the longest silence seen so far.
 FACTOR = 20.0
 
@@ -42,3 +44,33 @@ class Patience:
         if self._given is not None:
             return self._given
         return max(self._least, FACTOR * self._longest) if self._longest else self._unknown
+
+
+class Silence:
+    """Since when there is no news of work in hand, and whether that is too long.
+
+    Args:
+        patience: sets the limit, and learns from the silences that news ended.
+    """
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
+        self.begins()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds without news."""
+        return time.monotonic() - self._since
+
+    def begins(self) -> None:
+        """Work was handed out where there was none, or what there was is over."""
+        self._since = time.monotonic()
+
+    def news(self) -> None:
+        """The work goes on."""
+        self.patience.saw(self.seconds)
+        self.begins()
+
+    def is_too_long(self) -> bool:
+        """Whether to take those who have work in hand to hang."""
+        return self.seconds > self.patience.seconds

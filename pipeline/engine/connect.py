@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from rich.console import Console
 
 from pipeline.config import EngineConfig
+from pipeline.engine.progress import say
 from pipeline.errors import StageError
 
 #: The engine keeps nothing but small messages in the object store, so a Ray started here gets little of it.
@@ -31,10 +31,10 @@ def connect(config: EngineConfig) -> Iterator[None]:
     address = cluster_address(config)
     try:
         if address is not None:
-            _say(f"joining the Ray cluster at {address}")
+            say("engine", f"joining the Ray cluster at {address}")
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            _say("starting Ray on this machine")
+            say("engine", "starting Ray on this machine")
             _start_local(config)
     except Exception as error:  # Ray raises many types here, a bare Exception among them
         ray.shutdown()
@@ -44,10 +44,6 @@ def connect(config: EngineConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _say(what: str) -> None:
-    Console(stderr=True).print(f"engine: {what}", markup=False, highlight=False, soft_wrap=True)
 
 
 def cluster_address(config: EngineConfig) -> str | None:

@@ -117,6 +117,12 @@ class Tally:
         return f" ({len(rates)} workers, {min(rates):,.0f} to {max(rates):,.0f} each)"
 
 
+def say(title: str, text: str, console: Console | None = None) -> None:
+    """Print one line that says of what it speaks, on standard error if there is no other console."""
+    console = console or Console(stderr=True)
+    console.print(f"{title}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
 def can_repaint(console: Console) -> bool:
     """Whether what is shown there can be painted over: on a terminal that a person looks at.
 
@@ -171,9 +177,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Print one line of its own, above a live display."""
-        (self._live.console if self._live else self._console).print(
-            f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(self._title, text, self._live.console if self._live else self._console)
 
     def _refresh(self, live: Progress) -> None:
         live.update(live.task_ids[0], completed=self.tally.done, detail=self.tally.line(self._unit))

@@ -104,7 +104,7 @@ class _Slot:
 #: In place of where an actor was that had no place.
 _NOWHERE = Place("", "")
 
-#: In place of a shard's: news of an actor's life, which end it.
+#: In place of a shard's: of the call that lasts as long as the actor's process.
 _ALIVE = -1
 
 #: News of an actor: slot, its life, place of the shard (None: of its start; `_ALIVE`), and what came back.
@@ -161,11 +161,12 @@ class _Driver:
                 with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
                     ray.kill(slot.handle)
             raise
-        finally:
+        else:
             for slot in self._slots.values():
                 if slot.ready:
-                    with suppress(Exception):
+                    with suppress(Exception):  # all is committed: whatever a worker has now costs nothing
                         slot.handle.leave.remote()
+        finally:
             self._slots.clear()  # without a handle an actor ends by itself, and reports its last metrics
 
     def _react(self, feed: bool) -> None:

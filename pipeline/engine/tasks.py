@@ -22,7 +22,7 @@ from pipeline.engine.interrupt import Interruption
 from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
-from pipeline.patience import Patience
+from pipeline.patience import Patience, Silence
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.task_marks import TaskMarks
@@ -112,7 +112,8 @@ def run_tasks(
     in_hand: dict[int, tuple[Any, float]] = {}  # by number: Ray's reference, and since when
 
     killed: dict[int, Failure] = {}
-    silence = _Silence(patience or Patience(math.inf), pulse)
+    silence = Silence(patience or Patience(math.inf))
+    pulses = _Pulses(pulse, silence) if pulse is not None else None
     tally = Tally(len(items), done=outcome.done)
     with (
         Display(stage, unit, tally) as display,
@@ -135,9 +136,12 @@ def run_tasks(
             try:
                 number, result = events.get(timeout=TICK)
             except queue.Empty:
-                if in_hand and silence.is_too_long({each: items[each] for each in in_hand}):
-                    display.note(f"no news for {duration(silence.limit)}: {len(in_hand)} {unit} in hand are killed")
-                    why = f"no news for {silence.limit:.0f} s: killed (storage, or a deadlock)"
+                if in_hand and pulses is not None:
+                    pulses.look({each: items[each] for each in in_hand})
+                if in_hand and silence.is_too_long():
+                    limit = silence.patience.seconds
+                    display.note(f"no news for {duration(limit)}: {len(in_hand)} {unit} in hand are killed")
+                    why = f"no news for {limit:.0f} s: killed (storage, or a deadlock)"
                     killed.update(dict.fromkeys(in_hand, Failure("TaskHung", why)))
                     silence.begins()
                     for ref, _ in in_hand.values():
@@ -145,8 +149,10 @@ def run_tasks(
                 continue
             _, since = in_hand.pop(number)
             hung = killed.pop(number, None)
-            silence.ends(since, well=isinstance(result, _Done))
+            waited = time.monotonic() - since if pulses is None else silence.seconds
+            silence.begins()
             if isinstance(result, _Done):
+                silence.patience.saw(waited)
                 waiting.succeeded(_LANE, number)
                 outcome.done += 1
                 tally.add()
@@ -204,40 +210,24 @@ def _apply(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
-class _Silence:
-    """Since when there is no news of the tasks in hand, and whether that is too long."""
+class _Pulses:
+    """What tasks in hand say of themselves while they go on; another value is news."""
 
-    def __init__(self, patience: Patience, pulse: Callable[[Any], object] | None) -> None:
-        self._patience = patience
+    def __init__(self, pulse: Callable[[Any], object], silence: Silence) -> None:
         self._pulse = pulse
-        self._pulses: dict[int, object] = {}
-        self._since = self._looked = time.monotonic()
+        self._silence = silence
+        self._found: dict[int, object] = {}
+        self._looked = time.monotonic()
 
-    @property
-    def limit(self) -> float:
-        """Seconds of silence that are not yet too long."""
-        return self._patience.seconds
-
-    def begins(self) -> None:
-        """Work was handed out where there was none."""
-        self._since = time.monotonic()
-
-    def ends(self, started: float, *, well: bool) -> None:
-        """A task that was handed out at `started` came back."""
+    def look(self, in_hand: dict[int, Any]) -> None:
+        """Ask the items in hand, every `LOOK_EVERY` seconds."""
         now = time.monotonic()
-        if well:
-            self._patience.saw(now - (started if self._pulse is None else self._since))
-        self._since = now
-
-    def is_too_long(self, in_hand: dict[int, Any]) -> bool:
-        """Whether to take the tasks in hand to hang; looks at their pulses every `LOOK_EVERY` seconds."""
-        now = time.monotonic()
-        if self._pulse is not None and now - self._looked > LOOK_EVERY:
-            self._looked = now
-            before, self._pulses = self._pulses, {number: self._pulse(item) for number, item in in_hand.items()}
-            if any(before.get(number, value) != value for number, value in self._pulses.items()):
-                self.ends(self._since, well=True)
-        return now - self._since > self.limit
+        if now - self._looked <= LOOK_EVERY:
+            return
+        self._looked = now
+        before, self._found = self._found, {number: self._pulse(item) for number, item in in_hand.items()}
+        if any(before.get(number, value) != value for number, value in self._found.items()):
+            self._silence.news()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config import Config
 from pipeline.errors import DiffpruneError, StageError
-from pipeline.patience import Patience
+from pipeline.patience import Patience, Silence
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.schedule import Rows
 from pipeline.run import RunFolder
@@ -111,14 +111,14 @@ def _gather(
     left = dict.fromkeys(in_hand.values(), job.config.engine.retries)
     steps: dict[int, int] = {}
     stuck = ""
-    watch.begins()
+    watch.silence.begins()
     while in_hand:
         done, _ = ray.wait(list(in_hand), timeout=POLL_SECONDS)
         moved = watch.look()
-        if not (moved or done) and watch.silence > watch.patience.seconds:
-            stuck = f"no step of training for {watch.silence:.0f} s (storage, or a deadlock)"
+        if not (moved or done) and watch.silence.is_too_long():
+            stuck = f"no step of training for {watch.silence.seconds:.0f} s (storage, or a deadlock)"
             note(f"{stuck}: what trains is killed and goes on from the last resume point")
-            watch.begins()
+            watch.silence.begins()
             if function is _train_alone:
                 for ref in in_hand:
                     ray.cancel(ref, force=True)
@@ -126,7 +126,7 @@ def _gather(
                 ray.wait(done, num_returns=len(done), timeout=KILLED_WITHIN)
         for ref in done:
             run = in_hand.pop(ref)
-            watch.begins()
+            watch.silence.begins()
             try:
                 steps[run] = ray.get(ref, timeout=0)
             except RayTaskError as error:
@@ -212,7 +212,7 @@ def _train_shared(parts: dict[str, Any]) -> None:
 def _end_when_silent(job: ProxyJob) -> None:
     """End this process when no worker has taken a step for too long: `ray.train` starts all of them anew."""
     watch = _Watch(job, lambda run, state: None)
-    while watch.silence <= watch.patience.seconds:
+    while not watch.silence.is_too_long():
         time.sleep(WORKER_POLL_SECONDS)
         watch.look()
     os._exit(1)
@@ -222,30 +222,19 @@ class _Watch:
     """What the files of the runs say of their progress, and how long they have said nothing new."""
 
     def __init__(self, job: ProxyJob, progress: RunProgress) -> None:
-        self.patience = Patience(job.config.engine.task_timeout)
+        self.silence = Silence(Patience(job.config.engine.task_timeout))
         self._files = [RecordFolder.of(job.folder, run).progress for run in range(job.config.proxy.runs)]
         self._decoding = job.folder.decoding
         self._progress = progress
         self._shown: dict[str, Any] = {}
-        self._since = time.monotonic()
         self._has_news()  # what an earlier attempt left is none
-
-    @property
-    def silence(self) -> float:
-        """Seconds since the last news."""
-        return time.monotonic() - self._since
 
     def look(self) -> bool:
         """Tell of the steps that were taken since; whether there were any, or pairs were decoded."""
         if not self._has_news():
             return False
-        self.patience.saw(self.silence)
-        self.begins()
+        self.silence.news()
         return True
-
-    def begins(self) -> None:
-        """Now there is news, or work that was handed out."""
-        self._since = time.monotonic()
 
     def _has_news(self) -> bool:
         found = self._is_new(self._decoding) is not None

@@ -16,7 +16,7 @@ from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory
 from pipeline.data.shards import expand
 from pipeline.data.stream import describe
 from pipeline.engine.connect import alive_nodes, connect
-from pipeline.engine.progress import duration
+from pipeline.engine.progress import duration, say
 from pipeline.engine.resources import plan_workers
 from pipeline.replay.schedule import TrainingSettings
 from pipeline.stages.calibration import Rates, calibrate
@@ -52,11 +52,8 @@ def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
             checkpoints=checkpoints,
             runs=runs,
         )
-        Console(stderr=True).print(
-            f"plan: measuring each kind of work with {plural(workers.workers, 'worker')}, which takes a minute or so",
-            highlight=False,
-            soft_wrap=True,
-        )
+        kinds = f"measuring each kind of work with {plural(workers.workers, 'worker')}"
+        say("plan", f"{kinds}, which takes a minute or so")
         rates = calibrate(job.config, urls, workers, checkpoints)
     return costs(job.config, rates, volume), rates, volume
 

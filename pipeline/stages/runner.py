@@ -11,12 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 from pipeline.config import Config
 from pipeline.data.shards import expand
 from pipeline.emit.emit import emit
 from pipeline.engine.connect import connect
+from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task
 from pipeline.errors import ConfigError
 from pipeline.selection.summary import read_summary
@@ -113,7 +112,7 @@ def _folders(job: Job, stage: str) -> list[str]:
 def _select(job: Job) -> None:
     select_pairs(job)
     chosen = read_summary(job.folder, job.config.select.name)
-    _say("select", f"{chosen.kept:,} of {chosen.total:,} pairs kept")
+    say("select", f"{chosen.kept:,} of {chosen.total:,} pairs kept")
 
 
 def _emit(job: Job) -> None:
@@ -127,9 +126,9 @@ def _emit(job: Job) -> None:
         command=command_line(),
     )
     written = f"{done.tars:,} tars" if config.emit.materialize else "keep lists"
-    _say("emit", f"{written} in {job.folder.selection(config.select.name)}")
+    say("emit", f"{written} in {job.folder.selection(config.select.name)}")
     for warning in done.warnings:
-        _say("emit", warning)
+        say("emit", warning)
 
 
 def command_line() -> str:
@@ -146,18 +145,13 @@ def command_line() -> str:
 
 def _report(job: Job) -> None:
     summary.speak_of_selection(job)
-    _say("report", run_task(_write_report, job.config, stage="report", config=job.config.engine))
+    say("report", run_task(_write_report, job.config, stage="report", config=job.config.engine))
 
 
 def _write_report(config: Config) -> str:
     from pipeline.report.page import write_report
 
     return write_report(Job(config).folder, config, selection=config.select.name)
-
-
-def _say(stage: str, what: str) -> None:
-    """One line for a stage that is over too soon for a progress bar."""
-    Console(stderr=True).print(f"{stage}: {what}", markup=False, highlight=False, soft_wrap=True)
 
 
 _STAGES: dict[str, Callable[[Job], None]] = {

@@ -25,31 +25,11 @@ from tests.replay.pairs import Factory, MemoryPairs, config_of
 pytestmark = pytest.mark.ray
 
 
-class DyingOnce:
-    """Pairs that end their process once, in the middle of a run."""
+class Troubled:
+    """Pairs with which something happens when the eighth batch is asked for."""
 
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-        self.pairs = MemoryPairs()
-        self.ids = self.pairs.ids
-        self.batches = 0
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def batch(self, rows: Any) -> Any:
-        self.batches += 1
-        if self.batches == 8 and not self.trace.exists():
-            self.trace.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.pairs.batch(rows)
-
-
-class Hanging:
-    """Pairs of which the eighth batch never comes, once for each file `hang*` in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, where: Path) -> None:
+        self.where = where
         self.pairs = MemoryPairs()
         self.ids = self.pairs.ids
         self.batches = 0
@@ -60,10 +40,29 @@ class Hanging:
     def batch(self, rows: Any) -> Any:
         self.batches += 1
         if self.batches == 8:
-            for trouble in self.folder.glob("hang*"):
-                trouble.unlink()
-                threading.Event().wait()
+            self.trouble()
         return self.pairs.batch(rows)
+
+    def trouble(self) -> None:
+        raise NotImplementedError
+
+
+class DyingOnce(Troubled):
+    """They end their process once, and leave the file `where`."""
+
+    def trouble(self) -> None:
+        if not self.where.exists():
+            self.where.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hanging(Troubled):
+    """They never come, once for each file `hang*` in the folder `where`."""
+
+    def trouble(self) -> None:
+        for file in self.where.glob("hang*"):
+            file.unlink()
+            threading.Event().wait()
 
 
 def hasty(config: Config, retries: int = 3, seconds: float = 15.0) -> Config:
