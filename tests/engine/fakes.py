@@ -3,6 +3,7 @@
 In the folder `script` of a `FakeSpec`, a file named `<event>-<shard>` makes something happen:
 `raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once;
 `wait-N` waits while the file is there; `hang-N` never comes back from scoring it; `stop-N` stops the whole process;
+`slow-worker-W` makes worker W take ten times as long;
 `full-N` makes the disk full while its file is written. `start-hang*` never comes back from the start of a worker, and
 `start-kill*` kills it there, once for each such file. `log` lists the shards scored: number, process, worker;
 `started` the processes of workers.
@@ -140,7 +141,8 @@ class FakeWork:
             threading.Event().wait()
         if self._event("stop", shard):
             os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(self._spec.seconds)
+        slow = bool(self._spec.script) and Path(self._spec.script, f"slow-worker-{self._worker}").exists()
+        time.sleep(self._spec.seconds * (10 if slow else 1))
         return loaded
 
     def commit(self, shard: ShardInfo, scored: Any, seconds: dict[str, float]) -> dict[str, int]:

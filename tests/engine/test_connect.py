@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from pipeline.config import EngineConfig
-from pipeline.engine.connect import alive_nodes, cluster_address, connect, node_is_alive
+from pipeline.engine.connect import OBJECT_STORE_BYTES, alive_nodes, cluster_address, connect, node_is_alive
 from pipeline.errors import StageError
 
 
@@ -44,3 +44,19 @@ def test_where_ray_is_looked_for(monkeypatch: pytest.MonkeyPatch, from_environme
             address or ("10.0.0.1:6379" if from_environment else None)
         )
     assert asked == ["10.0.0.1:6379" if from_environment else "local", "10.0.0.2:6379"]
+
+
+@pytest.mark.parametrize("given", [None, 1 << 30])
+def test_an_own_ray_gets_the_object_store_of_the_config_and_ends_with_the_block(
+    monkeypatch: pytest.MonkeyPatch, given: int | None
+) -> None:
+    asked: list[dict[str, object]] = []
+    ended: list[bool] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with connect(EngineConfig(object_store_memory=given)):
+        assert not ended
+    assert [options["object_store_memory"] for options in asked] == [given or OBJECT_STORE_BYTES]
+    assert ended == [True]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from pipeline.config import EngineConfig
 from pipeline.engine import scoring
@@ -250,3 +251,28 @@ def test_while_no_worker_is_ready_a_line_says_why(
     with ctrl_c(lambda: any(wanted in text for text in said)), pytest.raises(StageError, match="3 of 3 shards left"):
         score_shards(spec, shard_infos(3), RunFolder(str(tmp_path / "run")), FINGERPRINT, config)
     assert (tmp_path / "start-hang").exists() != room
+
+
+def test_actors_have_names_that_mean_something(tmp_path: Path, config: EngineConfig) -> None:
+    run, seen = RunFolder(str(tmp_path / "run")), set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            seen.update(ray.util.list_named_actors())
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look)
+        score_shards(FakeSpec(run, seconds=0.3), shard_infos(12), run, FINGERPRINT, config)
+        ended.set()
+    assert {name.rpartition("-")[0] for name in seen} == {"score-worker-0", "score-worker-1"}
+
+
+def test_a_slow_worker_gets_less(tmp_path: Path, config: EngineConfig) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    (tmp_path / "slow-worker-0").touch()
+    score_shards(FakeSpec(run, script=str(tmp_path), seconds=0.05), shard_infos(40), run, FINGERPRINT, config)
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    by_worker = Counter(worker for _, _, worker in lines)
+    assert by_worker["0"] < by_worker["1"]
+    assert by_worker.total() == 40
