@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.data.decode import Decoder
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.positions import Positions, by_shard, offsets
-from pipeline.data.sampling import samples_at
+from pipeline.data.sampling import Places, samples_at
 from pipeline.errors import InputError
 from pipeline.store import storage
 from pipeline.types import PairBatch
@@ -68,12 +68,13 @@ def build_cache(
     positions: Positions | None = None,
     threads: int = 1,
     tell: Callable[[int], None] = lambda rows: None,
+    places: Places | None = None,
 ) -> PairCache:
     """Decode the pairs at `positions` (all, if None) into `folder`; bad ones are left out, the rest are sorted.
 
     Goes on where an interrupted call stopped, opens what is complete, and starts anew where the folder was made from
     other shards, positions or preprocessing. One process at a time builds a folder. `tell` is called with the pairs
-    decoded so far, every `CHUNK` samples.
+    decoded so far, every `CHUNK` samples. With `positions`, `places` as for `samples_at`.
     """
     wanted = np.arange(offsets(inventory)[-1]) if positions is None else np.unique(np.asarray(positions, np.int64))
     fingerprint = _fingerprint(inventory, decoder, caption, wanted)
@@ -90,14 +91,14 @@ def build_cache(
         for number, (info, start, indices) in enumerate(by_shard(inventory, wanted)):
             if number < progress["shards"]:
                 continue
-            samples = samples_at(info, indices, caption)
+            samples = samples_at(info, indices, caption, places if positions is not None else None)
             rows = progress["rows"]
             while chunk := list(islice(samples, CHUNK)):
                 decoded = decoder.decode_shard(chunk, threads)
-                places = [chunk[place].index for place in decoded.ok]
+                good = [chunk[place].index for place in decoded.ok]
                 batch = decoded.batch
                 columns = {name: getattr(batch, name).numpy() for name in batch.__slots__}
-                columns["positions"] = start + np.asarray(places, np.int64)
+                columns["positions"] = start + np.asarray(good, np.int64)
                 for name, file in files.items():
                     file.write(np.ascontiguousarray(columns[name], dtype=_TYPES[name]).data)
                 rows += len(batch)

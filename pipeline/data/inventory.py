@@ -52,20 +52,22 @@ class ShardInfo:
 def inspect_shard(index: int, url: str, places: str | None = None) -> ShardInfo:
     """Count the samples of a shard: by its headers if it is a sound, plain, local tar, else by reading through it.
 
-    With `places`, where the members of such a tar lie is kept there. Raises `InputError` when storage fails.
+    With `places`, where the members lie is kept there for a sound tar of the usual form that is not compressed.
+    Raises `InputError` when storage fails.
     """
     size, etag = describe(url)
     try:
         layout = locate_members(url, whole=True)
     except OSError as error:
         raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
-    if layout is not None:
-        if places is not None:
-            write_places(places, url, size, etag, layout)
-        return ShardInfo(index, url, storage.basename(url), len(layout), size, etag)
-    with read_shard(url) as reader:
-        samples = reader.count()
-    return ShardInfo(index, url, storage.basename(url), samples, size, etag, reader.end_error)
+    samples, end_error = len(layout) if layout is not None else 0, ""
+    if layout is None:
+        with read_shard(url) as reader:
+            samples, layout = reader.locate()
+        end_error = reader.end_error
+    if places is not None and layout is not None and url.endswith(".tar"):
+        write_places(places, url, size, etag, layout)
+    return ShardInfo(index, url, storage.basename(url), samples, size, etag, end_error)
 
 
 def write_inventory(url: str, infos: list[ShardInfo]) -> None:

@@ -24,6 +24,8 @@ Bool = npt.NDArray[np.bool_]
 _MOST_MEMBERS = 16
 _REGULAR, _OLD_REGULAR, _FOLDER, _PAX = b"0\x005x"
 _DOT, _SLASH = b"./"
+#: Pax records that say something about name or size.
+_TELLING = {"path", "size"}
 _RECORD = re.compile(rb"([1-9][0-9]{0,4}) [^=]+=")
 
 
@@ -59,6 +61,23 @@ class Layout:
         """Where each sample begins and ends, headers and what fills the last block included."""
         begins, ends = self.data[self.first[:-1]] - BLOCK, self.ends[self.first[1:] - 1]
         return list(zip(begins.tolist(), ends.tolist(), strict=True))
+
+    def repeats(self) -> Bool:
+        """Whether an earlier sample has the same key, bool `[samples]`."""
+        _, first = np.unique(self.keys, return_index=True)
+        repeats = np.ones(len(self), bool)
+        repeats[first] = False
+        return repeats
+
+    def members(self, sample: int) -> list[tuple[str, int, int]]:
+        """Ending (in lower case, without its dot), start and end of the content of a sample's members, in order."""
+        rows = range(int(self.first[sample]), int(self.first[sample + 1]))
+        skip = len(self.keys[sample]) + 1
+        endings = [bytes(self.names[row]).rstrip(b"\0")[skip:].decode().lower() for row in rows]
+        return [
+            (end, int(self.data[row]), int(self.data[row] + self.sizes[row]))
+            for end, row in zip(endings, rows, strict=True)
+        ]
 
     def of(self, samples: Int64) -> Layout:
         """The layout of some samples (numbers `[k]`), in that order."""
@@ -103,6 +122,34 @@ def find_layout(content: bytes | mmap.mmap, whole: bool = False) -> Layout | Non
     if blocks[rows, 345].any() or (blocks[rows, 135] > ord(" ")).any():
         return None
     return _group(blocks[:, :NAME_BYTES][rows], places[members] + BLOCK, sizes[members])
+
+
+class Headers:
+    """Gathers the layout of a tar whose headers are read one after another."""
+
+    def __init__(self) -> None:
+        self._names: list[bytes] = []
+        self._places: list[tuple[int, int]] = []
+        self._usual = True
+
+    def add(self, header: tarfile.TarInfo) -> None:
+        """The next header."""
+        if header.isdir() and not header.size:
+            return
+        self._usual &= header.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+        self._usual &= header.name.isascii() and len(header.name) <= NAME_BYTES
+        self._usual &= not header.pax_headers.keys() & _TELLING
+        if self._usual:
+            self._names.append(header.name.encode())
+            self._places.append((header.offset_data, header.size))
+
+    def layout(self) -> Layout | None:
+        """Where the samples lie; None for a tar without any, or of another than the usual form (`find_layout`)."""
+        if not self._usual or not self._names:
+            return None
+        names = np.array(self._names, f"S{NAME_BYTES}").view(np.uint8).reshape(-1, NAME_BYTES)
+        data, sizes = np.array(self._places, np.int64).T
+        return _group(names, data.copy(), sizes.copy())
 
 
 def to_columns(layout: Layout) -> dict[str, pa.Array]:

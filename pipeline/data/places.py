@@ -1,5 +1,5 @@
-"""Where each member of a plain local tar lies: found by the inventory, kept beside it, and believed while the tar stays
-as it is. Whoever copies or opens members need not walk through the tar again.
+"""Where each member of a plain tar lies: found by the inventory, kept beside it, and believed while the tar stays as it
+is. Whoever copies or opens members need not walk through the tar again.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def write_places(places: str, url: str, size: int, version: str, layout: Layout)
         pq.write_table(table, handle, compression="zstd", use_dictionary=False)
 
 
-def read_places(places: str, url: str, samples: Sequence[int]) -> Layout | None:
-    """The layout of some samples (numbers, any order) of the shard at `url`, as it is kept at `places`.
+def read_places(places: str, url: str, samples: Sequence[int] | None = None) -> Layout | None:
+    """The layout of some samples (numbers, any order; None: all) of the shard at `url`, as it is kept at `places`.
 
     None where nothing is kept, or that is about another version of the shard, or about fewer samples.
     """
@@ -60,9 +60,10 @@ def read_places(places: str, url: str, samples: Sequence[int]) -> Layout | None:
     with storage.open_read(places) as handle, pq.ParquetFile(handle) as file:
         if (file.schema_arrow.metadata or {}).get(_SHARD) != _identity(url, size, version):
             return None
-        if max(samples, default=-1) >= file.metadata.num_rows:
+        if max(samples or [], default=-1) >= file.metadata.num_rows:
             return None
-        return from_columns(file.read(use_threads=False).take(pa.array(samples, pa.int64())))
+        table = file.read(use_threads=False)
+        return from_columns(table if samples is None else table.take(pa.array(samples, pa.int64())))
 
 
 def _identity(url: str, size: int, version: str) -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.data.layout import Headers, Layout
 from pipeline.data.reasons import Reason
 from pipeline.data.stream import ShardStream
 from pipeline.store import storage
@@ -23,7 +24,8 @@ IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
 #: Members above this are not read.
 MAX_MEMBER_BYTES = 512 << 20
 
-_READ_TYPES = (*IMAGE_TYPES, "txt", "json")
+#: Members that are read, by their ending.
+READ_TYPES = (*IMAGE_TYPES, "txt", "json")
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
 _UID = re.compile(r"[0-9a-fA-F]{32}")
@@ -64,7 +66,7 @@ class Sample:
 
 
 @dataclass(slots=True)
-class _Group:
+class Group:
     """The members of a sample: contents of the types that are read (None: too large), and all endings seen."""
 
     key: str
@@ -84,8 +86,7 @@ class ShardReader:
     def __init__(self, url: str, *, caption: str = "txt") -> None:
         self.url = url
         self.end_error = ""
-        self._name = storage.basename(url)
-        self._caption_key = caption.removeprefix("json:") if caption.startswith("json:") else None
+        self._parser = SampleParser(url, caption)
         self._stream = ShardStream(url)
 
     def __enter__(self) -> ShardReader:
@@ -96,18 +97,24 @@ class ShardReader:
 
     def __iter__(self) -> Iterator[Sample]:
         for index, group in enumerate(self._groups(read=True)):
-            yield self._sample(index, group)
+            yield self._parser.parse(index, group)
 
-    def count(self) -> int:
-        """The number of samples that iterating would give, without decoding any (instead of iterating)."""
-        return sum(1 for _ in self._groups(read=False))
+    def locate(self) -> tuple[int, Layout | None]:
+        """The number of samples that iterating would give, without decoding any (instead of iterating), and where
+        they lie, for a sound tar of the usual form.
+        """
+        headers = Headers()
+        samples = sum(1 for _ in self._groups(read=False, headers=headers))
+        return samples, None if self.end_error else headers.layout()
 
-    def _groups(self, read: bool) -> Iterator[_Group]:
+    def _groups(self, read: bool, headers: Headers | None = None) -> Iterator[Group]:
         members = _Members(self._stream)
-        group: _Group | None = None
+        group: Group | None = None
         seen: set[bytes] = set()
         try:
             for header in members:
+                if headers is not None:
+                    headers.add(header)
                 match = _NAME.fullmatch(header.name)
                 if not header.isreg() or match is None or _HIDDEN.match(header.name):
                     continue
@@ -116,10 +123,10 @@ class ShardReader:
                     if group is not None:
                         yield group
                     digest = hashlib.blake2b(_encode(key), digest_size=8).digest()
-                    group = _Group(key, digest in seen)
+                    group = Group(key, digest in seen)
                     seen.add(digest)
                 group.endings.add(ending)
-                if read and ending in _READ_TYPES:
+                if read and ending in READ_TYPES:
                     group.contents[ending] = members.content(header)
             self.end_error = members.end_error
             if group is not None:
@@ -129,7 +136,16 @@ class ShardReader:
         finally:
             self._stream.close()
 
-    def _sample(self, index: int, group: _Group) -> Sample:
+
+class SampleParser:
+    """Makes samples of what the members of each hold, for the shard at `url`; `caption` is `txt` or `json:KEY`."""
+
+    def __init__(self, url: str, caption: str) -> None:
+        self._name = storage.basename(url)
+        self._caption_key = caption.removeprefix("json:") if caption.startswith("json:") else None
+
+    def parse(self, index: int, group: Group) -> Sample:
+        """Sample number `index` of the shard."""
         problems: list[tuple[Reason, str]] = []
         if group.repeated:
             problems.append((Reason.DUPLICATE_KEY, _SAME_KEY))
@@ -151,7 +167,7 @@ class ShardReader:
         uid = self._uid(group.key, meta)
         return Sample(index, key, uid, image, image_type, caption, meta, str(status), error)
 
-    def _caption(self, group: _Group, meta: dict[str, Any] | None, problems: list[tuple[Reason, str]]) -> str | None:
+    def _caption(self, group: Group, meta: dict[str, Any] | None, problems: list[tuple[Reason, str]]) -> str | None:
         if self._caption_key is None:
             content = group.contents.get("txt")
             if content is None:

@@ -1,8 +1,8 @@
-"""Reads and decodes the pairs at given positions, from only the shards that hold them."""
+"""Reads and decodes the pairs at given positions: of the shards that hold them, and of these as little as can be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,21 +10,53 @@ import torch
 
 from pipeline.data.decode import Decoder
 from pipeline.data.inventory import ShardInfo
+from pipeline.data.layout import Layout
+from pipeline.data.places import read_places
 from pipeline.data.positions import Positions, by_shard
-from pipeline.data.reader import Sample, read_shard
+from pipeline.data.reader import MAX_MEMBER_BYTES, READ_TYPES, Group, Sample, SampleParser, read_shard
+from pipeline.data.spans import Span, pays, read_spans
 from pipeline.errors import InputError
 from pipeline.types import PairBatch
 
+#: Where it is kept where the members of a shard lie (`pipeline.data.places`).
+Places = Callable[[int], str]
 
-def samples_at(info: ShardInfo, indices: Positions, caption: str) -> Iterator[Sample]:
-    """The samples of a shard at `indices` (sorted, different), bad ones included; reads no further than the last.
 
-    Raises `InputError` when the shard ends before that: it is not the one that was counted.
+def samples_at(info: ShardInfo, indices: Positions, caption: str, places: Places | None = None) -> Iterator[Sample]:
+    """The samples of a shard at `indices` (sorted, different), bad ones included.
+
+    With `places`, what lies between them is not read where the inventory kept where they are; else the shard is read
+    from its beginning up to the last. Raises `InputError` when the shard ends before that: it is not the one that was
+    counted.
     """
+    if not len(indices):
+        return
+    layout = read_places(places(info.index), info.url) if places is not None else None
+    if layout is not None and len(layout) == info.samples:
+        spans = layout.of(indices).spans()
+        if pays(info.url, info.bytes, spans):
+            yield from _samples_in(info, indices, caption, layout, spans)
+            return
+    yield from _samples_up_to(info, indices, caption)
+
+
+def _samples_in(
+    info: ShardInfo, indices: Positions, caption: str, layout: Layout, spans: Sequence[Span]
+) -> Iterator[Sample]:
+    parser, repeats = SampleParser(info.url, caption), layout.repeats()
+    for index, (begin, _), content in zip(indices.tolist(), spans, read_spans(info.url, spans), strict=True):
+        contents = {
+            ending: None if end - start > MAX_MEMBER_BYTES else bytes(content[start - begin : end - begin])
+            for ending, start, end in layout.members(index)
+            if ending in READ_TYPES
+        }
+        group = Group(layout.keys[index].decode(), bool(repeats[index]), contents)
+        yield parser.parse(index, group)
+
+
+def _samples_up_to(info: ShardInfo, indices: Positions, caption: str) -> Iterator[Sample]:
     wanted = iter(indices.tolist())
     next_one = next(wanted, None)
-    if next_one is None:
-        return
     with read_shard(info.url, caption=caption) as reader:
         for sample in reader:
             if sample.index == next_one:
@@ -42,11 +74,12 @@ def load_pairs(
     caption: str,
     threads: int = 1,
     prompt: str = "{}",
+    places: Places | None = None,
 ) -> tuple[PairBatch, Positions]:
     """Decode the pairs at `positions` (all different); bad ones are left out.
 
-    Captions take the place of the `{}` in `prompt`. Returns the batch and the position of each of its pairs, both in
-    the order asked for.
+    Captions take the place of the `{}` in `prompt`; `places` as for `samples_at`. Returns the batch and the position of
+    each of its pairs, both in the order asked for.
     """
     positions = np.asarray(positions, np.int64)
     order = np.argsort(positions, kind="stable")
@@ -57,7 +90,7 @@ def load_pairs(
     found: list[Positions] = []
     done = 0
     for info, _, indices in by_shard(inventory, ascending):
-        samples = (_prompted(sample, prompt) for sample in samples_at(info, indices, caption))
+        samples = (_prompted(sample, prompt) for sample in samples_at(info, indices, caption, places))
         decoded = decoder.decode_shard(samples, threads)
         batches.append(decoded.batch)
         found.append(order[done + decoded.ok])

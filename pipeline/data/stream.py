@@ -167,12 +167,12 @@ def _open(url: str) -> io.BufferedReader:
     info = patiently(url, lambda: fs.info(path))
     size = info.get("size")
     web = url.startswith(("http://", "https://"))
-    if size is not None and (not web or patiently(url, lambda: _answers_ranges(fs, path, size))):
+    if size is not None and (not web or patiently(url, lambda: answers_ranges(fs, path, size))):
         return io.BufferedReader(_Ranges(url, fs, path, int(size)))
     return io.BufferedReader(_Sequence(url, fs, path, size))
 
 
-def _answers_ranges(fs: Any, path: str, size: int) -> bool:
+def answers_ranges(fs: Any, path: str, size: int) -> bool:
     """Whether a web server gives a part of a file when asked for it: some ignore that and send the whole of it."""
     with fs.open(path, "rb", block_size=0, size=size, headers={"Range": "bytes=0-0"}) as handle:
         return len(handle.read(2)) == 1

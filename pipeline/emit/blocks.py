@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.layout import BLOCK, NAME_BYTES, Bool, Bytes, Int64, Layout
-from pipeline.data.places import locate_members, read_places
+from pipeline.data.places import is_mappable, locate_members, read_places
 from pipeline.emit.files import OpenFiles
 from pipeline.emit.members import too_few
 from pipeline.emit.plan import Input, KeptColumns, changed
@@ -129,7 +129,7 @@ def read_block(kept: KeptColumns, suffix: str) -> Block | None:
 def locate(kept: KeptColumns, suffix: str) -> Layout | None:
     """Where the kept samples of an input shard lie in it, as `read_block` finds them."""
     url = kept.source.url
-    found = read_places(kept.source.places, url, kept.indices)
+    found = read_places(kept.source.places, url, kept.indices) if is_mappable(url) else None
     if found is None:
         layout = locate_members(url)
         if layout is None:

@@ -54,9 +54,10 @@ class _Pairs:
     def drawn(self) -> PairBatch:
         """Pairs of the small run, then those of the warm-up."""
         count = self.sizes.pairs + (self.sizes.warm_pairs if self.sizes.warm_steps else 0)
-        positions = self.job.draw(int(count * OVERDRAW) + 16, PAIRS_SEED, self.job.held_out_positions)
-        decoder = self.job.decoder
-        return load_pairs(self.job.inventory, positions, decoder, self.job.config.data.caption, self.job.threads)[0]
+        job = self.job
+        positions = job.draw(int(count * OVERDRAW) + 16, PAIRS_SEED, job.held_out_positions)
+        caption, places = job.config.data.caption, job.folder.places
+        return load_pairs(job.inventory, positions, job.decoder, caption, job.threads, places=places)[0]
 
     @property
     def others(self) -> PairBatch | None:

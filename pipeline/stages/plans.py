@@ -13,7 +13,7 @@ import torch
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, inspect_shard
 from pipeline.data.positions import Positions, draw_positions
-from pipeline.data.sampling import load_pairs
+from pipeline.data.sampling import Places, load_pairs
 from pipeline.data.shards import expand
 from pipeline.errors import InputError
 from pipeline.influence import WHOLE_RUN, Batches, Replay, StepRule, prepare, prepare_run, with_reference
@@ -58,7 +58,7 @@ def draw_batches(job: ComputingJob) -> Batches:
         draws.append(draw(target.pairs, Job.TARGET_SEED, "target.pairs"))
     elif target.kind == "holdout":
         draws.append(_Draw(job.held_out_positions, target.pairs, "target.pairs"))
-    loaded = _load(job, job.inventory, draws, job.config.data.caption)
+    loaded = _load(job, job.inventory, draws, job.config.data.caption, places=job.folder.places)
     if target.kind == "shards":
         shards = [inspect_shard(index, url) for index, url in enumerate(expand(target.shards or [], "target.shards"))]
         total = sum(shard.samples for shard in shards)
@@ -78,11 +78,16 @@ class _Draw:
 
 
 def _load(
-    job: ComputingJob, shards: list[ShardInfo], draws: list[_Draw], caption: str, prompt: str = "{}"
+    job: ComputingJob,
+    shards: list[ShardInfo],
+    draws: list[_Draw],
+    caption: str,
+    prompt: str = "{}",
+    places: Places | None = None,
 ) -> list[PairBatch]:
     """The first readable pairs of each draw; a shard is read once for all of them."""
     asked = np.unique(np.concatenate([draw.positions for draw in draws]))
-    pairs, found = load_pairs(shards, asked, job.decoder, caption, job.threads, prompt)
+    pairs, found = load_pairs(shards, asked, job.decoder, caption, job.threads, prompt, places)
     batches = []
     for draw in draws:
         good = draw.positions[np.isin(draw.positions, found)][: draw.count]

@@ -117,6 +117,7 @@ class TrainingPairs:
                 positions,
                 job.threads,
                 lambda rows: pulse.beat({"pairs": rows}),
+                job.folder.places,
             )
             pulse.end()
             return cache

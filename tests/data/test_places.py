@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import duckdb
@@ -83,13 +84,46 @@ def test_other_shards_are_read_through(tmp_path: Path, kind: str) -> None:
     assert not places.exists()
 
 
-def test_places_are_kept_on_an_object_store_and_of_remote_shards_there_are_none(
-    tmp_path: Path, s3_bucket: Bucket
-) -> None:
+def test_places_are_kept_on_an_object_store_and_of_shards_on_it(tmp_path: Path, s3_bucket: Bucket) -> None:
     (local,) = write_shards(tmp_path, shards=1, samples=4)
     (remote,) = s3_bucket.put(local)
-    places = f"{s3_bucket.url}/places/00000.parquet"
-    inspect_shard(0, local, places)
-    assert as_lists(read_places(places, local, [2, 3])) == as_lists(locate_members(local).of(np.array([2, 3])))  # type: ignore[union-attr]
-    assert inspect_shard(1, remote, f"{s3_bucket.url}/places/00001.parquet").samples == 4
-    assert read_places(f"{s3_bucket.url}/places/00001.parquet", remote, [0]) is None
+    for number, url in enumerate((local, remote)):
+        places = f"{s3_bucket.url}/places/{number:05d}.parquet"
+        assert inspect_shard(number, url, places).samples == 4
+        for samples in ([2, 3], None):
+            layout = locate_members(local)
+            assert layout is not None
+            expected = layout.of(np.array(samples)) if samples else layout
+            assert as_lists(read_places(places, url, samples)) == as_lists(expected)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("odd", ["", "folder", "long", "time", "letters", "hidden", "repeated", "many"])
+def test_headers_read_one_by_one_say_what_the_whole_tar_does(tmp_path: Path, form: int, odd: str) -> None:
+    path = tmp_path / "a.tar"
+    names = [f"set/{number}.{ending}" for number in range(3) for ending in ("jpg", "txt", "seg.png")]
+    names += {
+        "long": ["x" * 60 + "/" + "y" * 60 + ".txt"],
+        "letters": ["ä.txt"],
+        "hidden": ["__meta__.txt"],
+        "repeated": ["set/0.jpg", "set/0.txt"],
+        "many": [f"set/9.{number}" for number in range(20)],
+    }.get(odd, [])
+    with tarfile.open(path, "w", format=form) as tar:
+        if odd == "folder":
+            folder = tarfile.TarInfo("set")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 700 * number
+            info.mtime = 0.5 if odd == "time" and form == tarfile.PAX_FORMAT else 1
+            tar.addfile(info, BytesIO(bytes(info.size)))
+    with read_shard(str(path)) as reader:
+        samples, found = reader.locate()
+    whole = locate_members(str(path), whole=True)
+    assert (found is None) == (whole is None) == (odd in ("long", "letters", "hidden", "many"))
+    if whole is not None:
+        assert as_lists(found) == as_lists(whole)
+        assert samples == len(whole)
+        assert whole.repeats().tolist() == [False] * 3 + [True] * (odd == "repeated")

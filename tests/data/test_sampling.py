@@ -16,12 +16,14 @@ from pipeline.data.decode import Decoder, ImageSpec, caption_id
 from pipeline.data.inventory import ShardInfo, inspect_shard, write_inventory
 from pipeline.data.positions import draw_positions
 from pipeline.data.reader import read_shard
-from pipeline.data.sampling import load_pairs
+from pipeline.data.sampling import Places, load_pairs, samples_at
 from pipeline.errors import InputError
 from pipeline.stages.computing import ComputingJob
 from pipeline.stages.plans import draw_batches
 from pipeline.types import PairBatch
+from tests.conftest import Bucket
 from tests.helpers import ByteTokenizer, Member, image_bytes, sample_members, write_tar
+from tests.web import WebServer
 
 SPEC = ImageSpec((16, 16), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -102,6 +104,107 @@ def test_wrong_positions_and_changed_shards_are_errors(inventory: list[ShardInfo
     write_tar(inventory[0].url, sample_members("a", image_bytes(), "x"))
     with pytest.raises(InputError, match="has no sample 4"):
         load_pairs(inventory, np.array([4]), make_decoder(), "txt")
+
+
+@pytest.fixture
+def odd_members() -> list[Member]:
+    """Twelve samples of some 40 KB: good ones, a repeated key, no caption, no image, bad json, an empty image."""
+    members = []
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 256, 40_000, dtype=np.uint8).tobytes()
+        key = f"set/{3 if number == 7 else number:03d}"
+        sample = sample_members(key, image_bytes((20, 20), seed=number), f"number {number}", {"uid": f"{number:032x}"})
+        members += [*sample, (f"{key}.noise.bin", noise)]
+    return [
+        (name, b"" if name == "set/005.jpg" else b"{" if name == "set/006.json" else content)
+        for name, content in members
+        if name not in ("set/001.txt", "set/002.jpg")
+    ]
+
+
+WANTED = np.array([0, 1, 2, 5, 6, 7, 11])
+
+
+def kept_places(folder: Path, url: str) -> tuple[ShardInfo, Places]:
+    def places(shard: int) -> str:
+        return str(folder / f"{shard}.parquet")
+
+    return inspect_shard(0, url, places(0)), places
+
+
+def no_walk(*_: object, **__: object) -> None:
+    raise AssertionError("the shard was read through")
+
+
+def test_samples_by_their_places_are_those_of_the_whole_shard(
+    odd_members: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, places = kept_places(tmp_path, write_tar(tmp_path / "a.tar", odd_members))
+    for caption in ("txt", "json:uid"):
+        expected = list(samples_at(info, WANTED, caption))
+        assert len({sample.status for sample in expected}) >= (5 if caption == "txt" else 4)
+        with monkeypatch.context() as patched:
+            patched.setattr("pipeline.data.sampling.read_shard", no_walk)
+            assert list(samples_at(info, WANTED, caption, places)) == expected
+    # Another version of the shard is read from its beginning.
+    write_tar(tmp_path / "a.tar", odd_members[4:])
+    assert [sample.key for sample in samples_at(info, np.array([0]), "txt", places)] == ["set/001"]
+
+
+def test_few_samples_of_an_object_are_asked_for_in_ranges(
+    odd_members: list[Member], tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.spans.GAP_BYTES", 1 << 10)
+    (url,) = s3_bucket.put(write_tar(tmp_path / "a.tar", odd_members))
+    info, places = kept_places(tmp_path, url)
+    few = np.array([0, 1, 5, 7])
+    expected = list(samples_at(info, few, "txt"))
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.data.sampling.read_shard", no_walk)
+        assert list(samples_at(info, few, "txt", places)) == expected
+        with pytest.raises(AssertionError, match="read through"):
+            list(samples_at(info, np.arange(12), "txt", places))
+    assert list(samples_at(info, np.arange(12), "txt", places)) == list(samples_at(info, np.arange(12), "txt"))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_web_server_is_asked_for_ranges_if_it_answers_them(
+    odd_members: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranges: bool
+) -> None:
+    monkeypatch.setattr("pipeline.data.spans.GAP_BYTES", 1 << 10)
+    write_tar(tmp_path / "a.tar", odd_members)
+    with WebServer(tmp_path, ranges=ranges) as server:
+        info, places = kept_places(tmp_path, f"{server.url}/a.tar")
+        before = len(server.asked)
+        found = list(samples_at(info, np.array([3, 9]), "txt", places))
+        asked = [range_ for method, range_ in server.asked[before:] if method == "GET"]
+        assert found == list(samples_at(info, np.array([3, 9]), "txt"))
+    lengths = [int(last) - int(first) + 1 for first, last in (r.removeprefix("bytes=").split("-") for r in asked if r)]
+    assert ("" in asked) == (not ranges)
+    if ranges:
+        assert sum(lengths) < info.bytes / 4
+
+
+def test_a_range_that_comes_short_is_an_error(
+    odd_members: list[Member], tmp_path: Path, s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr("pipeline.data.stream.ATTEMPTS", 1)
+    (url,) = s3_bucket.put(write_tar(tmp_path / "a.tar", odd_members))
+    info, places = kept_places(tmp_path, url)
+    answers: list[object] = [b"short"]
+
+    async def answer(*_: object, **__: object) -> list[object]:
+        return answers
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_ranges", answer)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(InputError, match=r"a\.tar: cannot be read: asked for \d+ bytes at 0, got 5"):
+        list(samples_at(info, np.array([0]), "txt", places))
+    answers[:] = [OSError("slow down")]
+    with pytest.raises(InputError, match="slow down"):
+        list(samples_at(info, np.array([0]), "txt", places))
 
 
 def test_cache_holds_all_good_pairs(inventory: list[ShardInfo], tmp_path: Path) -> None:
