@@ -24,7 +24,7 @@ class RunFolder:
         return storage.join(self.root, "inventory.parquet")
 
     def places(self, shard: int) -> str:
-        """Where each member of input shard number `shard` lies, if it is a plain local tar (Parquet)."""
+        """Where each member of input shard number `shard` lies, if it is a plain tar (Parquet)."""
         return storage.join(self.root, "places", f"{shard:05d}.parquet")
 
     @property

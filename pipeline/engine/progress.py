@@ -75,6 +75,11 @@ class Tally:
         self._pairs = Rate(self._clock)
         self._workers: dict[str, tuple[Rate, float]] = {}
 
+    def begin(self, done: int) -> None:
+        """`done` units are there, and rates count from now on: what went before was preparation."""
+        self.done += done
+        self._units = Rate(self._clock, fewest=FEWEST_UNITS)
+
     def add(self, pairs: int = 0, rejected: int = 0, worker: str = "") -> None:
         """One unit is done, by `worker`."""
         self.done += 1

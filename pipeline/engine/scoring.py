@@ -344,7 +344,7 @@ class _Driver:
 
     def _feed(self, name: str) -> None:
         slot = self._slots.get(name)
-        while slot is not None and slot.ready and (place := self._queue.take(name)) is not None:
+        while slot is not None and slot.ready and (place := self._queue.take(name, self._wanted)) is not None:
             if self._queue.in_hand(name) == 1:
                 slot.heard = time.monotonic()
             # No retries by Ray: it would run a shard that kills its worker again and again. The queue counts.

@@ -21,6 +21,9 @@ class _Lane:
 class ShardQueue:
     """Hands out shards, at most `depth` at a time per worker, so that a faster worker comes back for more.
 
+    Towards the end nobody takes more than its share of what is left: a shard that waits on one worker while another
+    has nothing to do would make the run longer.
+
     A shard that raises is given out again after `wait` seconds, doubled each time, up to `retries` times.
 
     When a worker dies with several shards in hand, any of them may have killed it. They become suspects: they go
@@ -51,10 +54,14 @@ class ShardQueue:
         self._failures: dict[int, int] = {}
         self._deaths: dict[int, int] = {}
 
-    def take(self, worker: str) -> int | None:
-        """The next shard for `worker`, or None when it has enough in hand or nothing is due."""
+    def take(self, worker: str, workers: int = 1) -> int | None:
+        """The next shard for `worker`, or None when it has enough in hand or nothing is due.
+
+        `workers` is how many share the work, those that have not asked yet included.
+        """
         lane = self._lanes.setdefault(worker, _Lane())
-        if lane.alone or len(lane.in_hand) >= self._depth:
+        share = -(-self.left() // max(workers, 1))
+        if lane.alone or len(lane.in_hand) >= min(self._depth, share):
             return None
         shard: int | None
         if lane.suspects or self._orphans:

@@ -174,9 +174,13 @@ def train(job: Job) -> None:
 
         def show(run: int, progress: dict[str, Any]) -> None:
             tally.total = int(progress["steps"]) * config.proxy.runs
-            for _ in range(int(progress["step"]) - seen[run]):
-                tally.add()
-            seen[run] = int(progress["step"])
+            new = int(progress["step"]) - seen[run]
+            if not any(seen):
+                tally.begin(new)
+            else:
+                for _ in range(new):
+                    tally.add()
+            seen[run] += new
             display.tick()
 
         tally.total = tally.done = sum(train_runs(proxy_job, show, display.note))

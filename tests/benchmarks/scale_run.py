@@ -213,6 +213,8 @@ if __name__ == "__main__":
     parser.add_argument("--folder", help="where input and run go (5 GB per million pairs); removed afterwards")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="scale-run-", dir=options.folder))
     try:
         print(json.dumps(measure(place, options.pairs, options.shards), indent=2))

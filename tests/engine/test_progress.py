@@ -45,6 +45,18 @@ def test_earlier_work_counts_as_done_but_not_towards_the_rate() -> None:
     assert tally.line("shards") == "10 pairs/s, 40 s left"
 
 
+def test_preparation_does_not_count_towards_the_rate() -> None:
+    clock = Clock()
+    tally = Tally(100, clock=clock)
+    clock.now = 60
+    tally.begin(2)
+    assert (tally.done, tally.line("steps")) == (2, "time left unknown")
+    for _ in range(20):
+        clock.now += 0.5
+        tally.add()
+    assert tally.line("steps") == "2.0 steps/s, 39 s left"
+
+
 def test_slow_units_are_averaged_since_the_start() -> None:
     clock = Clock()
     tally = Tally(6, clock=clock)

@@ -28,6 +28,19 @@ def take_all(queue: ShardQueue, worker: str) -> list[int]:
     return taken
 
 
+def test_nobody_takes_more_than_a_share_of_what_is_left() -> None:
+    queue, _ = make(5)
+    assert [queue.take("early", workers=2) for _ in range(4)] == [0, 1, 2, None]
+    assert [queue.take("late", workers=2) for _ in range(3)] == [3, 4, None]
+    queue.succeeded("early", 0)
+    assert queue.take("early", workers=2) is None
+    four, _ = make(4)
+    assert [four.take("early", workers=2) for _ in range(3)] == [0, 1, None]
+    assert [four.take("late", workers=2) for _ in range(3)] == [2, 3, None]
+    one, _ = make(1)
+    assert one.take("early", workers=100) == 0
+
+
 def test_a_worker_holds_at_most_depth_and_comes_back_for_more() -> None:
     queue, _ = make(6, depth=2)
     assert take_all(queue, "fast") == [0, 1]
