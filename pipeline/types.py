@@ -39,6 +39,15 @@ class PairBatch:
         moved = (getattr(self, name).to(device, non_blocking=non_blocking) for name in self.__slots__)
         return PairBatch(*moved)
 
+    def pinned(self) -> PairBatch:
+        """The same pairs in page-locked memory, from which a GPU copies by itself."""
+        return PairBatch(*(getattr(self, name).pin_memory() for name in self.__slots__))
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of pairs on a GPU from being used again before `stream` is done with them."""
+        for name in self.__slots__:
+            getattr(self, name).record_stream(stream)
+
     @staticmethod
     def cat(batches: list[PairBatch]) -> PairBatch:
         """Join batches in order."""

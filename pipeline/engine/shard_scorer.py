@@ -18,6 +18,7 @@ from pipeline.data.decode import DecodedShard, Decoder
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.reader import Sample, read_shard
 from pipeline.data.reasons import Reason
+from pipeline.device import device_of_this_task
 from pipeline.engine.failures import SampleError
 from pipeline.engine.score_columns import ScoreColumns
 from pipeline.errors import InputError
@@ -36,7 +37,6 @@ Work = TypeVar("Work", bound="ShardScorer")
 
 def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, worker: str) -> Work:
     """Load model, checkpoints and plans once for this process; `fingerprint` is the run's, without a shard."""
-    cpus, gpus = _assigned()
     model = build_model(config.proxy.model, loss=config.proxy.loss)
     folder = RunFolder(config.out)
     manifest = Manifest.read(folder.checkpoint_manifest)
@@ -50,7 +50,7 @@ def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, wor
         [(checkpoint, load_plan(config.out, number)) for number, checkpoint in enumerate(checkpoints)],
         load_batches(config.out).reference,
         settings_of(config),
-        device="cuda" if gpus and torch.cuda.is_available() else "cpu",
+        device=device_of_this_task(),
         batch_size=config.score.batch_size,
         trained={run: torch.from_numpy(trained_ids(folder, run)) for run in manifest.runs}
         if config.score.held_out
@@ -58,7 +58,7 @@ def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, wor
     )
     decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
     runs = np.array([checkpoint.run for checkpoint in checkpoints])
-    threads = config.engine.decode_threads or max(1, int(cpus))
+    threads = config.engine.decode_threads or max(1, int(_cpus()))
     return kind(config, fingerprint, scorer, decoder, runs, threads, worker)
 
 
@@ -207,7 +207,7 @@ class _LastSample:
             yield sample
 
 
-def _assigned() -> tuple[float, float]:
-    """CPUs and GPUs that Ray has given this process."""
+def _cpus() -> float:
+    """CPUs that Ray has given this process."""
     resources = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
-    return float(resources.get("CPU", 1)), float(resources.get("GPU", 0))
+    return float(resources.get("CPU", 1))

@@ -15,6 +15,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
+from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.forward_mode import push_forward
 from pipeline.influence.settings import Settings
 from pipeline.influence.tangents import TangentRules
@@ -48,17 +49,15 @@ class Passes:
         """The global state that passes need: `eval` mode, plain attention where tangents flow, the precision."""
         fast_path = torch.backends.mha.get_fastpath_enabled()
         training = self.model.training
-        tf32 = torch.backends.cuda.matmul.allow_tf32
         self.model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        torch.backends.cuda.matmul.allow_tf32 = self.settings.precision == "tf32"
         try:
-            with sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext():
+            plain = sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext()
+            with arithmetic(self.settings.precision), plain:
                 yield
         finally:
             self.model.train(training)
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            torch.backends.cuda.matmul.allow_tf32 = tf32
 
     def features(self, state: Tree, batch: PairBatch) -> Features:
         """Features of a batch with the tensors of `state` (parameters and buffers), float32 or wider."""

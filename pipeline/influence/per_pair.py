@@ -34,7 +34,7 @@ def self_values(
         passes: the model.
         state: parameters and buffers.
         vectors: `scale` (the diagonal of `P`), and for the bracket `push` (`P G_B`) and `hessian` (`H_B` as a matrix
-            over the parameters of `scale` in their order).
+            over the parameters of `scale` in the order of their names).
         batch: the pairs.
         reference: R; its features move with the parameters, as in every derivative of `l_z`.
         loss: of pairs against R.
@@ -42,7 +42,7 @@ def self_values(
         bracket: which of the two.
     """
     scale = vectors["scale"]
-    point = {name: state[name] for name in scale}
+    point = {name: state[name] for name in sorted(scale)}  # stored vectors come back in another order
     values: list[Tensor] = []
     for index in range(len(batch)):
         pair = batch[index : index + 1]

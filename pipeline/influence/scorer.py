@@ -15,6 +15,7 @@ from pipeline.influence.per_pair import self_values
 from pipeline.influence.plan import Point, Probe, ProbePlan
 from pipeline.influence.regressor import Observed
 from pipeline.influence.settings import ScoreBatch, Settings
+from pipeline.influence.transfers import on_device
 from pipeline.influence.trees import plus, restricted, to_device
 from pipeline.types import Checkpoint, Features, PairBatch, Tree
 
@@ -35,7 +36,7 @@ class Scorer:
         checkpoints: each checkpoint with its plan; all runs, in the order of the terms.
         reference: R.
         settings: as for `prepare`.
-        device: where passes run; weights, vectors and R's features stay there.
+        device: where passes run; weights, vectors and R's features of all checkpoints stay there.
         batch_size: pairs per pass; on a CPU at most 32 of them, where larger passes are slower.
         trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
             then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
@@ -76,8 +77,8 @@ class Scorer:
         order = _by_caption_length(batch.tokens)
         parts: list[ScoreBatch] = []
         with torch.no_grad(), self.passes.ready():
-            for block in chunks(batch[order], _BLOCK):
-                parts.append(self._score(block.to(self.device)))
+            for block in on_device(batch, order, _BLOCK, self.device):
+                parts.append(self._score(block))
         restore = order.argsort()
         return ScoreBatch(
             *(torch.cat([getattr(part, name) for part in parts])[restore] for name in ScoreBatch.__slots__)
@@ -87,7 +88,7 @@ class Scorer:
         """What the forward pass at the last checkpoint of each run shows of the batch, in its order; no tangents."""
         order = _by_caption_length(batch.tokens)
         with torch.no_grad(), self.passes.ready(differentiable=False):
-            parts = [self._observe(block.to(self.device)) for block in chunks(batch[order], _BLOCK)]
+            parts = [self._observe(block) for block in on_device(batch, order, _BLOCK, self.device)]
         return Observed(*(torch.cat([getattr(part, name) for part in parts]) for name in Observed.__slots__))[
             order.argsort()
         ]

@@ -86,8 +86,8 @@ def _random_squares(
 
 
 def _dense_hessian(here: LocalView) -> Tensor:
-    """`H_B` as a matrix `[p, p]`, one product per column."""
-    params = here.params
+    """`H_B` as a matrix `[p, p]` over the parameters in the order of their names, one product per column."""
+    params = dict(sorted(here.params.items()))
     count = sum(value.numel() for value in params.values())
     if count > _DENSE_LIMIT:
         raise InputError(

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config import Config
+from pipeline.device import device_of_this_task, gpus_for_a_task
 from pipeline.errors import DiffpruneError, StageError
 from pipeline.patience import Patience, Silence
 from pipeline.replay.files import RecordFolder
@@ -92,7 +93,7 @@ def train_runs(
 
 def _gpus(job: ProxyJob) -> float:
     given = job.config.proxy.gpus_per_worker
-    return given if given is not None else float(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
+    return given if given is not None else gpus_for_a_task()
 
 
 def _gather(
@@ -148,9 +149,7 @@ def _lost(error: Exception | str) -> WorkersLostError:
 
 
 def _train_alone(job: ProxyJob, run: int) -> int:
-    import torch
-
-    return job.train(run, device="cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+    return job.train(run, device=device_of_this_task())
 
 
 def _train_distributed(job: ProxyJob, run: int) -> int:
@@ -200,9 +199,10 @@ def _train_shared(parts: dict[str, Any]) -> None:
     job: ProxyJob = parts["job"]
     # Nobody else can end this process alone: what is left of a killed `ray.train` may keep its CPUs for good.
     threading.Thread(target=_end_when_silent, args=(job,), daemon=True).start()
-    workers = Group()
+    device = get_device()
+    workers = Group(device)
     try:
-        job.train(parts["run"], device=get_device(), workers=workers)
+        job.train(parts["run"], device=device, workers=workers)
     except DiffpruneError as error:
         # Trying again would end the same way, so this is no failure to Ray: the driver reads the reason and raises it.
         if workers.rank == 0:

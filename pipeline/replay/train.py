@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import StageError
+from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.losses import batch_loss, similar_captions
 from pipeline.models.checkpoint import excluded_from_decay
 from pipeline.models.clip import PairModel, split_state
@@ -81,7 +82,11 @@ class Trainer:
         self._part = slice(self.workers.rank * share, (self.workers.rank + 1) * share)
 
     def advance(self) -> float:
-        """Take one step; the batch's loss before it. Raises `StageError` when the loss is not finite."""
+        """Take one step, in float32; the batch's loss before it. Raises `StageError` when the loss is not finite."""
+        with arithmetic("fp32"):  # as in a replay
+            return self._advance()
+
+    def _advance(self) -> float:
         batch = step_pairs(self.pairs, self.order, self.settings, self.step, self._part).to(self.device)
         with self._training_mode():
             features = self.model(batch.images, batch.tokens)

@@ -52,9 +52,13 @@ class Group:
     Every worker computes the loss of the whole batch with the others' features as constants. The gradient through its
     own features is then exact, and the sum over workers is the gradient of the one loss. The scale and bias enter
     every worker's loss in full, so only the first worker differentiates them.
+
+    Args:
+        device: this worker's own; with NCCL a GPU that no other worker has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
@@ -82,7 +86,6 @@ class Group:
 
     def agree(self, number: int) -> int:
         """The first worker's number."""
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        shared = torch.tensor([number], device=device)
+        shared = torch.tensor([number], device=self._device)
         dist.broadcast(shared, src=0)
         return int(shared)

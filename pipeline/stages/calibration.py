@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.config import Config
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import ShardReader, read_shard
+from pipeline.device import device_of_this_task
 from pipeline.engine.resources import WorkerPlan
 from pipeline.errors import InputError
 from pipeline.influence import Batches, ProbePlan, Scorer, Settings, prepare_run
@@ -98,7 +99,7 @@ def calibrate(config: Config, urls: Sequence[str], plan: WorkerPlan, checkpoints
 
 def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: float, asked: float) -> Rates:
     """Runs in a process like those that score; all but the training step."""
-    device, model = _device(), build_model(config.proxy.model, loss=config.proxy.loss)
+    device, model = device_of_this_task(), build_model(config.proxy.model, loss=config.proxy.loss)
     start = time.time() - asked
     count = _seconds_per_sample(url)
     begin = time.perf_counter()
@@ -134,10 +135,6 @@ def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: 
     )
 
 
-def _device() -> str:
-    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-
-
 def _first_pairs(config: Config, url: str, model: PairModel, threads: int) -> PairBatch:
     decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
     with read_shard(url, caption=config.data.caption) as reader:
@@ -168,13 +165,18 @@ def seconds_of(work: Callable[[int], object], target: int, most: int, seconds: f
 
 def _called(work: Callable[[int], object], size: int, seconds: float) -> float:
     """Mean seconds of `work(size)`, called until `seconds` are over, once at least."""
+    _wait_for_the_gpu()
     calls, begin = 0, time.perf_counter()
     while not calls or time.perf_counter() - begin < seconds:
         work(size)
         calls += 1
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait_for_the_gpu()
     return (time.perf_counter() - begin) / calls
+
+
+def _wait_for_the_gpu() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _seconds_per_sample(url: str) -> float:
@@ -203,7 +205,7 @@ class _Held:
 
 def _training_step(config: Config, url: str, threads: int, seconds: float) -> float:
     """Seconds of a step in a process of a proxy run."""
-    device, model = _device(), build_model(config.proxy.model, loss=config.proxy.loss)
+    device, model = device_of_this_task(), build_model(config.proxy.model, loss=config.proxy.loss)
     pairs = _first_pairs(config, url, model, threads)
     trainers: dict[int, Trainer] = {}
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from pipeline.config import Config
+from pipeline.device import gpus_for_a_task
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import StageError
 from pipeline.models.manifest import Manifest
@@ -42,7 +41,7 @@ def compute_directions(job: Job) -> None:
         name=lambda part: f"checkpoint {', '.join(str(number) for number in part.numbers)}",
         marks=TaskMarks(storage.join(job.folder.directions, "marks"), fingerprint),
         unit="checkpoints" if len(parts) == len(manifest.checkpoints) else "runs",
-        gpus=float(ray.cluster_resources().get("GPU", 0) > 0),  # type: ignore[no-untyped-call]
+        gpus=gpus_for_a_task(),
         patience=patience,
     )
     outcome.check("directions")

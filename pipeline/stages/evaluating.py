@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-import ray
-
 from pipeline.config import Config
+from pipeline.device import gpus_for_a_task
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
 from pipeline.evaluation.results import Result
@@ -75,7 +74,7 @@ def evaluate(job: Job) -> list[Result]:
         config=config.engine,
         on_result=lambda number, result: None,
         unit="trainings",
-        gpus=float(ray.cluster_resources().get("GPU", 0) > 0),  # type: ignore[no-untyped-call]
+        gpus=gpus_for_a_task(),
         patience=Patience.of_computing(config.engine.task_timeout),
         pulse=lambda training: (read_pulse(training.pulse), read_pulse(job.folder.decoding)),
     )

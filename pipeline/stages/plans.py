@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from pipeline.config import Config
@@ -15,6 +14,7 @@ from pipeline.data.inventory import ShardInfo, inspect_shard
 from pipeline.data.positions import Positions, draw_positions
 from pipeline.data.sampling import Places, load_pairs
 from pipeline.data.shards import expand
+from pipeline.device import device_of_this_task
 from pipeline.errors import InputError
 from pipeline.influence import WHOLE_RUN, Batches, Replay, StepRule, prepare, prepare_run, with_reference
 from pipeline.models.manifest import Manifest
@@ -104,7 +104,7 @@ def write_plans(config: Config, numbers: Sequence[int]) -> None:
     settings = settings_of(config)
     model = job.model()
     checkpoints = [manifest.checkpoints[number].load(model) for number in numbers]
-    model = model.to("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+    model = model.to(device_of_this_task())
     batches = load_batches(config.out)
     runs = len(manifest.runs)
     if settings.estimator in WHOLE_RUN:

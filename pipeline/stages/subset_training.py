@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from pipeline.config import Config
+from pipeline.device import device_of_this_task
 from pipeline.evaluation.subsets import train_and_measure
 from pipeline.evaluation.zeroshot import load_held_out
 from pipeline.stages.computing import ComputingJob
@@ -28,12 +28,13 @@ def train_on(config: Config, name: str, positions_file: str, seed: int, pulse_fi
     assert config.evaluate is not None  # checked before any task
     assert config.evaluate.shards is not None
     job = ComputingJob(config)
-    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+    device = device_of_this_task()
+    if device == "cpu":
+        torch.set_num_threads(1)
     cache = TrainingPairs(config, judged=True)()
     chosen = np.load(io.BytesIO(storage.read_bytes(positions_file)), allow_pickle=False)
     rows = np.flatnonzero(np.isin(cache.positions, chosen))
     held_out = load_held_out(config.evaluate.shards, job.decoder, config.data.caption, job.threads)
-    device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
     pulse = Pulse(pulse_file)
     with Board(job.folder, config, f"evaluation/{name}") as board:
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import interpolate
@@ -31,6 +30,8 @@ _FORMS = ("a handwritten {}", "the digit {}", "a scan of the number {}", "{} wri
 
 def digit_pairs(model: PairModel, count: int, seed: int = 0) -> PairBatch:
     """Scanned digits in the model's size, with varied captions of which a fifth is drawn at random."""
+    from sklearn.datasets import load_digits
+
     rows, _, labels, forms, generator = _drawn(count, seed)
     grey = torch.tensor(load_digits().images)[rows][:, None] / 16 * 255
     images = interpolate(grey.float(), model.image_spec.size, mode="bilinear").round().to(torch.uint8)
@@ -47,6 +48,8 @@ def wrong_captions(count: int, seed: int = 0) -> np.ndarray:
 
 
 def _drawn(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Generator]:
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, len(digits.target), (count,), generator=generator)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import ray
 import torch
 
 from pipeline.config import Config, parse_config
 from pipeline.data.decode import Decoder
 from pipeline.data.inventory import ShardInfo, inspect_shard, write_inventory
 from pipeline.data.sampling import load_pairs
+from pipeline.engine import shard_scorer
 from pipeline.engine.scorer_spec import score_fingerprint
 from pipeline.influence import Batches, prepare
 from pipeline.models.checkpoint import save_checkpoint
@@ -19,6 +22,12 @@ from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.types import Checkpoint
+
+
+def outside_ray(patch: pytest.MonkeyPatch) -> None:
+    """Let what a task does be called in a process without Ray, as if it had one CPU and no GPU."""
+    patch.setattr(shard_scorer, "_cpus", lambda: 1.0)
+    patch.setattr(ray, "get_gpu_ids", list)
 
 
 def prepare_run(

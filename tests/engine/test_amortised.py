@@ -25,7 +25,7 @@ from pipeline.run import RunFolder
 from pipeline.selection.standardise import terms_matrix
 from pipeline.store.commits import open_scores
 from pipeline.store.fingerprint import Fingerprint
-from tests.engine.prepared_run import prepare_run
+from tests.engine.prepared_run import outside_ray, prepare_run
 from tests.engine.test_shard_scorer import mixed_shard
 from tests.helpers import write_shards
 
@@ -37,7 +37,7 @@ RUNS = np.array([0, 0, 1, 1])
 @pytest.fixture
 def one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a scorer be built outside of an actor."""
-    monkeypatch.setattr(shard_scorer, "_assigned", lambda: (1.0, 0.0))
+    outside_ray(monkeypatch)
 
 
 def work_through(spec: WorkerSpec, infos: list[ShardInfo]) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pipeline.data.inventory import inspect_shard
-from pipeline.engine import shard_scorer
 from pipeline.engine.failures import SampleError
 from pipeline.engine.score_columns import ScoreColumns
 from pipeline.engine.scorer_spec import ScorerSpec
@@ -18,14 +17,14 @@ from pipeline.errors import InputError
 from pipeline.influence import ScoreBatch
 from pipeline.run import RunFolder
 from pipeline.store.commits import open_scores, read_marks
-from tests.engine.prepared_run import prepare_run
+from tests.engine.prepared_run import outside_ray, prepare_run
 from tests.helpers import image_bytes, sample_members, write_shards, write_tar
 
 
 @pytest.fixture
 def one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a scorer be built outside of an actor."""
-    monkeypatch.setattr(shard_scorer, "_assigned", lambda: (1.0, 0.0))
+    outside_ray(monkeypatch)
 
 
 def mixed_shard(folder: Path) -> str:
@@ -151,7 +150,7 @@ def test_over_ray_the_files_are_those_of_one_process(tmp_path: Path, monkeypatch
 
     alone, _, same = prepare_run(str(tmp_path / "alone"), urls)
     assert same.digest == fingerprint.digest
-    monkeypatch.setattr(shard_scorer, "_assigned", lambda: (1.0, 0.0))
+    outside_ray(monkeypatch)
     work = ScorerSpec(alone, fingerprint).build("0")
     for info in reversed(infos):
         work.commit(info, work.score(info, work.load(info)), {})

@@ -54,9 +54,13 @@ def test_scores_do_not_depend_on_neighbours(estimator):
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
-@pytest.mark.parametrize("estimator", ["diff-in", "tracin", "unrolled", "z0", "tracin-self", "el2n"])
-def test_stored_plans_score_the_same(estimator, family):
-    settings = Settings(estimator=estimator, projections=4, family=family)
+@pytest.mark.parametrize(
+    ("estimator", "self_form"),
+    [(name, "projected") for name in ("diff-in", "tracin", "unrolled", "z0", "tracin-self", "el2n")]
+    + [("diff-in-self", "exact")],
+)
+def test_stored_plans_score_the_same(estimator, self_form, family):
+    settings = Settings(estimator=estimator, self_form=self_form, projections=4, family=family)
     model, checkpoints, batches, pairs = make_case(settings)
     plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
     with_r = [

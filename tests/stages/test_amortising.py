@@ -14,7 +14,6 @@ import pytest
 from pipeline.config import EngineConfig
 from pipeline.data.inventory import ShardInfo
 from pipeline.emit.verify import verify
-from pipeline.engine import shard_scorer
 from pipeline.engine.failures import Aside, Failure, set_aside
 from pipeline.engine.outcome import Outcome, pending_shards
 from pipeline.engine.scoring import score_shards
@@ -34,7 +33,7 @@ from pipeline.stages.scoring import score
 from pipeline.store import marks, storage
 from pipeline.store.commits import open_scores, read_marks, shard_fingerprint
 from pipeline.store.fingerprint import Fingerprint
-from tests.engine.prepared_run import prepare_run
+from tests.engine.prepared_run import outside_ray, prepare_run
 from tests.helpers import write_shards
 
 PAIRS = 300
@@ -78,7 +77,7 @@ def run_here(
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amortising, "score_shards", score_here)
     monkeypatch.setattr(amortising, "run_tasks", run_here)
-    monkeypatch.setattr(shard_scorer, "_assigned", lambda: (1.0, 0.0))
+    outside_ray(monkeypatch)
 
 
 def make_job(folder: Path, shards: list[str] | None = None, **given: Any) -> Job:
@@ -101,7 +100,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Job:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amortising, "score_shards", score_here)
         patch.setattr(amortising, "run_tasks", run_here)
-        patch.setattr(shard_scorer, "_assigned", lambda: (1.0, 0.0))
+        outside_ray(patch)
         summary.note_scores(job, score(job))
     return job
 

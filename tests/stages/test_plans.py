@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.engine import shard_scorer
 from pipeline.engine.scorer_spec import ScorerSpec
 from pipeline.prepared import load_plan
 from pipeline.stages import plans
-from tests.engine.prepared_run import prepare_run
+from tests.engine.prepared_run import outside_ray, prepare_run
 from tests.helpers import write_shards
 
 
@@ -20,8 +19,7 @@ def test_written_plans_hold_what_scoring_needs_of_the_reference_batch(
 ) -> None:
     urls = write_shards(tmp_path / "in", shards=2, samples=10)
     config, infos, fingerprint = prepare_run(str(tmp_path / "run"), urls, estimator="diff-in")
-    monkeypatch.setattr(shard_scorer, "_assigned", lambda: (1.0, 0.0))
-    monkeypatch.setattr(plans.ray, "get_gpu_ids", list)
+    outside_ray(monkeypatch)
     terms = []
     for written in (False, True):
         if written:

@@ -1,0 +1,17 @@
+"""GPUs of Ray tasks: what to ask for, and where a task or an actor then computes. Loads torch only inside of these."""
+
+from __future__ import annotations
+
+import ray
+
+
+def gpus_for_a_task() -> float:
+    """GPUs to ask for where no config key says it: one where the connected cluster has any."""
+    return float(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
+
+
+def device_of_this_task() -> str:
+    """`cuda` where Ray gave this task or actor a GPU, or a part of one, that torch can use; else `cpu`."""
+    import torch
+
+    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
