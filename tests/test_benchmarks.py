@@ -5,12 +5,26 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).parent / "benchmarks"
 #: `models` is what others import.
 MODULES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "models")
+
+
+def test_the_one_for_gpus_measures_without_ray(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    options = "--device cpu --models tiny-vit --batch 4 8 --precisions fp32 --pairs 8 --seconds 0"
+    monkeypatch.setattr(sys, "argv", ["gpu", *options.split()])
+    for name in ("ray", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    runpy.run_module("tests.benchmarks.gpu", run_name="__main__")
+    head, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[:2] + row[3:4] for row in rows] == [["| tiny-vit", "fp32", size] for size in ("4", "8")]
+    for row in rows:
+        assert len(row) == len(head)
+        assert all(float(row[place]) > 0 for place in (2, 4, 5, 8))
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -56,6 +56,8 @@ class Scorer:
         self.device = torch.device(device)
         self.batch_size = pass_size(batch_size, self.device)
         self.passes = Passes(model.to(self.device), settings)
+        # A gradient per pair goes backwards through a pass, which not every operator does in mixed precision.
+        self.precise = Passes(model, replace(settings, precision="fp32"))
         self.reference = reference.to(self.device)
         self.trained = {run: to_device({"ids": ids}, self.device)["ids"] for run, ids in (trained or {}).items()}
         last = {checkpoint.run: index for index, (checkpoint, _) in enumerate(checkpoints)}
@@ -243,7 +245,7 @@ class _CheckpointScorer:
             return uniform(batch.ids, settings.seed)
         if probe.of in ("gradient-square", "self-bracket"):
             return self_values(
-                self.scorer.passes,
+                self.scorer.precise,
                 self.state,
                 self.vectors,
                 batch,

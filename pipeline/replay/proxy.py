@@ -44,7 +44,8 @@ def train_proxy(
     """Train one run and record it under `checkpoints/run-NNN/`; goes on where an earlier call stopped.
 
     A run that was killed and started again writes the same bytes as one that was not (on the same kind of machine,
-    with the same number of threads). When the last of `proxy.runs` is complete, `checkpoints/manifest.json` is written.
+    with the same number of threads). On a GPU that is not promised: its kernels may add up in another order each time.
+    When the last of `proxy.runs` is complete, `checkpoints/manifest.json` is written.
 
     Args:
         config: its `proxy`, `reference.equal_captions`, `seed` and `engine.stale` are used.

@@ -93,6 +93,17 @@ def test_open_clips_towers_mix_no_devices(settings, tmp_path):
     assert_close(found[0].terms, expected[0].terms, 1e-2)  # float32
 
 
+def test_a_gradient_per_pair_is_not_taken_in_bfloat16(tmp_path):
+    pairs, model = MemoryPairs().all, Factory(tmp_path)(0)
+    params, buffers = split_state(model)
+    checkpoint, found = Checkpoint(10, 1e-3, 0, params, buffers), []
+    for precision in ("fp32", "bf16"):
+        settings = Settings(estimator="grand", self_form="exact", precision=precision)
+        plans = prepare_run(model, [checkpoint], Batches(pairs[:6], pairs[6:9], pairs[9:12]), settings, dataset_size=N)
+        found.append(Scorer(model, [(checkpoint, plans[0])], pairs[:6], settings).score(pairs[12:16]).terms)
+    assert_close(found[1], found[0], 1e-6)
+
+
 def test_a_replay_mixes_no_devices():
     rule, settings = RULES["clipped"], Settings(estimator="unrolled", replay="exact")
     found = []

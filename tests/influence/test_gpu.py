@@ -1,0 +1,155 @@
+"""On a GPU scores and training are those of the CPU, and what is copied ahead is what was sent; skipped without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from pipeline.influence import Batches, Scorer, Settings, prepare_run
+from pipeline.influence.transfers import on_device
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.replay.schedule import TrainingSettings, data_order
+from pipeline.replay.train import Trainer
+from tests.benchmarks.models import digit_pairs, small_model, trained_checkpoint
+from tests.influence.test_devices import trainer_of
+from tests.replay.pairs import MODEL, Factory, MemoryPairs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GPU = "cuda"
+
+#: The least rank correlation with float32 at which a lower precision may be used.
+INTACT = 0.99
+
+#: Every estimator and form, with the largest error relative to the largest score. Differences of losses divide rounding
+#: errors by their steps.
+FORMS = {
+    "tracin": (Settings(estimator="tracin"), 1e-3),
+    "tracin by losses": (Settings(estimator="tracin", method="forward"), 2e-2),
+    "diff-in": (Settings(method="central"), 1e-2),
+    "diff-in exact": (Settings(method="exact"), 1e-3),
+    "diff-in by losses": (Settings(method="forward"), 1e-1),
+    "moso": (Settings(estimator="moso"), 1e-3),
+    "unrolled": (Settings(estimator="unrolled"), 1e-2),
+    "z0": (Settings(estimator="z0"), 1e-2),
+    "diff-in-self": (Settings(estimator="diff-in-self", projections=4, eigenpairs=2), 5e-2),
+    "tracin-self": (Settings(estimator="tracin-self", projections=18), 1e-3),
+    "grand": (Settings(estimator="grand", projections=4), 1e-3),
+    "grand exact": (Settings(estimator="grand", self_form="exact"), 1e-3),
+    "el2n": (Settings(estimator="el2n"), 1e-4),
+    "clip-score": (Settings(estimator="clip-score"), 1e-4),
+    "neg-clip-loss": (Settings(estimator="neg-clip-loss"), 1e-4),
+    "random": (Settings(estimator="random"), 1e-12),
+}
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Two checkpoints of a briefly trained model, batches, and pairs to score."""
+    model = small_model()
+    pool = digit_pairs(model, 448)
+    checkpoints = [trained_checkpoint(model, pool[:256], steps) for steps in (10, 20)]
+    return model, checkpoints, Batches(pool[:32], pool[64:128], pool[256:320]), pool[384:]
+
+
+def scores(case, settings, device, plans=None):
+    """Scores of the pairs, float64 `[b]`, and the plans they were computed with."""
+    model, checkpoints, batches, pairs = case
+    model.to(device)
+    if plans is None:
+        plans = prepare_run(model, checkpoints, batches, settings, dataset_size=256)
+    scorer = Scorer(model, list(zip(checkpoints, plans, strict=True)), batches.reference, settings, device, 24)
+    found = scorer.score(pairs)
+    assert found.terms.device.type == found.embedding.device.type == "cpu"
+    return found.terms.double().sum(1), plans
+
+
+def assert_same(found, expected, error):
+    assert spearmanr(found, expected)[0] >= 0.999
+    assert float((found - expected).abs().max() / expected.abs().max()) < error
+
+
+@pytest.mark.parametrize(("settings", "error"), FORMS.values(), ids=FORMS)
+def test_float32_scores_are_those_of_the_cpu(case, settings, error):
+    """Passes alone, along directions of the CPU; then directions of the GPU as well."""
+    expected, plans = scores(case, settings, "cpu")
+    assert_same(scores(case, settings, GPU, plans)[0], expected, error)
+    assert_same(scores(case, settings, GPU)[0], expected, 2 * error)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_lower_precision_leaves_the_ranking_intact(case, form, precision, record_property):
+    """Reported: a form that loses the ranking is an expected failure that says by how much."""
+    settings, _ = FORMS[form]
+    expected, _ = scores(case, settings, GPU)
+    found, _ = scores(case, replace(settings, precision=precision), GPU)
+    assert bool(found.isfinite().all())
+    value = float(spearmanr(found, expected)[0])
+    record_property("spearman", value)
+    if value < INTACT:
+        pytest.xfail(f"{form} in {precision}: Spearman {value:.4f} to float32, below {INTACT}")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("first", "second"), [("cpu", GPU), (GPU, "cpu"), (GPU, GPU)])
+def test_training_and_its_checkpoints_cross_devices(tmp_path, optimizer, first, second):
+    settings = TrainingSettings(
+        steps=6, batch_size=8, lr=3e-3, eps=1e-3, optimizer=optimizer, momentum=0.9, augment=True, grad_clip=0.5
+    )
+    whole = trainer_of(tmp_path, settings, "cpu")
+    expected = [whole.advance() for _ in range(6)]
+    before = trainer_of(tmp_path, settings, first)
+    losses = [before.advance() for _ in range(3)]
+    save_checkpoint(str(tmp_path / "resume.safetensors"), before.checkpoint())
+    after = trainer_of(tmp_path, settings, second)
+    after.restore(load_checkpoint(str(tmp_path / "resume.safetensors"), after.model))
+    losses += [after.advance() for _ in range(3)]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    found, params = after.checkpoint().params, whole.checkpoint().params
+    for name, value in params.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_copied_ahead_is_what_was_sent():
+    """Many small parts, each overwritten as soon as it was used, beside work that keeps the GPU behind."""
+    pairs, order = MemoryPairs(2000).all, torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    busy = torch.randn(2048, 2048, device=GPU)
+    sums, ids = [], []
+    for part in on_device(pairs, order, 16, torch.device(GPU)):
+        for _ in range(4):
+            busy = (busy @ busy).softmax(1)
+        sums.append(part.images.flatten(1).long().sum(1))
+        ids.append(part.ids.clone())
+        for name in part.__slots__:
+            getattr(part, name).zero_()
+    torch.testing.assert_close(torch.cat(ids).cpu(), pairs.ids[order])
+    torch.testing.assert_close(torch.cat(sums).cpu(), pairs.images[order].flatten(1).long().sum(1))
+
+
+def test_scores_do_not_depend_on_how_pairs_are_copied(case, monkeypatch):
+    settings = Settings(estimator="tracin")
+    expected, plans = scores(case, settings, GPU)
+    monkeypatch.setattr("pipeline.influence.scorer._BLOCK", 7)
+    assert_same(scores(case, settings, GPU, plans)[0], expected, 1e-4)
+
+
+def test_a_step_with_dropout_draws_its_own_numbers_on_the_gpu(tmp_path):
+    settings = TrainingSettings(steps=2, batch_size=8, lr=1e-3)
+    vision = MODEL["vision_cfg"] | {"patch_dropout": 0.5}
+    pairs, losses = MemoryPairs(), []
+    for seed in (1, 2):
+        torch.cuda.manual_seed(seed)
+        before = torch.cuda.get_rng_state()
+        model = Factory(tmp_path, MODEL | {"vision_cfg": vision})(0)
+        trainer = Trainer(model, pairs, data_order(np.arange(24), settings), settings, GPU)
+        losses.append([trainer.advance() for _ in range(2)])
+        assert torch.equal(before, torch.cuda.get_rng_state())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
