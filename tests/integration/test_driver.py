@@ -35,6 +35,7 @@ def loaded_by(*arguments: str) -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_driver_of_a_whole_run_loads_nothing_that_computes(
     make_shards: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -57,6 +58,7 @@ def test_the_driver_of_a_whole_run_loads_nothing_that_computes(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_validation_loads_nothing_that_computes_and_is_not_measured_again(
     make_shards: Callable[..., list[str]], tmp_path: Path
 ) -> None:

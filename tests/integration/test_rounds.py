@@ -88,6 +88,7 @@ def test_each_pair_is_scored_by_the_runs_that_did_not_see_it(first: RunFolder) -
     assert all(storage.read_json(first.score_mark(n))["parts"]["held_out"] is True for n in range(SHARDS))
 
 
+@pytest.mark.slow
 def test_a_second_round_trains_on_what_the_first_kept_and_scores_everything(
     first: RunFolder, shards: list[str], tmp_path: Path
 ) -> None:

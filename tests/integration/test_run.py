@@ -148,6 +148,7 @@ def test_other_settings_are_refused_and_named(finished: RunFolder, shards: list[
     assert Path(finished.config).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_redone_when_asked_for(shards: list[str], tmp_path: Path, ray_local: None) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     run_all(small_config(shards, folder.root))

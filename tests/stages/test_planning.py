@@ -55,7 +55,7 @@ def test_a_plan_names_every_stage_and_writes_nothing(tmp_path: Path, capsys: pyt
 @pytest.mark.usefixtures("quick")
 def test_what_cannot_be_calibrated_with_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = write_tar(tmp_path / "0.tar", [*sample_members("a", b"no image", "words")])
-    monkeypatch.setattr(calibration, "_device", lambda: "cpu")
+    monkeypatch.setattr(calibration, "device_of_this_task", lambda: "cpu")
     config = small_config([url], tmp_path / "run")
     with pytest.raises(InputError, match=r"0\.tar: expected at least 8 readable pairs to calibrate with, found 0"):
         calibration._measure(config, url, 1, 2, 0.01, 0.0)
