@@ -74,7 +74,7 @@ def build_cache(
 
     Goes on where an interrupted call stopped, opens what is complete, and starts anew where the folder was made from
     other shards, positions or preprocessing. One process at a time builds a folder. `tell` is called with the pairs
-    decoded so far, every `CHUNK` samples. With `positions`, `places` as for `samples_at`.
+    decoded so far, every `CHUNK` samples; `places` as for `samples_at`.
     """
     wanted = np.arange(offsets(inventory)[-1]) if positions is None else np.unique(np.asarray(positions, np.int64))
     fingerprint = _fingerprint(inventory, decoder, caption, wanted)
@@ -91,7 +91,7 @@ def build_cache(
         for number, (info, start, indices) in enumerate(by_shard(inventory, wanted)):
             if number < progress["shards"]:
                 continue
-            samples = samples_at(info, indices, caption, places if positions is not None else None)
+            samples = samples_at(info, indices, caption, places)
             rows = progress["rows"]
             while chunk := list(islice(samples, CHUNK)):
                 decoded = decoder.decode_shard(chunk, threads)

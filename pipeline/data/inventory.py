@@ -60,8 +60,9 @@ def inspect_shard(index: int, url: str, places: str | None = None) -> ShardInfo:
         layout = locate_members(url, whole=True)
     except OSError as error:
         raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
-    samples, end_error = len(layout) if layout is not None else 0, ""
-    if layout is None:
+    if layout is not None:
+        samples, end_error = len(layout), ""
+    else:
         with read_shard(url) as reader:
             samples, layout = reader.locate()
         end_error = reader.end_error

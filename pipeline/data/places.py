@@ -60,7 +60,7 @@ def read_places(places: str, url: str, samples: Sequence[int] | None = None) -> 
     with storage.open_read(places) as handle, pq.ParquetFile(handle) as file:
         if (file.schema_arrow.metadata or {}).get(_SHARD) != _identity(url, size, version):
             return None
-        if max(samples or [], default=-1) >= file.metadata.num_rows:
+        if samples is not None and max(samples, default=-1) >= file.metadata.num_rows:
             return None
         table = file.read(use_threads=False)
         return from_columns(table if samples is None else table.take(pa.array(samples, pa.int64())))

@@ -143,6 +143,16 @@ def trainer_of(folder, settings, device):
     return Trainer(Factory(folder)(0), pairs, data_order(np.arange(len(pairs)), settings), settings, device)
 
 
+def training_that_moves(folder, settings, first, second):
+    """Six steps, the last three of them on another device, from a checkpoint file; their losses, and the trainer."""
+    before = trainer_of(folder, settings, first)
+    losses = [before.advance() for _ in range(3)]
+    save_checkpoint(str(folder / "resume.safetensors"), before.checkpoint())
+    after = trainer_of(folder, settings, second)
+    after.restore(load_checkpoint(str(folder / "resume.safetensors"), after.model))
+    return [*losses, *(after.advance() for _ in range(3))], after
+
+
 @pytest.mark.filterwarnings("ignore:for .* to a meta parameter")  # the pretended ones do take the values
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("begins", ["there", "here"])
@@ -155,12 +165,7 @@ def test_training_goes_on_on_another_device(tmp_path, optimizer, begins):
     expected = [whole.advance() for _ in range(6)]
     with machine() as device:
         first, second = (device, "cpu") if begins == "there" else ("cpu", device)
-        trainer = trainer_of(tmp_path, settings, first)
-        losses = [trainer.advance() for _ in range(3)]
-        save_checkpoint(str(tmp_path / "resume.safetensors"), trainer.checkpoint())
-        after = trainer_of(tmp_path, settings, second)
-        after.restore(load_checkpoint(str(tmp_path / "resume.safetensors"), after.model))
-        losses += [after.advance() for _ in range(3)]
+        losses, after = training_that_moves(tmp_path, settings, first, second)
         made = after.checkpoint()
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, value in whole.checkpoint().params.items():

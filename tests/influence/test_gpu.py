@@ -11,11 +11,10 @@ from scipy.stats import spearmanr
 
 from pipeline.influence import Batches, Scorer, Settings, prepare_run
 from pipeline.influence.transfers import on_device
-from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.replay.schedule import TrainingSettings, data_order
 from pipeline.replay.train import Trainer
 from tests.benchmarks.models import digit_pairs, small_model, trained_checkpoint
-from tests.influence.test_devices import trainer_of
+from tests.influence.test_devices import trainer_of, training_that_moves
 from tests.replay.pairs import MODEL, Factory, MemoryPairs
 
 pytestmark = [
@@ -106,12 +105,7 @@ def test_training_and_its_checkpoints_cross_devices(tmp_path, optimizer, first, 
     )
     whole = trainer_of(tmp_path, settings, "cpu")
     expected = [whole.advance() for _ in range(6)]
-    before = trainer_of(tmp_path, settings, first)
-    losses = [before.advance() for _ in range(3)]
-    save_checkpoint(str(tmp_path / "resume.safetensors"), before.checkpoint())
-    after = trainer_of(tmp_path, settings, second)
-    after.restore(load_checkpoint(str(tmp_path / "resume.safetensors"), after.model))
-    losses += [after.advance() for _ in range(3)]
+    losses, after = training_that_moves(tmp_path, settings, first, second)
     assert losses == pytest.approx(expected, rel=1e-4)
     found, params = after.checkpoint().params, whole.checkpoint().params
     for name, value in params.items():
