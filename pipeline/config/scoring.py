@@ -19,6 +19,9 @@ class DataConfig(Section):
     """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json."""
     max_pixels: PositiveInt = 64_000_000
     """Images with more pixels than this are rejected before they are decoded (decompression bombs)."""
+    draft: bool = False
+    """Decode JPEGs at a half, a quarter or an eighth of their size where twice the model's input is left: large photos
+    are decoded faster, and the pixels differ a little from those of the model's own transform."""
     source: str = "url"
     """The json key whose domain (for URLs) or value names the source of a pair in plans and reports."""
 
@@ -26,6 +29,11 @@ class DataConfig(Section):
     @classmethod
     def _known_caption(cls, value: str) -> str:
         return known_caption(value)
+
+    @property
+    def pixels(self) -> dict[str, int | bool]:
+        """What decides the pixels of a pair, and whether it has any."""
+        return {"max_pixels": self.max_pixels, "draft": self.draft}
 
 
 def known_caption(value: str) -> str:

@@ -1,8 +1,8 @@
 """From samples to model inputs: images with open_clip's evaluation transform, captions as tokens.
 
-The pixels are exactly those of `open_clip.image_transform(..., is_train=False)` before its normalisation, computed
-with Pillow alone: no torchvision in the workers. Like it, the first frame of an animation is taken, EXIF orientation
-is left alone, and alpha is dropped after resizing.
+The pixels are exactly those of `open_clip.image_transform(..., is_train=False)` before its normalisation (nearly those,
+with `draft`), computed with Pillow alone: no torchvision in the workers. Like it, the first frame of an animation is
+taken, EXIF orientation is left alone, and alpha is dropped after resizing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from math import ceil
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,12 +25,16 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.config import DataConfig
 from pipeline.data.reader import Sample
 from pipeline.data.reasons import Reason
 from pipeline.types import PairBatch
 
 #: Pillow's decoders that are allowed: some of the others start programs or take very long.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+#: How much larger than wanted a JPEG is at least decoded with `Decoder.draft`.
+DRAFT_GAP = 2.0
 
 Tokenize = Callable[[list[str]], Tensor]
 _Pixels = NDArray[np.uint8]
@@ -105,13 +110,23 @@ class Decoder:
         tokenize: captions to int64 `[n, context_length]`.
         max_pixels: images with more are rejected from their header alone (Pillow itself refuses 179 million).
         source: the json key that `Row.source` is taken from.
+        draft: let libjpeg scale large JPEGs down while decoding them, to no less than `DRAFT_GAP` times the size that
+            they are then resized to.
     """
 
-    def __init__(self, spec: ImageSpec, tokenize: Tokenize, max_pixels: int, source: str = "url") -> None:
+    def __init__(
+        self, spec: ImageSpec, tokenize: Tokenize, max_pixels: int, source: str = "url", *, draft: bool = False
+    ) -> None:
         self.spec = spec
         self.tokenize = tokenize
         self.max_pixels = max_pixels
         self.source = source
+        self.draft = draft
+
+    @classmethod
+    def configured(cls, spec: ImageSpec, tokenize: Tokenize, data: DataConfig) -> Decoder:
+        """The decoder that a config's `data` asks for."""
+        return cls(spec, tokenize, data.max_pixels, data.source, draft=data.draft)
 
     def decode_shard(self, samples: Iterable[Sample], threads: int = 1) -> DecodedShard:
         """Decode samples with that many threads; a bounded number of encoded images is held at a time."""
@@ -193,9 +208,16 @@ class Decoder:
                 raise _RejectedError(
                     Reason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]} after resizing, at most {self.max_pixels}"
                 )
-            resized = image if image.size == size else image.resize(size, _RESAMPLING[self.spec.interpolation])
+            # The part of the decoded image that is the whole picture: a size that is not divisible is rounded up.
+            whole = self._scaled_down(image, size) if self.draft else None
+            resized = image if image.size == size else image.resize(size, _RESAMPLING[self.spec.interpolation], whole)
             cropped = resized if box == (0, 0, *size) else resized.crop(box)
             return np.ascontiguousarray(np.asarray(cropped.convert("RGB")).transpose(2, 0, 1))
+
+    def _scaled_down(self, image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+        """Have a JPEG decoded smaller, for a resize to `size`; the box of the picture in it, None for other formats."""
+        drafted = image.draft(None, (ceil(DRAFT_GAP * size[0]), ceil(DRAFT_GAP * size[1])))
+        return None if drafted is None else drafted[1]
 
 
 class _RejectedError(Exception):

@@ -38,7 +38,7 @@ def score_fingerprint(config: Config, checkpoints: list[str], basis: dict[str, A
                 **images,
                 "model": config.proxy.model,
                 "caption": config.data.caption,
-                "max_pixels": config.data.max_pixels,
+                **config.data.pixels,
                 "source": config.data.source,
             },
         }

@@ -56,7 +56,7 @@ def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, wor
         if config.score.held_out
         else None,
     )
-    decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
+    decoder = Decoder.configured(model.image_spec, model.tokenize, config.data)
     runs = np.array([checkpoint.run for checkpoint in checkpoints])
     threads = config.engine.decode_threads or max(1, int(_cpus()))
     return kind(config, fingerprint, scorer, decoder, runs, threads, worker)

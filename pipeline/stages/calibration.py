@@ -136,7 +136,7 @@ def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: 
 
 
 def _first_pairs(config: Config, url: str, model: PairModel, threads: int) -> PairBatch:
-    decoder = Decoder(model.image_spec, model.tokenize, config.data.max_pixels, config.data.source)
+    decoder = Decoder.configured(model.image_spec, model.tokenize, config.data)
     with read_shard(url, caption=config.data.caption) as reader:
         pairs = decoder.decode_shard(islice(iter(reader), PAIRS), threads).batch
     if len(pairs) < FEWEST:

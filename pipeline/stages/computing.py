@@ -27,7 +27,7 @@ class ComputingJob(Job):
     def decoder(self) -> Decoder:
         """Decoder of pairs into the proxy's input; building the proxy for it is the dear part, so it is made once."""
         model = self.model()
-        return Decoder(model.image_spec, model.tokenize, self.config.data.max_pixels, self.config.data.source)
+        return Decoder.configured(model.image_spec, model.tokenize, self.config.data)
 
 
 def check_proxy(config: Config) -> None:

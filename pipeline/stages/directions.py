@@ -69,7 +69,7 @@ def directions_fingerprint(job: Job, digests: list[str]) -> Fingerprint:
             "reference": config.reference.model_dump(mode="json"),
             "target": config.target.model_dump(mode="json"),
             "caption": config.data.caption,
-            "max_pixels": config.data.max_pixels,
+            **config.data.pixels,
             "seed": config.seed,
         }
     )

@@ -106,7 +106,7 @@ def _training(job: Job, pairs: WrittenSet) -> _Training:
             **model_files(config),
             "equal_captions": config.reference.equal_captions,
             "caption": config.data.caption,
-            "max_pixels": config.data.max_pixels,
+            **config.data.pixels,
             "inventory": job.inventory_digest,
             "positions": pairs.checksum,
             "seed": [config.seed, pairs.seed],

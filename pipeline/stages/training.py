@@ -199,7 +199,7 @@ def _fingerprint(job: Job) -> Fingerprint:
             "equal_captions": config.reference.equal_captions,
             "target": config.target.model_dump(mode="json") if config.target.kind == "holdout" else {},
             "caption": config.data.caption,
-            "max_pixels": config.data.max_pixels,
+            **config.data.pixels,
             "seed": config.seed,
         }
     )

@@ -1,8 +1,9 @@
 """Cleaning where the truth is made: captions swapped at random among real pairs, found again, and retrained without.
 
-    python -m tests.benchmarks.swapped [--share 0.3] [--out FOLDER] [--set a.b=c ...]
+    python -m tests.benchmarks.swapped [--share 0.3] [--held-out 200] [--out FOLDER] [--set a.b=c ...]
 
 It takes `flickr1k` of the folder in `DIFFPRUNE_TEST_DATA`; the target is held out of the same pairs, swapped ones too.
+The last pairs are kept out of all of it, with their own captions: models trained on each choice are measured on them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ score: {{estimator: tracin, held_out: true}}
 select: {{keep: {keep}, by: rank(utility) + rank(similarity)}}
 report: {{gallery: 4}}
 evaluate:
+  shards: "{held_out}"
   truth: "{truth}"
+  baselines: [full, random, clip-score, right-only]
+  compare:
+    tracin alone: {{by: utility}}
+    loss: {{by: -loss}}
 """
 
 
@@ -50,10 +56,19 @@ def swap(samples: Sequence[Sample], share: float, seed: int, folder: Path) -> tu
     return write_tar(folder / "00000.tar", members), str(truth)
 
 
+def keep_out(samples: Sequence[Sample], folder: Path) -> str:
+    """Write the samples as they are; the tar."""
+    members = []
+    for number, sample in enumerate(samples):
+        members += sample_members(f"{number:08d}", sample.image, sample.caption, {"uid": sample.uid})
+    return write_tar(folder / "held-out.tar", members)
+
+
 def main() -> int:
     """Make the pairs and run the job on them; its table says how well wrong captions are found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=0.3)
+    parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="")
     parser.add_argument("--set", action="append", default=[])
@@ -63,9 +78,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.out or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        shards, truth = swap(samples, options.share, options.seed, folder)
+        trained = len(samples) - options.held_out
+        shards, truth = swap(samples[:trained], options.share, options.seed, folder)
+        held_out = keep_out(samples[trained:], folder)
         config = folder / "config.yaml"
-        config.write_text(CONFIG.format(shards=shards, truth=truth, keep=1 - options.share))
+        keep = 1 - options.share
+        config.write_text(CONFIG.format(shards=shards, truth=truth, held_out=held_out, keep=keep))
         changes = [word for change in options.set for word in ("--set", change)]
         return invoke(["run", str(config), "--out", str(folder / "run"), *changes])
 

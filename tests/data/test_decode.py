@@ -112,6 +112,51 @@ def test_pixels_are_those_of_open_clip(image_name: str, spec_name: str) -> None:
         assert (decoded.rows[0].width, decoded.rows[0].height) == image.size
 
 
+def waves(size: ByteSize) -> Image.Image:
+    """A smooth picture, the same whatever its size."""
+    x, y = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1])
+    channels = [np.sin(2 * np.pi * (count * x + y)) for count in (1, 2, 3)]
+    return Image.fromarray(np.uint8(127.5 + 120 * np.stack(channels, 2)))
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(401, 301), (303, 405), (96, 97), (1601, 801)])
+@pytest.mark.parametrize("spec_name", SPECS)
+def test_drafted_pixels_are_near_the_exact_ones(size: ByteSize, spec_name: str) -> None:
+    """Sizes that are not divisible do not shift the picture."""
+    drafting = Decoder(SPECS[spec_name], ByteTokenizer(), 10_000_000, draft=True)
+    for encoded in (jpeg(waves(size)), jpeg(waves(size).convert("L")), jpeg(waves(size), progressive=True)):
+        drafted = drafting.decode_shard([sample(encoded)])
+        assert (drafted.rows[0].width, drafted.rows[0].height) == size
+        exact = open_clip_pixels(encoded, SPECS[spec_name])
+        differ = (drafted.batch.images[0].int() - exact.int()).abs()
+        assert differ.float().mean() < 1
+        assert differ.max() <= 16
+
+
+def test_drafts_are_of_large_jpegs_alone() -> None:
+    drafting = Decoder(spec(), ByteTokenizer(), 10_000_000, draft=True)
+    small, large = jpeg(waves((95, 120))), jpeg(waves((96, 120)))
+    buffer = BytesIO()
+    waves((400, 400)).save(buffer, "PNG")
+    for encoded, equal in [(small, True), (buffer.getvalue(), True), (large, False)]:
+        drafted = drafting.decode_shard([sample(encoded)]).batch.images[0]
+        assert torch.equal(drafted, open_clip_pixels(encoded, spec())) == equal
+
+
+def test_a_draft_of_a_truncated_jpeg_is_rejected_as_such() -> None:
+    encoded = jpeg(waves((400, 301)))
+    drafting = Decoder(spec(), ByteTokenizer(), 10_000_000, draft=True)
+    row = drafting.decode_shard([sample(encoded[: len(encoded) // 2])]).rows[0]
+    assert row.status == "truncated-image"
+    assert (row.width, row.height) == (400, 301)
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and has no pixels."""
 

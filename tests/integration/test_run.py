@@ -141,10 +141,12 @@ def test_another_keep_selects_anew_and_scores_nothing(finished: RunFolder, shard
 
 def test_other_settings_are_refused_and_named(finished: RunFolder, shards: list[str]) -> None:
     before = Path(finished.config).read_bytes()
-    other = small_config(shards, finished.root, score={"estimator": "tracin"})
-    for run in (run_all, partial(run_stage, "score")):
-        with pytest.raises(FingerprintError, match=r"score\.estimator: \"diff-in\" there, \"tracin\" now"):
-            run(other)
+    estimator = {"score": {"estimator": "tracin"}}, r"score\.estimator: \"diff-in\" there, \"tracin\" now"
+    pixels = {"data": {"draft": True}}, "draft: false there, true now"
+    for sections, named in (estimator, pixels):
+        for run in (run_all, partial(run_stage, "score")):
+            with pytest.raises(FingerprintError, match=named):
+                run(small_config(shards, finished.root, **sections))
     assert Path(finished.config).read_bytes() == before
 
 
