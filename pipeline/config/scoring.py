@@ -19,9 +19,10 @@ class DataConfig(Section):
     """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json."""
     max_pixels: PositiveInt = 64_000_000
     """Images with more pixels than this are rejected before they are decoded (decompression bombs)."""
-    draft: bool = False
-    """Decode JPEGs at a half, a quarter or an eighth of their size where twice the model's input is left: large photos
-    are decoded faster, and the pixels differ a little from those of the model's own transform."""
+    draft: Annotated[float, Field(ge=1)] | None = None
+    """Decode JPEGs at a half, a quarter or an eighth of their size where this many times what they are then resized to
+    is left: large photos are decoded faster, and the pixels differ from those of the model's own transform, with 2 a
+    little, with 1 more. Null decodes them whole."""
     source: str = "url"
     """The json key whose domain (for URLs) or value names the source of a pair in plans and reports."""
 
@@ -31,7 +32,7 @@ class DataConfig(Section):
         return known_caption(value)
 
     @property
-    def pixels(self) -> dict[str, int | bool]:
+    def pixels(self) -> dict[str, float | None]:
         """What decides the pixels of a pair, and whether it has any."""
         return {"max_pixels": self.max_pixels, "draft": self.draft}
 

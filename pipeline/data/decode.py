@@ -33,9 +33,6 @@ from pipeline.types import PairBatch
 #: Pillow's decoders that are allowed: some of the others start programs or take very long.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
-#: How much larger than wanted a JPEG is at least decoded with `Decoder.draft`.
-DRAFT_GAP = 2.0
-
 Tokenize = Callable[[list[str]], Tensor]
 _Pixels = NDArray[np.uint8]
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -110,12 +107,12 @@ class Decoder:
         tokenize: captions to int64 `[n, context_length]`.
         max_pixels: images with more are rejected from their header alone (Pillow itself refuses 179 million).
         source: the json key that `Row.source` is taken from.
-        draft: let libjpeg scale large JPEGs down while decoding them, to no less than `DRAFT_GAP` times the size that
-            they are then resized to.
+        draft: let libjpeg scale large JPEGs down while decoding them, to no less than this many times the size that
+            they are then resized to; None decodes them whole.
     """
 
     def __init__(
-        self, spec: ImageSpec, tokenize: Tokenize, max_pixels: int, source: str = "url", *, draft: bool = False
+        self, spec: ImageSpec, tokenize: Tokenize, max_pixels: int, source: str = "url", *, draft: float | None = None
     ) -> None:
         self.spec = spec
         self.tokenize = tokenize
@@ -209,21 +206,22 @@ class Decoder:
                     Reason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]} after resizing, at most {self.max_pixels}"
                 )
             # The part of the decoded image that is the whole picture: a size that is not divisible is rounded up.
-            whole = self._scaled_down(image, size) if self.draft else None
+            whole = None if self.draft is None else _scaled_down(image, size, self.draft)
             resized = image if image.size == size else image.resize(size, _RESAMPLING[self.spec.interpolation], whole)
             cropped = resized if box == (0, 0, *size) else resized.crop(box)
             return np.ascontiguousarray(np.asarray(cropped.convert("RGB")).transpose(2, 0, 1))
-
-    def _scaled_down(self, image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-        """Have a JPEG decoded smaller, for a resize to `size`; the box of the picture in it, None for other formats."""
-        drafted = image.draft(None, (ceil(DRAFT_GAP * size[0]), ceil(DRAFT_GAP * size[1])))
-        return None if drafted is None else drafted[1]
 
 
 class _RejectedError(Exception):
     def __init__(self, reason: Reason, error: str) -> None:
         super().__init__(error)
         self.reason = reason
+
+
+def _scaled_down(image: Image.Image, size: tuple[int, int], gap: float) -> tuple[float, float, float, float] | None:
+    """Have a JPEG decoded smaller, for a resize to `size`; the box of the picture in it, None for other formats."""
+    drafted = image.draft(None, (ceil(gap * size[0]), ceil(gap * size[1])))
+    return None if drafted is None else drafted[1]
 
 
 def uid_to_id(uid: str) -> int:

@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo
 from pipeline.errors import InputError
 from pipeline.influence import Observed
-from pipeline.influence.scorer import uniform
+from pipeline.influence.hashing import uniform
 from pipeline.run import RunFolder
 from pipeline.selection.standardise import terms_matrix
 from pipeline.store import marks, storage

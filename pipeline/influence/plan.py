@@ -35,6 +35,20 @@ class Probe:
     of: Quantity = "loss"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A random vector that is drawn anew wherever it is needed, as many of them would fill a memory.
+
+    Attributes:
+        of: name of the vector whose entries it has, each with a random sign.
+        seed, index: decide the signs.
+    """
+
+    of: str
+    seed: int
+    index: int
+
+
 @dataclass
 class ProbePlan:
     """How the term of every pair at one checkpoint is computed.
@@ -42,6 +56,7 @@ class ProbePlan:
     Attributes:
         probes: their sum is the term (its square root, times `root_weight`, where `root_weight` is given).
         vectors: vectors in parameter space by name; parameters that are missing count as zero.
+        drawn: random ones by name; no point is displaced along them.
         root_weight: for estimators that are a norm: factor of the square root.
         facts: what was found out on the way and belongs into the run's record, such as the step size.
         reference: R's features and derivatives at points of the probes, computed once for all workers that score; what
@@ -50,6 +65,7 @@ class ProbePlan:
 
     probes: list[Probe]
     vectors: dict[str, Tree] = field(default_factory=dict)
+    drawn: dict[str, Drawn] = field(default_factory=dict)
     root_weight: float | None = None
     facts: dict[str, float] = field(default_factory=dict)
     reference: dict[Point, Jet] = field(default_factory=dict)
@@ -68,6 +84,7 @@ class ProbePlan:
         rest = {
             "probes": [asdict(probe) for probe in self.probes],
             "vectors": list(self.vectors),
+            "drawn": {name: asdict(drawn) for name, drawn in self.drawn.items()},
             "root_weight": self.root_weight,
             "facts": self.facts,
             "reference": jets,
@@ -98,7 +115,8 @@ class ProbePlan:
             }
             for number, (point, jet) in enumerate(rest["reference"])
         }
-        return ProbePlan(probes, trees, rest["root_weight"], rest["facts"], reference)
+        drawn = {name: Drawn(**values) for name, values in rest["drawn"].items()}
+        return ProbePlan(probes, trees, drawn, rest["root_weight"], rest["facts"], reference)
 
 
 def _point(items: list[tuple[str, float]]) -> Point:

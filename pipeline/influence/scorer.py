@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.influence.hashing import signed, uniform
 from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
 from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets, pass_size
 from pipeline.influence.per_pair import self_values
@@ -21,6 +22,9 @@ from pipeline.types import Checkpoint, Features, PairBatch, Tree
 
 #: Pairs on the device at once: weights are moved to the point of a probe, and losses taken, once for all of them.
 _BLOCK = 1024
+
+#: Bytes of random vectors that are held at a time; a pass along several holds them a second time.
+_DRAWN_BYTES = 4 * 2**30
 
 #: Quantities that are not computed from the features of a pass.
 _WITHOUT_JETS = ("random", "gradient-square", "self-bracket")
@@ -178,7 +182,7 @@ class _CheckpointScorer:
         self.vectors = {name: to_device(tree, device) for name, tree in plan.vectors.items()}
         self.wanted: dict[Point, list[tuple[str, ...]]] = {}
         # A derivative along zero is zero: no pass for it.
-        self.probes = [probe for probe in plan.probes if all(self.vectors[name] for name in probe.along)]
+        self.probes = [probe for probe in plan.probes if all(self._stored(name) for name in probe.along)]
         for probe in self.probes:
             if probe.of not in _WITHOUT_JETS:
                 self.wanted.setdefault(probe.at, []).append(probe.along)
@@ -193,8 +197,36 @@ class _CheckpointScorer:
         scorer, wanted = self.scorer, self.wanted[point]
         with torch.no_grad():
             state = self._state_at(point)
-            parts = chunks(pairs, scorer.batch_size)
-            return joined_jets([scorer.passes.jet(state, self.vectors, part, wanted) for part in parts])
+            parts = list(chunks(pairs, scorer.batch_size))
+            found: Jet = {}
+            for names, vectors in self._in_memory(wanted):
+                found |= joined_jets([scorer.passes.jet(state, vectors, part, names) for part in parts])
+            return found
+
+    def _in_memory(self, wanted: list[tuple[str, ...]]) -> Iterator[tuple[list[tuple[str, ...]], dict[str, Tree]]]:
+        """What is wanted, in parts whose vectors fit into memory together, with these vectors."""
+        drawn = self.plan.drawn
+        stored = [names for names in wanted if not drawn.keys() & set(names)]
+        rest = [names for names in wanted if drawn.keys() & set(names)]
+        if stored or not rest:
+            yield stored, self.vectors
+        width = 1
+        if rest:
+            example = self._stored(rest[0][0])
+            size = sum(value.numel() * value.element_size() for value in example.values())
+            width = max(1, _DRAWN_BYTES // max(1, size))
+        for start in range(0, len(rest), width):
+            names = rest[start : start + width]
+            yield names, {name: self._vector(name) for each in names for name in each}
+
+    def _stored(self, name: str) -> Tree:
+        """The vector, or of one that is drawn the one that it is a draw of."""
+        drawn = self.plan.drawn.get(name)
+        return self.vectors[name if drawn is None else drawn.of]
+
+    def _vector(self, name: str) -> Tree:
+        drawn = self.plan.drawn.get(name)
+        return self.vectors[name] if drawn is None else signed(self.vectors[drawn.of], drawn.seed, drawn.index)
 
     def _state_at(self, point: Point) -> Tree:
         state = self.state
@@ -286,21 +318,6 @@ def with_reference(
 
 def _on(device: torch.device | str, jet: Jet) -> Jet:
     return {names: Features(*(value.to(device) for value in features)) for names, features in jet.items()}
-
-
-def uniform(ids: Tensor, seed: int) -> Tensor:
-    """A number in [0, 1) for each id, float64 `[b]`: a hash of id and seed (the finaliser of SplitMix64)."""
-    # int64 products wrap around, as the hash wants them to.
-    mixed = ids + (torch.full_like(ids, seed) + 1) * -7046029254386353131
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        mixed = (mixed ^ _shifted(mixed, shift)) * factor
-    mixed = mixed ^ _shifted(mixed, 31)
-    return _shifted(mixed, 11).double() / 2.0**53
-
-
-def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _by_caption_length(tokens: Tensor) -> Tensor:

@@ -12,20 +12,23 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.influence.lanczos import leading_eigenpairs
 from pipeline.influence.local import LocalView
-from pipeline.influence.plan import Probe, ProbePlan
+from pipeline.influence.plan import Drawn, Probe, ProbePlan
 from pipeline.influence.trees import flattened, tree_map, unflattened, without_zeros
 from pipeline.types import Tree
 
 #: Parameters up to which `H_B` is formed as a matrix (float32: 1 GB).
 _DENSE_LIMIT = 16_384
 
+#: Name of the vector `S^1/2` that random signs are given to.
+_ROOT = "root"
+
 
 def gradient_norm(here: LocalView, share: float) -> ProbePlan:
     """GraNd: `|G_z|`."""
     if here.settings.self_form == "exact":
         return ProbePlan([Probe(1.0, of="gradient-square")], {"scale": _ones(here)}, root_weight=share)
-    probes, vectors = _random_squares(here, 1.0, _ones(here))
-    return ProbePlan(probes, vectors, root_weight=share)
+    probes, drawn = _random_squares(here, 1.0)
+    return ProbePlan(probes, {_ROOT: _ones(here)}, drawn, root_weight=share)
 
 
 def tracin_self(here: LocalView, weight: float) -> ProbePlan:
@@ -33,8 +36,8 @@ def tracin_self(here: LocalView, weight: float) -> ProbePlan:
     scale = here.preconditioned(_ones(here))
     if here.settings.self_form == "exact":
         return ProbePlan([Probe(weight, of="gradient-square")], {"scale": scale})
-    probes, vectors = _random_squares(here, weight, scale)
-    return ProbePlan(probes, vectors)
+    probes, drawn = _random_squares(here, weight)
+    return ProbePlan(probes, {_ROOT: tree_map(torch.sqrt, scale)}, drawn)
 
 
 def diff_in_self(here: LocalView, factor: float) -> ProbePlan:
@@ -49,40 +52,40 @@ def diff_in_self(here: LocalView, factor: float) -> ProbePlan:
     if here.settings.self_form == "exact":
         vectors = {"scale": scale, "push": push, "hessian": {"matrix": _dense_hessian(here)}}
         return ProbePlan([Probe(factor, of="self-bracket")], vectors)
-    root = flattened(tree_map(torch.sqrt, scale), params)
+    roots = tree_map(torch.sqrt, scale)
+    root = flattened(roots, params)
 
     def operator(flat: Tensor) -> Tensor:
         product = here.gradient_loss.hessian_product(here.state, unflattened(root * flat, params))
         return root * flattened(product, params)
 
-    start = torch.randn(root.shape, generator=_generator(here, 0), dtype=torch.float64).to(root)
+    generator = torch.Generator().manual_seed(here.settings.seed)
+    start = torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root)
     values, rows = leading_eigenpairs(operator, start, here.settings.eigenpairs)
-    vectors = {"push": without_zeros(push)}
+    vectors = {"push": without_zeros(push), _ROOT: roots}
     probes: list[Probe] = []
+    drawn: dict[str, Drawn] = {}
     for index, value in enumerate(values.tolist()):
         vectors[f"u{index}"] = unflattened(root * rows[index], params)
         probes.append(Probe(factor * value, along=(f"u{index}",), power=2))
     step = here.step_for(push, order=1)
     for sign in (1, -1):
-        more, found = _random_squares(here, sign * factor / (4 * step), scale, at=(("push", sign * step),))
+        # The same directions at both points: the difference then holds no noise of the draw.
+        more, drawn = _random_squares(here, sign * factor / (4 * step), at=(("push", sign * step),))
         probes += more
-        vectors |= found
-    return ProbePlan(probes, vectors, facts={"step": step, "lambda_max": float(values.max())})
+    return ProbePlan(probes, vectors, drawn, facts={"step": step, "lambda_max": float(values.max())})
 
 
 def _random_squares(
-    here: LocalView, weight: float, scale: Tree, at: tuple[tuple[str, float], ...] = ()
-) -> tuple[list[Probe], dict[str, Tree]]:
-    """`weight * <G_z, S G_z>` as the mean of squared derivatives along `S^1/2 r`, `r` Gaussian."""
-    count = here.settings.projections
-    generator = _generator(here, 1)
-    vectors: dict[str, Tree] = {}
-    for index in range(count):
-        vectors[f"r{index}"] = {
-            name: torch.randn(value.shape, generator=generator).to(value) * value.sqrt()
-            for name, value in scale.items()
-        }
-    return [Probe(weight / count, along=(name,), at=at, power=2) for name in vectors], vectors
+    here: LocalView, weight: float, at: tuple[tuple[str, float], ...] = ()
+) -> tuple[list[Probe], dict[str, Drawn]]:
+    """`weight * <G_z, S G_z>` as the mean of squared derivatives along `S^1/2 r`, the entries of `r` random signs.
+
+    The mean of `r r^T` is the identity, and among such `r` signs have the smallest variance (Hutchinson's estimate).
+    """
+    settings = here.settings
+    drawn = {f"r{index}": Drawn(_ROOT, settings.seed, index) for index in range(settings.projections)}
+    return [Probe(weight / len(drawn), along=(name,), at=at, power=2) for name in drawn], drawn
 
 
 def _dense_hessian(here: LocalView) -> Tensor:
@@ -105,8 +108,3 @@ def _dense_hessian(here: LocalView) -> Tensor:
 
 def _ones(here: LocalView) -> Tree:
     return tree_map(torch.ones_like, here.params)
-
-
-def _generator(here: LocalView, stream: int) -> torch.Generator:
-    # The same directions at every checkpoint and point: differences between them then hold no sampling noise.
-    return torch.Generator().manual_seed(2 * here.settings.seed + stream)

@@ -1,11 +1,10 @@
 """Decoding: pairs per CPU second of one thread, and what `data.draft` changes in pixels and in scores.
 
-    python -m tests.benchmarks.decoding --shards GLOB [--sizes 48 112] [--enlarge 1] [--gaps 1 1.5 2] [--steps 200]
+    python -m tests.benchmarks.decoding --shards GLOB [--sizes 48 112] [--enlarge 1] [--drafts 1 1.5 2] [--steps 200]
 
-Rates: plain Pillow (open, resize, to RGB), open_clip's own transform, `Decoder` as it is, and with `data.draft` for
-each gap, the least size that a JPEG is decoded to as a multiple of the size that it is then resized to. `--enlarge N`
-has every JPEG made N times larger and encoded again first: for rates alone, where the shards at hand hold small photos.
-Each repeat times all ways one after the other; the medians are printed.
+Rates: plain Pillow (open, resize, to RGB), open_clip's own transform, `Decoder` as it is, and with `data.draft` at
+several values. `--enlarge N` has every JPEG made N times larger and encoded again first: for rates alone, where the
+shards at hand hold small photos. Each repeat times all ways one after the other; the medians are printed.
 
 Scores: a small ViT is trained briefly on the pairs with their exact pixels, and scores these pairs with exact pixels
 and with those of `data.draft`; reference batch and target are the exact ones. Spearman of the two.
@@ -31,7 +30,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import pipeline.models.compat  # noqa: F401  (before open_clip)
-from pipeline.data import decode
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import Sample, read_shard
 from pipeline.data.shards import expand
@@ -85,12 +83,6 @@ def open_clip_transform(samples: Sequence[Sample], model: PairModel) -> None:
         transform(Image.open(BytesIO(sample.image)))
 
 
-def drafted(decoder: Decoder, samples: Sequence[Sample], gap: float) -> PairBatch:
-    """The pairs as `data.draft` decodes them with that gap."""
-    decode.DRAFT_GAP = gap
-    return decoder.decode_shard(samples).batch
-
-
 def rates(ways: dict[str, Callable[[], object]], pairs: int, repeats: int) -> dict[str, float]:
     """Pairs per CPU second of each way, the median of the repeats."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -116,7 +108,7 @@ def main() -> None:
     parser.add_argument("--shards", required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[48, 112])
     parser.add_argument("--enlarge", type=int, default=1)
-    parser.add_argument("--gaps", type=float, nargs="+", default=[1, 1.5, 2])
+    parser.add_argument("--drafts", type=float, nargs="+", default=[1, 1.5, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -127,15 +119,17 @@ def main() -> None:
     for size in options.sizes:
         model = vit(size)
         exact = Decoder(model.image_spec, model.tokenize, MAX_PIXELS)
-        drafting = Decoder(model.image_spec, model.tokenize, MAX_PIXELS, draft=True)
+        drafting = {
+            draft: Decoder(model.image_spec, model.tokenize, MAX_PIXELS, draft=draft) for draft in options.drafts
+        }
 
         ways: dict[str, Callable[[], object]] = {
             "plain Pillow": partial(plain_pillow, samples, model),
             "open_clip's transform": partial(open_clip_transform, samples, model),
             "exact": partial(exact.decode_shard, samples),
         }
-        for gap in options.gaps:
-            ways[f"draft, gap {gap:g}"] = partial(drafted, drafting, samples, gap)
+        for draft in options.drafts:
+            ways[f"draft {draft:g}"] = partial(drafting[draft].decode_shard, samples)
         sides = sorted(min(row.width, row.height) for row in exact.decode_shard(samples).rows)
         middle = sides[len(sides) // 2]
         print(f"{len(samples)} pairs to {size} px; shorter sides {sides[0]} to {sides[-1]}, median {middle}")
@@ -147,13 +141,13 @@ def main() -> None:
         checkpoint = trained_checkpoint(model, pairs, options.steps)
         batches = Batches(pairs[:64], pairs[64:192], pairs[192:320])
         truth = {name: scores(model, checkpoint, batches, pairs[320:], name) for name in ESTIMATORS}
-        for gap in options.gaps:
-            other = drafted(drafting, samples, gap)
+        for draft in options.drafts:
+            other = drafting[draft].decode_shard(samples).batch
             differ = (other.images.int() - pairs.images.int()).abs()
             changed = differ.flatten(1).amax(1) > 0
             size_of_it = float(differ[changed].float().mean()) if changed.any() else 0.0
             words = [
-                f"gap {gap:g}: {float(changed.float().mean()):.0%} of the images differ, by {size_of_it:.2f} of 255"
+                f"draft {draft:g}: {float(changed.float().mean()):.0%} of the images differ, by {size_of_it:.2f} of 255"
             ]
             for name in ESTIMATORS:
                 found = scores(model, checkpoint, batches, other[320:], name)

@@ -129,7 +129,7 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
 @pytest.mark.parametrize("spec_name", SPECS)
 def test_drafted_pixels_are_near_the_exact_ones(size: ByteSize, spec_name: str) -> None:
     """Sizes that are not divisible do not shift the picture."""
-    drafting = Decoder(SPECS[spec_name], ByteTokenizer(), 10_000_000, draft=True)
+    drafting = Decoder(SPECS[spec_name], ByteTokenizer(), 10_000_000, draft=2)
     for encoded in (jpeg(waves(size)), jpeg(waves(size).convert("L")), jpeg(waves(size), progressive=True)):
         drafted = drafting.decode_shard([sample(encoded)])
         assert (drafted.rows[0].width, drafted.rows[0].height) == size
@@ -140,7 +140,7 @@ def test_drafted_pixels_are_near_the_exact_ones(size: ByteSize, spec_name: str) 
 
 
 def test_drafts_are_of_large_jpegs_alone() -> None:
-    drafting = Decoder(spec(), ByteTokenizer(), 10_000_000, draft=True)
+    drafting = Decoder(spec(), ByteTokenizer(), 10_000_000, draft=2)
     small, large = jpeg(waves((95, 120))), jpeg(waves((96, 120)))
     buffer = BytesIO()
     waves((400, 400)).save(buffer, "PNG")
@@ -151,7 +151,7 @@ def test_drafts_are_of_large_jpegs_alone() -> None:
 
 def test_a_draft_of_a_truncated_jpeg_is_rejected_as_such() -> None:
     encoded = jpeg(waves((400, 301)))
-    drafting = Decoder(spec(), ByteTokenizer(), 10_000_000, draft=True)
+    drafting = Decoder(spec(), ByteTokenizer(), 10_000_000, draft=2)
     row = drafting.decode_shard([sample(encoded[: len(encoded) // 2])]).rows[0]
     assert row.status == "truncated-image"
     assert (row.width, row.height) == (400, 301)

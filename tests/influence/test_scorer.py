@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.influence import UTILITY, Estimator, ProbePlan, Scorer, Settings, prepare_run, utility_of
-from pipeline.influence.scorer import uniform, with_reference
+from pipeline.influence.scorer import with_reference
 from pipeline.types import PairBatch
 from tests.influence.oracle import Explicit
 from tests.influence.test_diff_in import N, assert_close, make_case
@@ -173,17 +173,6 @@ def test_float32_is_within_a_thousandth():
         exact, pairs = scorer_of(replace(settings, method="exact"))
         single, _ = scorer_of(settings, torch.float32)
         assert_close(single.score(pairs).terms.double(), exact.score(pairs).terms, 1e-3)
-
-
-def test_random_is_uniform_and_seeded():
-    ids = torch.arange(20_000) - 10_000
-    values = uniform(ids, 0)
-    assert torch.equal(values, uniform(ids, 0))
-    assert not torch.equal(values, uniform(ids, 1))
-    assert 0 <= values.min() < 0.001
-    assert 0.999 < values.max() < 1
-    counts = torch.histc(values.float(), 10, 0, 1)
-    assert (counts - 2000).abs().max() < 200
 
 
 class Unsupported(torch.autograd.Function):

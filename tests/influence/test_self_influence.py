@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 
 from pipeline.errors import InputError
-from pipeline.influence import Scorer, Settings, prepare
+from pipeline.influence import ProbePlan, Scorer, Settings, prepare
 from pipeline.influence.lanczos import krylov, leading_eigenpairs
 from tests.influence.oracle import Explicit
 from tests.influence.test_diff_in import N, assert_close, make_case, score
@@ -53,6 +53,21 @@ def test_projected_forms_approach_the_exact_ones(estimator):
     assert errors[1] < 0.5
     assert errors[1] < errors[0]
     assert spearmanr(found, truth)[0] > 0.8
+
+
+@pytest.mark.parametrize("estimator", ["grand", "tracin-self", "diff-in-self"])
+def test_random_vectors_are_drawn_where_they_are_needed(estimator, monkeypatch):
+    """A plan keeps one vector for all of them, and as many as fit into memory at a time give the same scores."""
+    settings = Settings(estimator=estimator, projections=70, eigenpairs=2)
+    model, checkpoints, batches, pairs = make_case(settings)
+    plan = prepare(model, checkpoints[0], batches, settings, dataset_size=N, num_checkpoints=1)
+    assert len(plan.drawn) == 70
+    assert set(plan.vectors) == {"root"} | ({"push", "u0", "u1"} if estimator == "diff-in-self" else set())
+    plan = ProbePlan.from_tensors(*plan.to_tensors())
+    together = Scorer(model, [(checkpoints[0], plan)], batches.reference, settings).score(pairs).terms
+    monkeypatch.setattr("pipeline.influence.scorer._DRAWN_BYTES", 1)
+    one_by_one = Scorer(model, [(checkpoints[0], plan)], batches.reference, settings).score(pairs).terms
+    assert_close(one_by_one, together, 1e-9)
 
 
 def test_exact_form_refuses_a_matrix_that_is_too_large(monkeypatch):
