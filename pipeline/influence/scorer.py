@@ -212,9 +212,7 @@ class _CheckpointScorer:
             yield stored, self.vectors
         width = 1
         if rest:
-            example = self._stored(rest[0][0])
-            size = sum(value.numel() * value.element_size() for value in example.values())
-            width = max(1, _DRAWN_BYTES // max(1, size))
+            width = max(1, _DRAWN_BYTES // max(1, _bytes(self._stored(rest[0][0]))))
         for start in range(0, len(rest), width):
             names = rest[start : start + width]
             yield names, {name: self._vector(name) for each in names for name in each}
@@ -295,6 +293,16 @@ class _CheckpointScorer:
         if probe.of == "neg-clip-loss":
             return -pair_losses(here, others, near, settings.family, "row") / here.scale
         return error_norms(here, others, near, settings.family)
+
+
+def random_bytes(plan: ProbePlan) -> int:
+    """Bytes that the random vectors of a plan take at most at a time, the copy of those in a pass included."""
+    sizes = [_bytes(plan.vectors[drawn.of]) for drawn in plan.drawn.values()]
+    return 2 * min(sum(sizes), max(_DRAWN_BYTES, *sizes)) if sizes else 0
+
+
+def _bytes(tree: Tree) -> int:
+    return sum(value.numel() * value.element_size() for value in tree.values())
 
 
 def _spread(values: Tensor, rows: Tensor) -> Tensor:

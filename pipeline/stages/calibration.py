@@ -20,6 +20,7 @@ from pipeline.device import device_of_this_task
 from pipeline.engine.resources import WorkerPlan
 from pipeline.errors import InputError
 from pipeline.influence import Batches, ProbePlan, Scorer, Settings, prepare_run
+from pipeline.influence.scorer import random_bytes
 from pipeline.models.clip import PairModel, build_model, split_state
 from pipeline.prepared import settings_of
 from pipeline.replay.schedule import TrainingSettings, data_order
@@ -48,6 +49,7 @@ class Rates:
         step: a training step at the config's batch size.
         parameters: of the model.
         directed: values of the vectors at one checkpoint.
+        random: bytes of the random vectors that are in memory at a time.
         pixels: bytes of a decoded image.
         tokens: of a caption.
         embedding: values of one pair's embedding, both towers.
@@ -62,6 +64,7 @@ class Rates:
     step: float
     parameters: int
     directed: int
+    random: int
     pixels: int
     tokens: int
     embedding: int
@@ -129,6 +132,7 @@ def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: 
         step=0.0,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         directed=sum(value.numel() for tree in plans[-1].vectors.values() for value in tree.values()),
+        random=random_bytes(plans[-1]),
         pixels=pairs.images[0].numel(),
         tokens=pairs.tokens.shape[1],
         embedding=last.observe(pairs[:1]).embedding.shape[2],

@@ -29,12 +29,13 @@ TASK_CPUS = 1
 @dataclass(frozen=True)
 class Volume:
     """What a run has to deal with: shards, pairs (all counted, or estimated from a few shards) and bytes of the input,
-    and the machines' CPUs and GPUs."""
+    whether tars are compressed, and the machines' CPUs and GPUs."""
 
     shards: int
     pairs: int
     exact: bool
     bytes: int
+    compressed: bool
     cpus: int
     gpus: int
     workers: int
@@ -111,10 +112,11 @@ def _directions(config: Config, rates: Rates, volume: Volume) -> StageCost:
         piece = volume.steps * rates.step * REPLAY_STEPS
     drawn = config.reference.pairs + config.reference.gradient_pairs
     drawn += config.target.pairs
-    # Each of R, B and V is drawn from all shards, which are read up to the last pair that is wanted.
-    read = 2 * rates.count * min(volume.pairs, drawn / max(volume.shards, 1) * volume.pairs)
+    # R, B and V are drawn from all shards; compressed ones are read up to the last pair that is wanted.
+    walked = min(volume.pairs, drawn / max(volume.shards, 1) * volume.pairs) if volume.compressed else 0
+    read = 2 * rates.count * walked
     seconds = rates.start + read + rates.decode * drawn + piece * _at_once(pieces, places)
-    memory = PROCESS_BYTES + 4 * (6 * rates.parameters + rates.directed)
+    memory = PROCESS_BYTES + 4 * (6 * rates.parameters + rates.directed) + rates.random
     storage = 4 * rates.directed * m + drawn * (rates.pixels + 8 * rates.tokens + 16)
     return StageCost("directions", seconds, seconds / 3600 * volume.gpus, memory, int(storage))
 
@@ -136,7 +138,7 @@ def _score(config: Config, rates: Rates, volume: Volume) -> StageCost:
         stored += SCORE_BYTES + 2 * rates.embedding * volume.runs
     weights = 4 * (rates.parameters * (2 + m) + rates.directed * m)
     shard = volume.pairs / max(volume.shards, 1) * (rates.pixels + 8 * rates.tokens)
-    memory = PROCESS_BYTES + weights + (config.engine.prefetch + 1) * shard
+    memory = PROCESS_BYTES + weights + rates.random + (config.engine.prefetch + 1) * shard
     hours = seconds / 3600 * min(volume.gpus, volume.workers)
     return StageCost("score", seconds, hours, int(memory), int(stored * volume.pairs))
 

@@ -45,6 +45,7 @@ def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
             pairs=known[0],
             exact=known[2],
             bytes=known[1],
+            compressed=any(not url.endswith(".tar") for url in urls),
             cpus=int(sum(node.get("CPU", 0) for node in nodes)),
             gpus=int(sum(node.get("GPU", 0) for node in nodes)),
             workers=workers.workers,

@@ -13,10 +13,11 @@ from pipeline.stages.costs import StageCost, Volume, costs
 
 RATES = Rates(
     start=10.0, count=0.001, decode=0.002, checkpoint=0.1, observe=0.01, directions=40.0, step=0.5,
-    parameters=1_000_000, directed=2_000_000, pixels=3000, tokens=16, embedding=64,
+    parameters=1_000_000, directed=2_000_000, random=0, pixels=3000, tokens=16, embedding=64,
 )  # fmt: skip
 VOLUME = Volume(
-    shards=10, pairs=10_000, exact=True, bytes=10**9, cpus=2, gpus=0, workers=2, steps=100, checkpoints=4, runs=1
+    shards=10, pairs=10_000, exact=True, bytes=10**9, compressed=False, cpus=2, gpus=0, workers=2, steps=100,
+    checkpoints=4, runs=1,
 )  # fmt: skip
 
 
@@ -68,6 +69,20 @@ def test_runs_share_the_machine_and_given_checkpoints_need_no_training() -> None
     replayed = planned(score={"estimator": "unrolled", "replay": "exact"})
     assert replayed["directions"].seconds > one["directions"].seconds
     assert planned(score={"estimator": "random"})["score"].seconds < one["score"].seconds / 3
+
+
+def test_pairs_drawn_from_compressed_tars_cost_the_way_to_them() -> None:
+    plain, walked = planned()["directions"], planned(replace(VOLUME, compressed=True))["directions"]
+    assert walked.seconds - plain.seconds == pytest.approx(2 * 0.001 * 10_000)
+    few = replace(VOLUME, compressed=True, shards=1000)  # half a pair from each of them
+    assert planned(few)["directions"].seconds - plain.seconds == pytest.approx(2 * 0.001 * 5000)
+
+
+def test_random_vectors_take_memory_where_they_are_drawn() -> None:
+    without, found = planned(), planned(rates=replace(RATES, random=10**9))
+    for stage in ("directions", "score"):
+        assert found[stage].memory - without[stage].memory == 10**9
+        assert found[stage].storage == without[stage].storage
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.5, 5000), (2000, 2000), ({"threshold": 0.1}, 10_000)])
