@@ -18,6 +18,12 @@ from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
 
+#: Parts of a config that change nothing about a seed's run and its counterfactuals.
+_OF_NO_SEED: dict[str, Any] = {
+    **dict.fromkeys(("out", "engine", "select", "emit", "track", "report"), True),
+    "validation": {"seeds"},
+}
+
 
 @dataclass(frozen=True)
 class _Seed:
@@ -42,6 +48,7 @@ class _Results:
 def validate(job: Job) -> None:
     """Write `validation/`: `results.parquet` (every predicted and true effect), `table.json`, `validation.svg`.
 
+    A seed that is done is not repeated: seeds may be added later.
     Raises `ConfigError` when the data hold fewer pairs than the small run and its target need.
     """
     take_inventory(job)
@@ -56,7 +63,7 @@ def validate(job: Job) -> None:
         )
     folder = storage.join(job.folder.root, "validation")
     found: dict[int, dict[str, Any]] = {}
-    decides = config.model_dump(mode="json", exclude={"engine"})
+    decides = config.model_dump(mode="json", exclude=_OF_NO_SEED)
     fingerprint = Fingerprint({"config": decides, "inventory": job.inventory_digest})
     outcome = run_tasks(
         _measure,
