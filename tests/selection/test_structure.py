@@ -108,13 +108,14 @@ def test_embeddings_of_a_joined_run(tmp_path):
     run = write_run(tmp_path / "a", [[row(n, float(n)) for n in range(30)]])
     theirs = embedded(vectors, rng.normal(size=30))
     theirs[3] |= {"status": "corrupt-image", "embedding": None}  # near nothing
+    theirs[5]["embedding"][2] = float("nan")  # nor is this one
     other = write_run(tmp_path / "b", [theirs], embedding_size=2 * DIM)
     dedup = DedupConfig(cosine=0.999)
     with pytest.raises(ConfigError, match=r"select.dedup.cosine: .*score.embeddings"):
         select(run, SelectConfig(dedup=dedup), seed=0)
     config = SelectConfig(keep=1.0, dedup=dedup, join={"b": other.root}, embeddings="b")
     select(run, config, seed=0)
-    assert kept(run) == [(0, n) for n in (3, *range(10, 30))]
+    assert kept(run) == [(0, n) for n in (3, 5, *range(10, 30))]
 
 
 @pytest.mark.parametrize("quota", ["proportional", "equal", "complexity"])
