@@ -151,14 +151,15 @@ def _first_pairs(config: Config, url: str, model: PairModel, threads: int) -> Pa
 def seconds_of(work: Callable[[int], object], target: int, most: int, seconds: float) -> float:
     """Seconds of `work(target)`, after a few calls with smaller sizes.
 
-    Sizes are doubled until a call takes `seconds` or `most` is reached; from there on it goes by the slope between the
-    last two, since small sizes cost more per pair. The last size is called until `seconds` are over, the mean counts.
+    Sizes are doubled, once at least, until a call takes `seconds` or `most` is reached; from there on it goes by the
+    slope between the last two, since a call costs something whatever its size. The last size is called until `seconds`
+    are over, the mean counts.
     """
     size = min(FEWEST, most, target)
     work(size)
     before = (0, 0.0)
     taken = _called(work, size, 0.0)
-    while taken < seconds and size < min(most, target):
+    while (taken < seconds or before[0] == 0) and size < min(most, target):
         before = (size, taken)
         size = min(2 * size, most, target)
         taken = _called(work, size, 0.0)

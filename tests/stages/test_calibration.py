@@ -44,7 +44,9 @@ def test_beyond_the_time_or_the_pairs_it_goes_by_the_slope(clock: Clock) -> None
     assert max(clock.sizes) == 20
 
 
-def test_where_one_call_is_already_long_it_is_scaled(clock: Clock) -> None:
-    clock.fixed = 0.0
-    assert seconds_of(clock.work, 800, 800, 0.01) == pytest.approx(8.0)
-    assert max(clock.sizes) == 8
+def test_what_a_call_costs_whatever_its_size_is_not_scaled(clock: Clock) -> None:
+    clock.fixed = 30.0  # longer than the time there is
+    assert seconds_of(clock.work, 800, 800, 2.0) == pytest.approx(38.0)
+    assert max(clock.sizes) == 16
+    clock.sizes.clear()
+    assert seconds_of(clock.work, 800, 8, 2.0) == pytest.approx(800 / 8 * 30.08)  # no second size to be had
