@@ -8,9 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data.shards import expand
 from pipeline.device import gpus_for_a_task
+from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task, run_tasks
-from pipeline.errors import ConfigError
 from pipeline.evaluation.results import Result
 from pipeline.patience import Patience
 from pipeline.stages.evaluation_sets import WrittenSet, write_sets
@@ -19,6 +20,7 @@ from pipeline.stages.training import model_files
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import read_pulse
+from pipeline.text import plural
 
 #: Keys of `proxy` that decide nothing about the training of a judged model.
 _OF_THE_PROXY_ALONE = {
@@ -58,11 +60,10 @@ def evaluate(job: Job) -> list[Result]:
     """Train and measure every set, write `evaluation/results.json` and return its rows.
 
     A training that is done is not repeated: sets, sizes and seeds may be added later.
-    Raises `ConfigError` without `evaluate.shards`, `StageError` before the selection is finished.
+    Raises `StageError` before the selection is finished.
     """
     config = job.config
-    if config.evaluate is None or config.evaluate.shards is None:
-        raise ConfigError("expected shards to measure on", key="evaluate.shards")
+    _warn_of_shared_shards(config)
     sets = run_task(write_sets, config, stage="evaluate", config=config.engine)
     trainings = [_training(job, each) for each in sets]
     pending = {training.mark: training for training in trainings if marks.read_mark(training.mark) is None}
@@ -88,6 +89,18 @@ def evaluate(job: Job) -> list[Result]:
         {"rows": [_without_nan(asdict(result)) for result in results]},
     )
     return results
+
+
+def _warn_of_shared_shards(config: Config) -> None:
+    """Say so where models are measured on pairs that they are trained on, or that the choice was made for."""
+    assert config.evaluate is not None
+    assert config.evaluate.shards is not None
+    measured = set(expand(config.evaluate.shards, "evaluate.shards"))
+    for key, shards in (("data.shards", config.data.shards), ("target.shards", config.target.shards)):
+        shared = measured & set(expand(shards, key)) if shards is not None else set()
+        if shared:
+            named = f"{plural(len(shared), 'shard')} of evaluate.shards, {min(shared)} first, also named by {key}"
+            say("evaluate", f"{named}: what is measured on them is not what unused pairs would give")
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:

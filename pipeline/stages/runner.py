@@ -61,6 +61,8 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
 def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     """One stage; refuses with a `StageError` when the stage before it has not finished."""
     check(config)
+    if name == "evaluate" and (config.evaluate is None or config.evaluate.shards is None):
+        raise ConfigError("expected pairs to measure on, which nothing else has used", key="evaluate.shards")
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=name in _WITH_PROXY)

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
+from typing import Any
 
 import pytest
 
-from pipeline.stages.runner import command_line
+from pipeline.config import parse_config
+from pipeline.errors import ConfigError
+from pipeline.stages import runner
+from pipeline.stages.runner import command_line, run_stage
 
 
 @pytest.mark.parametrize(
@@ -24,3 +28,10 @@ def test_the_command_is_one_that_can_be_typed_again(
     spec = None if module is None else ModuleSpec(module, None)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     assert command_line() == command
+
+
+def test_evaluate_without_pairs_to_measure_on_starts_nothing(make_shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "connect", lambda engine: pytest.fail("a cluster was started"))
+    for section in ({}, {"evaluate": {"seeds": 1}}):
+        with pytest.raises(ConfigError, match=r"evaluate\.shards: expected pairs to measure on"):
+            run_stage("evaluate", parse_config({"data": {"shards": make_shards()}, **section}))
