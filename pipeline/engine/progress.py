@@ -58,6 +58,10 @@ class Rate:
             self._sum -= self._buckets.popleft()[1]
         return self._sum / min(elapsed, window) if self._sum else 0.0
 
+    def mean(self, begun: float) -> float:
+        """The rate since the start, with the parts of events that are under way."""
+        return (self._all + begun) / max(self._clock() - self._start, 1e-3)
+
 
 class Tally:
     """The numbers behind the display: units of work done and failed, pairs, rejected pairs, rates, time left."""
@@ -71,6 +75,8 @@ class Tally:
         self.failed = 0
         self.pairs = pairs
         self.rejected = rejected
+        #: Units in hand, by how much of each is done.
+        self.begun = 0.0
         self._units = Rate(self._clock, fewest=FEWEST_UNITS)
         self._pairs = Rate(self._clock)
         self._workers: dict[str, tuple[Rate, float]] = {}
@@ -94,8 +100,8 @@ class Tally:
 
     def seconds_left(self) -> float | None:
         """Estimate from the present rate; None while there is none."""
-        rate = self._units.per_second()
-        return (self.total - self.done - self.failed) / rate if rate else None
+        rate = self._units.mean(self.begun) if self.begun else self._units.per_second()
+        return (self.total - self.done - self.failed - self.begun) / rate if rate else None
 
     def line(self, unit: str) -> str:
         """The numbers in one line, without the counts of done and total."""

@@ -73,6 +73,7 @@ def run_tasks(
     gpus: float = 0,
     patience: Patience | None = None,
     pulse: Callable[[Item], object] | None = None,
+    begun: Callable[[Any], float] | None = None,
 ) -> TaskOutcome:
     """Run `function(item)` for every item in Ray tasks.
 
@@ -91,6 +92,7 @@ def run_tasks(
         patience: when there was no news for so long, the tasks in hand are taken to hang: they are killed, and count as
             failed. News are a task that came back, and another `pulse`. None waits for ever.
         pulse: called in the driver; something about an item in hand that becomes another one while its task goes on.
+        begun: what a `pulse` says of how much of its item is done, from 0 to 1, for the time that is left.
 
     Raises `StageError` when the run folder cannot be written or the run is interrupted.
     """
@@ -113,8 +115,8 @@ def run_tasks(
 
     killed: dict[int, Failure] = {}
     silence = Silence(patience or Patience(math.inf))
-    pulses = _Pulses(pulse, silence) if pulse is not None else None
     tally = Tally(len(items), done=outcome.done)
+    pulses = _Pulses(pulse, silence, begun, tally) if pulse is not None else None
     with (
         Display(stage, unit, tally) as display,
         Interruption(lambda: display.note("finishing what is in hand (again: stop at once)")) as stop,
@@ -213,9 +215,17 @@ def _apply(function: Callable[[Any], Any], item: Any) -> Any:
 class _Pulses:
     """What tasks in hand say of themselves while they go on; another value is news."""
 
-    def __init__(self, pulse: Callable[[Any], object], silence: Silence) -> None:
+    def __init__(
+        self,
+        pulse: Callable[[Any], object],
+        silence: Silence,
+        begun: Callable[[Any], float] | None,
+        tally: Tally,
+    ) -> None:
         self._pulse = pulse
         self._silence = silence
+        self._begun = begun
+        self._tally = tally
         self._found: dict[int, object] = {}
         self._looked = time.monotonic()
 
@@ -228,6 +238,8 @@ class _Pulses:
         before, self._found = self._found, {number: self._pulse(item) for number, item in in_hand.items()}
         if any(before.get(number, value) != value for number, value in self._found.items()):
             self._silence.news()
+        if self._begun is not None:
+            self._tally.begun = sum(map(self._begun, self._found.values()))
 
 
 @dataclass(frozen=True)

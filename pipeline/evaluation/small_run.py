@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -33,6 +34,7 @@ class SmallRun:
         data: the `n` training pairs.
         target: V.
         recipe: the order of the pairs, the rates and the optimizer.
+        on_trained: called with the number of models that were trained side by side, whenever some were.
     """
 
     model: torch.nn.Module
@@ -40,6 +42,7 @@ class SmallRun:
     data: PairBatch
     target: PairBatch
     recipe: Recipe
+    on_trained: Callable[[int], None] | None = None
 
     @property
     def steps(self) -> int:
@@ -73,6 +76,8 @@ class SmallRun:
         for rows in torch.split(without, STACK):
             masks = self._masks(len(rows)).masked_fill(rows, 0)
             parts.append(train_masked(self.model, self.start, self.data, masks, self.recipe, removal=removal))
+            if self.on_trained is not None:
+                self.on_trained(len(rows))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def losses(self, without: Tensor, removal: float = 1.0) -> Tensor:

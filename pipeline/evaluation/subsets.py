@@ -22,6 +22,12 @@ Log = Callable[[int, dict[str, float]], None]
 FIRST_RUN = 1000
 
 
+def steps_of_each(config: Config, pairs: int) -> int:
+    """Steps of every training: `evaluate.steps`, else the proxy's on all `pairs`."""
+    proxy, wanted = config.proxy, config.evaluate or EvaluateConfig()
+    return wanted.steps or proxy.steps or max(1, round(proxy.epochs * (pairs // proxy.batch_size)))
+
+
 def train_and_measure(
     config: Config,
     build: Callable[[int], PairModel],
@@ -34,13 +40,13 @@ def train_and_measure(
 ) -> float:
     """Train a new model on cache `rows` with the proxy's settings (but `evaluate.augment`) and measure it.
 
-    Every set gets the same number of steps (`evaluate.steps`, else the proxy's on all pairs), so that small sets are
-    seen more often, not less. Sets smaller than a batch are trained with a batch of their size. `log` is called with
-    the steps taken and the values of the last of them: `loss` (nats), and at the end the metric by its name.
+    Every set gets the same number of steps, so that small sets are seen more often, not less. Sets smaller than a batch
+    are trained with a batch of their size. `log` is called with the steps taken and the values of the last of them:
+    `loss` (nats), and at the end the metric by its name.
     """
     proxy, wanted = config.proxy, config.evaluate or EvaluateConfig()
     batch = min(proxy.batch_size, len(rows))
-    steps = wanted.steps or proxy.steps or max(1, round(proxy.epochs * (len(pairs) // proxy.batch_size)))
+    steps = steps_of_each(config, len(pairs))
     sized = config.model_copy(update={"proxy": proxy.model_copy(update={"batch_size": batch, "workers": 1})})
     settings = TrainingSettings.of(sized, len(rows), FIRST_RUN + seed)
     settings = replace(settings, steps=steps, augment=wanted.augment)

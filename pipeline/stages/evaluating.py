@@ -19,7 +19,7 @@ from pipeline.stages.job import Job
 from pipeline.stages.training import model_files
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
-from pipeline.store.pulse import read_pulse
+from pipeline.store.pulse import read_pulse, share_done
 from pipeline.text import plural
 
 #: Keys of `proxy` that decide nothing about the training of a judged model.
@@ -78,6 +78,7 @@ def evaluate(job: Job) -> list[Result]:
         gpus=gpus_for_a_task(),
         patience=Patience.of_computing(config.engine.task_timeout),
         pulse=lambda training: (read_pulse(training.pulse), read_pulse(job.folder.decoding)),
+        begun=lambda pulse: share_done(pulse[0]),
     )
     outcome.check("evaluate")
     results = []

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.table import Table
 
-from pipeline.config import Config
+from pipeline.config import Config, ValidateConfig
 from pipeline.data.decode import uid_to_id
 from pipeline.data.sampling import load_pairs
 from pipeline.evaluation.agreement import Measured, raw_rows, table
@@ -34,6 +34,7 @@ from pipeline.stages.job import OVERDRAW
 from pipeline.stages.plans import draw_batches
 from pipeline.stages.validation_tables import tables
 from pipeline.store import storage
+from pipeline.store.pulse import Pulse
 from pipeline.types import PairBatch
 
 #: Offset of the seed that draws the pairs of the small runs.
@@ -78,8 +79,26 @@ class _Pairs:
         return data, np.array([truth.get(number, False) for number in data.ids.tolist()], dtype=bool)
 
 
-def measure(config: Config, seed: int) -> dict[str, Any]:
-    """Everything of one seed, as plain numbers."""
+class _Progress:
+    """How many of a seed's trainings are done; an estimate counts as one. Written for the driver to read."""
+
+    def __init__(self, url: str, trainings: int) -> None:
+        self._pulse = Pulse(url)
+        self._all = trainings
+        self._done = 0
+
+    def add(self, trainings: int) -> None:
+        """So many more are done."""
+        self._done += trainings
+        self._pulse.beat({"step": self._done, "steps": self._all})
+
+    def end(self) -> None:
+        """Nothing is left to follow."""
+        self._pulse.end()
+
+
+def measure(config: Config, seed: int, pulse_file: str) -> dict[str, Any]:
+    """Everything of one seed, as plain numbers; `pulse_file` says how far it is, while it goes on."""
     sizes = config.validation
     job = ComputingJob(config)
     torch.set_num_threads(1)
@@ -91,8 +110,14 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
     reference = reference_of(run.data, config.reference.pairs, config.seed)
     settings = settings_of(config)
     estimator = Estimator(run, recorded, reference)
-    estimates = {form.name: estimator.estimate(form) for form in forms_of(sizes.estimators, settings)}
+    forms = forms_of(sizes.estimators, settings)
+    progress = _Progress(pulse_file, len(forms) + _trainings(sizes, n, len(forms), wrong))
+    estimates = {}
+    for form in forms:
+        estimates[form.name] = estimator.estimate(form)
+        progress.add(1)
     fast = small_run(config, job.model(seed), data, target, seed, pairs.others, dtype=torch.float32)
+    run.on_trained = fast.on_trained = progress.add
     rows = left_out_pairs(n, sizes.leave_out, config.seed)
     result: dict[str, Any] = {
         "utilities": {name: found.utilities.tolist() for name, found in estimates.items()},
@@ -117,7 +142,17 @@ def measure(config: Config, seed: int) -> dict[str, Any]:
         names = ["(nothing)", "(known wrong)", "(random)", *estimates]
         result["wrong"] = wrong.tolist()
         result["cleaned"] = dict(zip(names, losses_without(fast, removed).tolist(), strict=True))
+    progress.end()
     return result
+
+
+def _trainings(sizes: ValidateConfig, pairs: int, forms: int, wrong: Bools | None) -> int:
+    """Trainings of a seed beside its own run."""
+    left_out = min(sizes.leave_out, pairs) + 1
+    without = left_out * (1 if sizes.partial is None else 2) + sizes.halves
+    deleted = sizes.deletions + 1 if sizes.deletions else 0
+    cleaned = 3 + forms if wrong is not None and wrong.any() else 0
+    return without + deleted + cleaned
 
 
 def _recorded(config: Config, pairs: int) -> list[int]:

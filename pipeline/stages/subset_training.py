@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.device import device_of_this_task
-from pipeline.evaluation.subsets import train_and_measure
+from pipeline.evaluation.subsets import steps_of_each, train_and_measure
 from pipeline.evaluation.zeroshot import load_held_out
 from pipeline.stages.computing import ComputingJob
 from pipeline.stages.training import TrainingPairs, build_proxy
@@ -36,11 +36,12 @@ def train_on(config: Config, name: str, positions_file: str, seed: int, pulse_fi
     rows = np.flatnonzero(np.isin(cache.positions, chosen))
     held_out = load_held_out(config.evaluate.shards, job.decoder, config.data.caption, job.threads)
     pulse = Pulse(pulse_file)
+    steps = steps_of_each(config, len(cache))
     with Board(job.folder, config, f"evaluation/{name}") as board:
 
         def log(step: int, values: dict[str, float]) -> None:
             board.log(step, values)
-            pulse.beat({"step": step})
+            pulse.beat({"step": step, "steps": steps})
 
         value = train_and_measure(config, partial(build_proxy, config), cache, rows, held_out, seed, device, log)
     pulse.end()

@@ -16,6 +16,7 @@ from pipeline.stages.job import Job
 from pipeline.stages.training import take_inventory
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.pulse import read_pulse, share_done
 from pipeline.store.task_marks import TaskMarks
 
 #: Parts of a config that change nothing about a seed's run and its counterfactuals.
@@ -34,6 +35,11 @@ class _Seed:
 
     def __str__(self) -> str:
         return f"seed {self.seed}"
+
+    @property
+    def pulse(self) -> str:
+        """How far it is, while it goes on."""
+        return storage.join(self.config.out, "validation", "progress", f"{self.seed:05d}.json")
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ def validate(job: Job) -> None:
         marks=TaskMarks(storage.join(folder, "seeds"), fingerprint),
         unit="seeds",
         patience=Patience.of_computing(config.engine.task_timeout),
+        pulse=lambda seed: read_pulse(seed.pulse),
+        begun=share_done,
     )
     outcome.check("validate")
     results = _Results(folder, config, [found[seed] for seed in range(config.validation.seeds)])
@@ -86,7 +94,7 @@ def validate(job: Job) -> None:
 def _measure(item: _Seed) -> dict[str, Any]:
     from pipeline.stages.measuring import measure
 
-    return measure(item.config, item.seed)
+    return measure(item.config, item.seed, item.pulse)
 
 
 def _write(results: _Results) -> list[Table | str]:

@@ -30,6 +30,11 @@ class Pulse:
         storage.remove(self._url)
 
 
+def share_done(state: dict[str, Any] | None) -> float:
+    """How much of the work is done, from 0 to 1, by `step` and `steps` of what was last written; 0 without."""
+    return state["step"] / max(state["steps"], 1) if state and "steps" in state else 0.0
+
+
 def read_pulse(url: str) -> dict[str, Any] | None:
     """What was last written to `url`, or None where there is nothing or storage does not answer: that is no news."""
     try:

@@ -68,6 +68,19 @@ def test_slow_units_are_averaged_since_the_start() -> None:
     assert tally.line("trainings") == "2 min per training, 7 min left"
 
 
+def test_units_in_hand_count_by_how_much_of_them_is_done() -> None:
+    clock = Clock()
+    tally = Tally(3, clock=clock)
+    clock.now = 100
+    tally.begun = 0.5
+    assert tally.line("seeds") == "8 min left"
+    tally.add()
+    tally.begun = 0.0
+    assert tally.line("seeds") == "2 min per seed, 3 min left"
+    tally.begun = 1.0
+    assert tally.seconds_left() == pytest.approx(50)
+
+
 def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     out = io.StringIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from pipeline.config import EngineConfig
-from pipeline.engine import tasks
+from pipeline.engine import progress, tasks
 from pipeline.engine.failures import read_aside
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError, StageError
@@ -155,6 +156,7 @@ def test_tasks_with_a_pulse_may_take_their_time_and_those_without_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tasks, "LOOK_EVERY", 0.2)
+    monkeypatch.setattr(progress, "LINE_EVERY", 1.0)
     (tmp_path / "b-hang").touch()
     (tmp_path / "a").touch()
     (tmp_path / "b").touch()
@@ -168,9 +170,12 @@ def test_tasks_with_a_pulse_may_take_their_time_and_those_without_are_killed(
         on_result=results.__setitem__,
         patience=OnlyForHung(6.0, tmp_path),
         pulse=lambda item: (tmp_path / item).read_text(),
+        begun=lambda step: int(step or 0) / 20,
     )
     assert (outcome.done, results) == (2, {0: "a", 1: "b"})
-    assert capsys.readouterr().err.count("in hand are killed") == 1, "only b, and only once"
+    said = capsys.readouterr().err
+    assert said.count("in hand are killed") == 1, "only b, and only once"
+    assert re.search(r"slow: 0 of 2 tasks, \d+ s left\n", said), "known before the first task is done"
 
 
 def nap(number: int) -> int:

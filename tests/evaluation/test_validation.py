@@ -190,6 +190,14 @@ def test_table_and_plot_of_a_known_case() -> None:
     assert plot([best, chance], [])
 
 
+def test_a_run_says_how_many_were_trained() -> None:
+    run = make_run(steps=2)
+    trained: list[int] = []
+    run.on_trained = trained.append
+    left_out_changes(run, np.arange(20))
+    assert trained == [16, 5]
+
+
 def test_averaging_runs_helps_where_their_errors_differ() -> None:
     rng = np.random.default_rng(0)
     effects = rng.normal(size=40)
