@@ -150,11 +150,17 @@ class ProxyConfig(Section):
     """Steps between the resume points of an interrupted proxy run."""
 
     @model_validator(mode="after")
+    def _whole_gpus(self) -> ProxyConfig:
+        if self.workers > 1 and self.gpus_per_worker is not None and self.gpus_per_worker % 1:
+            raise ValueError("expected a whole number of gpus_per_worker with workers above 1, which cannot share a GPU")
+        return self
+
+    @model_validator(mode="after")
     def _plain_checkpoints(self) -> ProxyConfig:
         for name in ("checkpoint_steps", "checkpoint_rates"):
             given = getattr(self, name)
             if given is not None and len(given) != len(self.checkpoints or []):
-                raise ValueError(f"{name} must have one entry per checkpoint")
+                raise ValueError(f"expected one entry of {name} per checkpoint")
         if self.within is not None and self.checkpoints is not None:
             raise ValueError("expected either within or checkpoints: these are trained already")
         return self
