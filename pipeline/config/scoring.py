@@ -152,7 +152,7 @@ class ProxyConfig(Section):
     @model_validator(mode="after")
     def _whole_gpus(self) -> ProxyConfig:
         if self.workers > 1 and self.gpus_per_worker is not None and self.gpus_per_worker % 1:
-            raise ValueError("expected a whole number of gpus_per_worker with workers above 1, which cannot share a GPU")
+            raise ValueError("expected a whole gpus_per_worker with workers above 1, which cannot share a GPU")
         return self
 
     @model_validator(mode="after")

@@ -80,16 +80,22 @@ class _Pairs:
 
 
 class _Progress:
-    """How many of a seed's trainings are done; an estimate counts as one. Written for the driver to read."""
+    """How much of a seed is done, in trainings, for the driver to read. All estimates together count as half of them:
+    replays go through a run several times, while trainings are stacked."""
 
-    def __init__(self, url: str, trainings: int) -> None:
+    def __init__(self, url: str, estimates: int, trainings: int) -> None:
         self._pulse = Pulse(url)
-        self._all = trainings
-        self._done = 0
+        self._all = 1.5 * trainings
+        self._per_estimate = 0.5 * trainings / max(estimates, 1)
+        self._done = 0.0
 
-    def add(self, trainings: int) -> None:
-        """So many more are done."""
-        self._done += trainings
+    def estimated(self) -> None:
+        """One more estimate is there."""
+        self.trained(self._per_estimate)
+
+    def trained(self, count: float) -> None:
+        """So many more trainings are done."""
+        self._done += count
         self._pulse.beat({"step": self._done, "steps": self._all})
 
     def end(self) -> None:
@@ -111,13 +117,13 @@ def measure(config: Config, seed: int, pulse_file: str) -> dict[str, Any]:
     settings = settings_of(config)
     estimator = Estimator(run, recorded, reference)
     forms = forms_of(sizes.estimators, settings)
-    progress = _Progress(pulse_file, len(forms) + _trainings(sizes, n, len(forms), wrong))
+    progress = _Progress(pulse_file, len(forms), _trainings(sizes, n, len(forms), wrong))
     estimates = {}
     for form in forms:
         estimates[form.name] = estimator.estimate(form)
-        progress.add(1)
+        progress.estimated()
     fast = small_run(config, job.model(seed), data, target, seed, pairs.others, dtype=torch.float32)
-    run.on_trained = fast.on_trained = progress.add
+    run.on_trained = fast.on_trained = progress.trained
     rows = left_out_pairs(n, sizes.leave_out, config.seed)
     result: dict[str, Any] = {
         "utilities": {name: found.utilities.tolist() for name, found in estimates.items()},

@@ -30,7 +30,7 @@ def write(tmp_path: Path, text: str) -> str:
         ),
         (
             "data: {shards: a.tar}\nproxy: {workers: 2, gpus_per_worker: 0.5}",
-            "proxy: expected a whole number of gpus_per_worker with workers above 1, which cannot share a GPU",
+            "proxy: expected a whole gpus_per_worker with workers above 1, which cannot share a GPU",
         ),
         ("data: {}", "data.shards: expected a value, this key is needed"),
         ("data: {shards: a.tar}\ntarget: {kind: shards}", "target: expected target.shards is needed with"),
