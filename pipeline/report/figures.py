@@ -195,6 +195,14 @@ def variance_shares(terms: Floats) -> Floats:
     return shares
 
 
+def correlation_label(value: float, room: float) -> str:
+    """A correlation in a cell that is `room` pixels wide: `0.74`, or `.7` where that is too long."""
+    if not math.isfinite(value):
+        return ""
+    text = f"{value:.2f}" if room >= 40 else f"{value:.1f}".replace("0.", ".").replace("1.0", "1")
+    return {"-.0": "0", ".0": "0", "-0.00": "0.00"}.get(text, text).replace("-", "\u2212")
+
+
 def agreement_figures(terms: Floats, names: Sequence[str]) -> tuple[Figure, Figure]:
     """Rank correlations between the checkpoints' terms, and each one's share in the variance of the score."""
     correlations, shares = spearman(terms), variance_shares(terms)
@@ -218,8 +226,8 @@ def agreement_figures(terms: Floats, names: Sequence[str]) -> tuple[Figure, Figu
                 css = f"{'cell' if not value < 0 else 'cell negative'} d{shade}"
                 canvas.rect(canvas.left + j * step, canvas.top + i * height, step - 1.5, height - 1.5, css,
                             f"checkpoints {i + 1} and {j + 1}: {number(value, 2)}")  # fmt: skip
-                if step >= 27 and height >= 16:
-                    canvas.text(canvas.left + (j + 0.5) * step - 0.75, middle, f"{value:.2f}".replace("-", "\u2212"),
+                if step >= 24 and height >= 16:
+                    canvas.text(canvas.left + (j + 0.5) * step - 0.75, middle, correlation_label(value, step),
                                 "on-dark" if shade >= 5 else "on-light", "middle")  # fmt: skip
         canvas.text(canvas.left + number_of * step / 2, canvas.bottom + 38, "checkpoint", "label", "middle")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from pipeline.report.collect import TAIL, Findings, _edges, collect
-from pipeline.report.figures import agreement_figures, spearman, utility_figure, variance_shares
+from pipeline.report.figures import agreement_figures, correlation_label, spearman, utility_figure, variance_shares
 from pipeline.report.groups import GroupCounter, wilson
 from pipeline.report.rows import ShardRows, selections
 from tests.report.synthetic import Made, make_run, select
@@ -154,6 +155,14 @@ def test_variance_shares_add_up_and_find_the_loud_checkpoint() -> None:
     assert np.isnan(variance_shares(np.ones((5, 2)))).all()
     _, carried = agreement_figures(terms, ["a", "b", "c", "d"])
     assert "Checkpoint 3 (c)" in carried.see
+
+
+def test_correlations_fit_their_cells() -> None:
+    values = [1.0, 0.74, 0.04, -0.04, -0.002, -0.46, -1.0, math.nan]
+    assert [correlation_label(value, 75) for value in values] == [
+        "1.00", "0.74", "0.04", "\u22120.04", "0.00", "\u22120.46", "\u22121.00", ""
+    ]  # fmt: skip
+    assert [correlation_label(value, 27) for value in values] == ["1", ".7", "0", "0", "0", "\u2212.5", "\u22121", ""]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
