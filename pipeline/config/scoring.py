@@ -190,7 +190,7 @@ class ScoreConfig(Section):
     embeddings: bool = False
     """Store the normalised embedding of the last checkpoint (image and text, float16) in the score files."""
     projections: PositiveInt = 64
-    """Random directions of the projected self-influences (`diff-in-self`, `tracin-self`)."""
+    """Random directions of the projected forms of `diff-in-self`, `tracin-self` and `grand`."""
     eigenpairs: PositiveInt = 16
     """Leading eigenpairs of `H_B` (Lanczos) for `diff-in-self`."""
     self_form: Literal["projected", "exact"] = "projected"
