@@ -38,6 +38,7 @@ class Rate:
         self._buckets: deque[tuple[int, int]] = deque()
         self._sum = 0
         self._all = 0
+        self._first: tuple[float, float] | None = None
 
     def add(self, count: int) -> None:
         """Count `count` events now."""
@@ -59,8 +60,13 @@ class Rate:
         return self._sum / min(elapsed, window) if self._sum else 0.0
 
     def mean(self, begun: float) -> float:
-        """The rate since the start, with the parts of events that are under way."""
-        return (self._all + begun) / max(self._clock() - self._start, 1e-3)
+        """The rate with the parts of events that are under way, since the first call of this: what went before was
+        preparation. 0 where nothing has moved since then."""
+        now, all_of_them = self._clock(), self._all + begun
+        if self._first is None:
+            self._first = (now, all_of_them)
+        since, were = self._first
+        return max(all_of_them - were, 0.0) / max(now - since, 1e-3)
 
 
 class Tally:

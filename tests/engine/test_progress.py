@@ -71,14 +71,18 @@ def test_slow_units_are_averaged_since_the_start() -> None:
 def test_units_in_hand_count_by_how_much_of_them_is_done() -> None:
     clock = Clock()
     tally = Tally(3, clock=clock)
+    clock.now = 60  # of preparation
+    tally.begun = 0.1
+    assert tally.line("seeds") == "time left unknown"
     clock.now = 100
     tally.begun = 0.5
-    assert tally.line("seeds") == "8 min left"
+    assert tally.line("seeds") == "4 min left"
+    clock.now = 160
     tally.add()
+    tally.begun = 0.1
+    assert tally.seconds_left() == pytest.approx(190)
     tally.begun = 0.0
-    assert tally.line("seeds") == "2 min per seed, 3 min left"
-    tally.begun = 1.0
-    assert tally.seconds_left() == pytest.approx(50)
+    assert tally.line("seeds") == "3 min per seed, 5 min left"
 
 
 def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
