@@ -19,6 +19,9 @@ from pipeline.types import PairBatch
 
 _METADATA_KEY = "diffprune.plan"
 
+#: Estimators whose projected forms draw random vectors.
+_DRAWN = ("diff-in-self", "tracin-self", "grand")
+
 
 def settings_of(config: Config) -> Settings:
     """The part of a config that decides the mathematics of a score."""
@@ -52,7 +55,9 @@ def score_basis(config: Config, batches: Batches, images: ImageSpec) -> dict[str
     settings = asdict(settings_of(config))
     del settings["chunk"]
     digests = {name: _pairs_digest(getattr(batches, name)) for name in Batches.__slots__}
-    return {"score": settings, **digests, "images": asdict(images)}
+    # Directions of earlier versions hold Gaussian vectors: what is scored along these is never mixed with the new.
+    draws = {"draws": "signs"} if config.score.estimator in _DRAWN and config.score.self_form == "projected" else {}
+    return {"score": settings, **digests, **draws, "images": asdict(images)}
 
 
 def _pairs_digest(pairs: PairBatch) -> str:

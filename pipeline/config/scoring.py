@@ -32,9 +32,10 @@ class DataConfig(Section):
         return known_caption(value)
 
     @property
-    def pixels(self) -> dict[str, float | None]:
-        """What decides the pixels of a pair, and whether it has any."""
-        return {"max_pixels": self.max_pixels, "draft": self.draft}
+    def pixels(self) -> dict[str, float]:
+        """What decides the pixels of a pair, and whether it has any: a part of fingerprints, so that without `draft` it
+        is what it was before there was one."""
+        return {"max_pixels": self.max_pixels} | ({} if self.draft is None else {"draft": self.draft})
 
 
 def known_caption(value: str) -> str:

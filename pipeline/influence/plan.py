@@ -115,7 +115,7 @@ class ProbePlan:
             }
             for number, (point, jet) in enumerate(rest["reference"])
         }
-        drawn = {name: Drawn(**values) for name, values in rest["drawn"].items()}
+        drawn = {name: Drawn(**values) for name, values in rest.get("drawn", {}).items()}  # older plans: all are kept
         return ProbePlan(probes, trees, drawn, rest["root_weight"], rest["facts"], reference)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from scipy.stats import spearmanr
 
 from pipeline.errors import InputError
 from pipeline.influence import ProbePlan, Scorer, Settings, prepare
+from pipeline.influence.hashing import signed
 from pipeline.influence.lanczos import krylov, leading_eigenpairs
 from tests.influence.oracle import Explicit
 from tests.influence.test_diff_in import N, assert_close, make_case, score
@@ -68,6 +70,21 @@ def test_random_vectors_are_drawn_where_they_are_needed(estimator, monkeypatch):
     monkeypatch.setattr("pipeline.influence.scorer._DRAWN_BYTES", 1)
     one_by_one = Scorer(model, [(checkpoints[0], plan)], batches.reference, settings).score(pairs).terms
     assert_close(one_by_one, together, 1e-9)
+
+
+def test_plans_of_earlier_versions_hold_all_their_vectors():
+    settings = Settings(estimator="tracin-self", projections=3)
+    model, checkpoints, batches, pairs = make_case(settings)
+    plan = prepare(model, checkpoints[0], batches, settings, dataset_size=N, num_checkpoints=1)
+    stored = {name: signed(plan.vectors["root"], drawn.seed, drawn.index) for name, drawn in plan.drawn.items()}
+    tensors, rest = ProbePlan(plan.probes, stored).to_tensors()
+    earlier = {name: value for name, value in json.loads(rest).items() if name != "drawn"}
+    loaded = ProbePlan.from_tensors(tensors, json.dumps(earlier))
+    terms = [
+        Scorer(model, [(checkpoints[0], each)], batches.reference, settings).score(pairs).terms
+        for each in (plan, loaded)
+    ]
+    assert_close(terms[1], terms[0], 1e-12)
 
 
 def test_exact_form_refuses_a_matrix_that_is_too_large(monkeypatch):

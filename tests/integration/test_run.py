@@ -142,7 +142,7 @@ def test_another_keep_selects_anew_and_scores_nothing(finished: RunFolder, shard
 def test_other_settings_are_refused_and_named(finished: RunFolder, shards: list[str]) -> None:
     before = Path(finished.config).read_bytes()
     estimator = {"score": {"estimator": "tracin"}}, r"score\.estimator: \"diff-in\" there, \"tracin\" now"
-    pixels = {"data": {"draft": 2.0}}, r"draft: null there, 2\.0 now"
+    pixels = {"data": {"draft": 2.0}}, r"draft: nothing there, 2\.0 now"
     for sections, named in (estimator, pixels):
         for run in (run_all, partial(run_stage, "score")):
             with pytest.raises(FingerprintError, match=named):
