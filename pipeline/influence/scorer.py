@@ -206,16 +206,13 @@ class _CheckpointScorer:
     def _in_memory(self, wanted: list[tuple[str, ...]]) -> Iterator[tuple[list[tuple[str, ...]], dict[str, Tree]]]:
         """What is wanted, in parts whose vectors fit into memory together, with these vectors."""
         drawn = self.plan.drawn
-        stored = [names for names in wanted if not drawn.keys() & set(names)]
-        rest = [names for names in wanted if drawn.keys() & set(names)]
-        if stored or not rest:
-            yield stored, self.vectors
-        width = 1
-        if rest:
-            width = max(1, _DRAWN_BYTES // max(1, _bytes(self._stored(rest[0][0]))))
-        for start in range(0, len(rest), width):
-            names = rest[start : start + width]
+        names = [each for each in wanted if not drawn.keys() & set(each)]
+        rest = [each for each in wanted if drawn.keys() & set(each)]
+        width = max(1, _DRAWN_BYTES // max(1, _bytes(self._stored(rest[0][0])))) if rest else 1
+        for start in range(0, max(len(rest), 1), width):
+            names += rest[start : start + width]
             yield names, {name: self._vector(name) for each in names for name in each}
+            names = []
 
     def _stored(self, name: str) -> Tree:
         """The vector, or of one that is drawn the one that it is a draw of."""

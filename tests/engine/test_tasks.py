@@ -132,7 +132,8 @@ def test_tasks_that_hang_are_killed_and_tried_again(tmp_path: Path, capsys: pyte
     )
     assert (outcome.done, results) == (4, {0: 0, 1: 1, 2: 4, 3: 9})
     assert calls(tmp_path).count(1) == 2
-    assert "1 tasks in hand are killed" in capsys.readouterr().err
+    # On a machine that is busy the others may not have begun yet.
+    assert re.search(r"squares: no news for 1 s: [1-4] tasks in hand are killed", capsys.readouterr().err)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_a_plan_names_every_stage_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert all(stage["seconds"] >= 0 and stage["memory"] > 0 for stage in found["stages"])
     assert found["volume"] == {
         "shards": 3, "pairs": 60, "exact": True, "bytes": sum(Path(shard).stat().st_size for shard in shards),
-        "cpus": 2, "gpus": 0, "workers": 2, "steps": 6, "checkpoints": 2, "runs": 1,
+        "compressed": False, "cpus": 2, "gpus": 0, "workers": 2, "steps": 6, "checkpoints": 2, "runs": 1,
     }  # fmt: skip
     rates = found["rates"]
     assert rates["checkpoint"] > rates["observe"] > 0
