@@ -150,6 +150,8 @@ def run_tasks(
                         ray.cancel(ref, force=True)
                 continue
             _, since = in_hand.pop(number)
+            if pulses is not None:
+                pulses.ended(number)
             hung = killed.pop(number, None)
             waited = time.monotonic() - since if pulses is None else silence.seconds
             silence.begins()
@@ -238,6 +240,14 @@ class _Pulses:
         before, self._found = self._found, {number: self._pulse(item) for number, item in in_hand.items()}
         if any(before.get(number, value) != value for number, value in self._found.items()):
             self._silence.news()
+        self._count()
+
+    def ended(self, number: int) -> None:
+        """An item is not in hand any more."""
+        self._found.pop(number, None)
+        self._count()
+
+    def _count(self) -> None:
         if self._begun is not None:
             self._tally.begun = sum(map(self._begun, self._found.values()))
 
