@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +34,25 @@ class Pairs(Protocol):
     def __len__(self) -> int: ...
     def batch(self, rows: NDArray[np.int64]) -> PairBatch:
         """The pairs at these rows, in that order."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Pairs that are decoded and in memory (`Pairs`)."""
+
+    pairs: PairBatch
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Of every pair, int64 `[n]`."""
+        return self.pairs.ids.numpy()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, rows: NDArray[np.int64]) -> PairBatch:
+        """The pairs of those rows."""
+        return self.pairs[torch.from_numpy(rows)]
 
 
 def step_pairs(

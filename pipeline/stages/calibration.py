@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.data.decode import Decoder
@@ -24,7 +23,7 @@ from pipeline.influence.scorer import random_bytes
 from pipeline.models.clip import PairModel, build_model, split_state
 from pipeline.prepared import settings_of
 from pipeline.replay.schedule import TrainingSettings, data_order
-from pipeline.replay.train import Trainer
+from pipeline.replay.train import InMemory, Trainer
 from pipeline.types import AdamState, Checkpoint, PairBatch
 
 #: Seconds that each kind of work is measured for, about.
@@ -191,23 +190,6 @@ def _seconds_per_sample(url: str) -> float:
     return (time.perf_counter() - begin) / max(samples, 1)
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Pairs in memory, as a trainer takes them."""
-
-    pairs: PairBatch
-
-    @property
-    def ids(self) -> NDArray[np.int64]:
-        return self.pairs.ids.numpy()
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def batch(self, rows: NDArray[np.int64]) -> PairBatch:
-        return self.pairs[torch.from_numpy(rows)]
-
-
 def _training_step(config: Config, url: str, threads: int, seconds: float) -> float:
     """Seconds of a step in a process of a proxy run."""
     device, model = device_of_this_task(), build_model(config.proxy.model, loss=config.proxy.loss)
@@ -227,7 +209,7 @@ def _trainer(model: PairModel, pairs: PairBatch, size: int, config: Config, devi
     settings = replace(
         TrainingSettings.of(config.model_copy(update={"proxy": proxy}), size), steps=10_000 // size, lr=1e-6
     )
-    return Trainer(model, _Held(pairs), data_order(np.arange(len(pairs)), settings), settings, device)
+    return Trainer(model, InMemory(pairs), data_order(np.arange(len(pairs)), settings), settings, device)
 
 
 def _checkpoint(model: PairModel, number: int, config: Config) -> Checkpoint:

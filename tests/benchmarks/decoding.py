@@ -13,15 +13,13 @@ and with those of `data.draft`; reference batch and target are the exact ones. S
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +32,9 @@ from pipeline.data.decode import Decoder
 from pipeline.data.reader import Sample, read_shard
 from pipeline.data.shards import expand
 from pipeline.influence import Batches, Scorer, Settings, prepare
-from pipeline.models.clip import PairModel, build_model
+from pipeline.models.clip import PairModel
 from pipeline.types import Checkpoint, PairBatch
-from tests.benchmarks.models import trained_checkpoint
+from tests.benchmarks.models import model_of, trained_checkpoint
 
 MAX_PIXELS = 64_000_000
 ESTIMATORS = ("clip-score", "tracin", "diff-in")
@@ -44,14 +42,12 @@ ESTIMATORS = ("clip-score", "tracin", "diff-in")
 
 def vit(size: int) -> PairModel:
     """A small ViT with images of that many pixels, of 8 x 8 patches."""
-    config = {
+    config: dict[str, Any] = {
         "embed_dim": 64,
         "vision_cfg": {"image_size": size, "patch_size": size // 8, "layers": 2, "width": 128, "head_width": 32},
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "model.json").write_text(json.dumps(config))
-        return build_model(str(Path(folder, "model.json")))
+    return model_of(config)
 
 
 def enlarged(sample: Sample, times: int) -> Sample:

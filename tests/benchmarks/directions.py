@@ -15,34 +15,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipeline.influence import Batches, Settings
 from pipeline.influence.local import LocalView
 from pipeline.models.clip import PairModel, split_state
 from pipeline.replay.schedule import TrainingSettings
-from pipeline.replay.train import Trainer
-from pipeline.types import Checkpoint, PairBatch
+from pipeline.replay.train import InMemory, Trainer
+from pipeline.types import Checkpoint
 from tests.benchmarks.models import digit_pairs, medium_model, small_model
-
-
-class InMemory:
-    """Pairs that are decoded already, as `Trainer` reads them."""
-
-    def __init__(self, pairs: PairBatch) -> None:
-        self.pairs = pairs
-
-    @property
-    def ids(self) -> NDArray[np.int64]:
-        """Of every pair, int64 `[n]`."""
-        return self.pairs.ids.numpy()
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def batch(self, rows: NDArray[np.int64]) -> PairBatch:
-        """The pairs of those rows."""
-        return self.pairs[torch.from_numpy(rows)]
 
 
 def taken(call: Callable[[], object]) -> float:

@@ -101,9 +101,14 @@ def small_model(name: str = "tiny-vit", dtype: torch.dtype = torch.float32) -> P
 def medium_model(dtype: torch.dtype = torch.float32, context_length: int = 32) -> PairModel:
     """`MEDIUM` at its initial weights."""
     config = {**MEDIUM, "text_cfg": {**MEDIUM["text_cfg"], "context_length": context_length}}
+    return model_of(config).to(dtype)
+
+
+def model_of(config: dict[str, Any]) -> PairModel:
+    """The model of an open_clip config, at its initial weights."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "model.json").write_text(json.dumps(config))
-        return build_model(str(Path(folder, "model.json"))).to(dtype)
+        return build_model(str(Path(folder, "model.json")))
 
 
 def _loss(model: PairModel, state: Tree, part: PairBatch, ignore: bool) -> Tensor:
