@@ -99,13 +99,19 @@ def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path: Path, config: 
     assert 1 <= repeated <= config.prefetch + 2
 
 
-@pytest.mark.parametrize("event", ["hang", "stop"])
+@pytest.mark.parametrize("event", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_shard_that_hangs_its_worker_is_set_aside_and_costs_no_other_shard(
-    tmp_path: Path, config: EngineConfig, event: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    config: EngineConfig,
+    event: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, shards = RunFolder(str(tmp_path / "run")), shard_infos(8)
     (tmp_path / f"{event}-3").touch()
-    config = config.model_copy(update={"shard_timeout": 1.0, "retries": 1})
+    monkeypatch.setattr(scoring, "LOOK_EVERY", 0.5)
+    # A machine under load stops a worker for seconds; an innocent shard is given up only if that happens to it twice.
+    config = config.model_copy(update={"shard_timeout": 4.0, "retries": 2})
     outcome = score_shards(FakeSpec(run, script=str(tmp_path)), shards, run, FINGERPRINT, config)
     assert outcome.done == 7
     assert [(aside.item, aside.failure.exception) for aside in outcome.failed] == [(3, "WorkerHung")]

@@ -1,0 +1,112 @@
+"""Coreset curves: 10, 30, 50 and 70 % of CIFAR-10N by every estimator, alone, and what a model learns from it.
+
+    python -m tests.benchmarks.coresets FOLDER [--seeds 3] [--set a.b=c ...]
+
+One proxy run; every estimator scores all pairs with its checkpoints; then models are trained anew on what each would
+keep, the same share of each caption, at equal steps. Prints the table of accuracies on test photos that were no target,
+and how well each estimator finds the wrong captions (`truth.csv` of `cifar10n-train`, for judging only).
+`$DIFFPRUNE_TEST_DATA` names the folder of the pairs. What is in FOLDER already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: Estimators beside `clip-score`, whose run trains the proxy, and what their configs add. The sizes of the projected
+#: forms keep them affordable; docs/validation.md has their rank correlations with the exact forms.
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "diff-in": {},
+    "tracin": {},
+    "unrolled": {},
+    "moso": {},
+    "z0": {},
+    "neg-clip-loss": {},
+    "el2n": {},
+    "grand": {"projections": 16},
+    "tracin-self": {"projections": 16},
+    "diff-in-self": {"projections": 16, "eigenpairs": 4},
+}
+KEEPS = [0.1, 0.3, 0.5, 0.7]
+
+
+def config_of(data: Path, folder: Path, estimator: str) -> dict[str, Any]:
+    """The run of one estimator, as YAML would hold it."""
+    tree: dict[str, Any] = {
+        "out": str(folder / estimator),
+        "data": {"shards": str(data / "cifar10n-train/*.tar.gz")},
+        "target": {"kind": "shards", "shards": str(data / "cifar10-test/0000{0,1}.tar.gz"), "pairs": 1024},
+        "reference": {"pairs": 256, "gradient_pairs": 512, "equal_captions": "ignore"},
+        "proxy": {"model": "tiny-resnet", "steps": 400, "batch_size": 128, "lr": 3e-3, "num_checkpoints": 4},
+        "score": {"estimator": estimator, **ESTIMATORS.get(estimator, {})},
+        "select": {"keep": 0.5, "balance": {"by": "caption"}},
+        "report": {"gallery": 1},
+    }
+    if estimator != "clip-score":
+        tree["proxy"]["checkpoints"] = [str(folder / "clip-score/checkpoints/manifest.json")]
+    return tree
+
+
+def judging(data: Path, tree: dict[str, Any], folder: Path, seeds: int) -> dict[str, Any]:
+    """The run of `clip-score` with a training on each estimator's choice."""
+    return tree | {
+        "select": tree["select"] | {"join": {name.replace("-", "_"): str(folder / name) for name in ESTIMATORS}},
+        "evaluate": {
+            "shards": str(data / "cifar10-test/0000[2-9].tar.gz"),
+            "truth": str(data / "cifar10n-train/truth.csv"),
+            "seeds": seeds,
+            "steps": 300,
+            "keeps": KEEPS,
+            "baselines": ["random", "right-only", "full"],
+            "compare": {name: {"by": f"{name.replace('-', '_')}.utility"} for name in ESTIMATORS},
+        },
+    }
+
+
+def diffprune(command: str, tree: dict[str, Any], folder: Path, changes: list[str]) -> float:
+    """Run a command of the package on a config in a process of its own; its seconds."""
+    config = folder / f"{Path(tree['out']).name}-{command}.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-m", "pipeline.cli", command, str(config), *changes], check=True)
+    return time.monotonic() - start
+
+
+def main() -> None:
+    """Score with every estimator, train on every choice, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    data, folder = Path(os.environ["DIFFPRUNE_TEST_DATA"]), options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = [word for change in options.set for word in ("--set", change)]
+    for name in ("clip-score", *ESTIMATORS):
+        print(f"{name}: {diffprune('run', config_of(data, folder, name), folder, changes):.0f} s", flush=True)
+    tree = judging(data, config_of(data, folder, "clip-score"), folder, options.seeds)
+    print(f"trainings: {diffprune('evaluate', tree, folder, changes):.0f} s")
+    rows = json.loads((folder / "clip-score/evaluation/results.json").read_text())["rows"]
+    print_curves(rows)
+
+
+def print_curves(rows: list[dict[str, Any]]) -> None:
+    """A line per series: mean and spread over the seeds at each size; sets that are no choice on lines of their own."""
+    series: dict[str, list[str]] = {}
+    for row in rows:
+        series.setdefault(row["series"], []).append(f"{row['mean']:.3f} ± {row['std']:.3f}")
+    print("| kept by | " + " | ".join(f"{keep:.0%}" for keep in KEEPS) + " |\n|" + "---|" * (len(KEEPS) + 1))
+    for name, cells in series.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
