@@ -153,6 +153,7 @@ class Slow:
         return item
 
 
+@pytest.mark.slow
 def test_tasks_with_a_pulse_may_take_their_time_and_those_without_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +213,7 @@ def test_ctrl_c_finishes_what_is_in_hand_and_the_same_call_goes_on(tmp_path: Pat
     assert work() == 40
 
 
+@pytest.mark.slow
 def test_one_task_that_hangs_is_killed_and_tried_again_as_often_as_the_config_says(tmp_path: Path) -> None:
     (tmp_path / "4-hang").touch()
     square = Square(str(tmp_path))

@@ -27,6 +27,7 @@ def stuck() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}/00000.tar"
 
 
+@pytest.mark.slow
 def test_directions_that_hang_end_with_the_reason(
     make_shards: Callable[..., list[str]], tmp_path: Path, stuck: str
 ) -> None:

@@ -18,10 +18,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.realdata]
 @pytest.mark.parametrize(
     ("name", "pattern", "pairs"),
     [
-        ("flickr1k", "00000.tar", 250),
+        pytest.param("flickr1k", "00000.tar", 250, marks=pytest.mark.slow),
         ("emoji", "00003.tar", 144),
         ("imagenet-mixed", "00001.tar", 250),
-        ("cifar10n-train", "00002.tar.gz", 1000),
+        pytest.param("cifar10n-train", "00002.tar.gz", 1000, marks=pytest.mark.slow),
     ],
 )
 def test_a_shard_of_real_pairs_goes_through(

@@ -132,6 +132,7 @@ def test_a_run_that_hangs_is_killed_and_goes_on_from_its_resume_point(tmp_path: 
     assert checkpoints(tmp_path / "ray") == checkpoints(tmp_path / "direct")
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_each_time_ends_with_the_reason(tmp_path: Path, ray_local: None) -> None:
     config = hasty(config_of(gpus_per_worker=0, resume_every=100), retries=0)
     (tmp_path / "hang").touch()

@@ -231,6 +231,7 @@ def test_what_cannot_be_predicted_is_refused_with_the_numbers(tmp_path: Path) ->
         score(Job(job.config.model_copy(update={"score": few})))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_over_ray_the_files_are_those_of_one_process(made: Job, tmp_path: Path) -> None:
