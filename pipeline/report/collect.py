@@ -169,7 +169,7 @@ class Comparison:
 
 
 class Best:
-    """The `count` pairs with the smallest order value, ties by uid."""
+    """The `count` pairs with the smallest order value, ties by uid; none where `count` is 0."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -177,6 +177,8 @@ class Best:
 
     def add(self, rows: ShardRows, order: Floats, mask: Bools) -> None:
         """Offer the pairs of a shard where `mask [n]`, by `order [n]`."""
+        if self.count == 0:
+            return
         candidates = np.flatnonzero(mask)
         if len(self.held) == self.count:
             candidates = candidates[order[candidates] <= self.held[-1][0]]

@@ -58,6 +58,14 @@ def test_ranks_and_galleries_match_a_sort(made: Made, found: Findings) -> None:
     assert sorted(around) == finite[cut - 4 : cut + 4].tolist()
 
 
+def test_galleries_may_show_one_pair_each(made: Made) -> None:
+    found = collect(made.run, made.inventory, ["default"], gallery=1, seed=0)
+    assert {name: len(found.galleries[name]) for name in ("highest", "lowest", "threshold")} == {
+        "highest": 1, "lowest": 1, "threshold": 1
+    }  # fmt: skip
+    assert found.galleries["threshold"][0].utility >= found.cut.centre
+
+
 def test_sample_is_the_same_for_any_order_of_shards(made: Made) -> None:
     forward = collect(made.run, made.inventory, ["default"], gallery=2, seed=3, sample=60).sample
     backward = collect(made.run, made.inventory[::-1], ["default"], gallery=2, seed=3, sample=60).sample
