@@ -185,7 +185,8 @@ class ScoreConfig(Section):
     """Score each pair only with the proxy runs that did not train on it; needs `proxy.subset` below 1 and runs that
     leave every pair out once (two with `subset: 0.5`)."""
     batch_size: PositiveInt = 256
-    """Pairs per tangent pass (on a CPU at most 32); it changes speed and memory, not the scores (to rounding)."""
+    """Pairs per tangent pass (on a CPU at most 32 to 128, by the model); it changes speed and memory, not the scores
+    (to rounding)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of the passes on a GPU; sums and losses are always float32."""
     embeddings: bool = False

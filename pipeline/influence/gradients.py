@@ -31,7 +31,7 @@ class BatchLoss:
         self.batch = batch
         self.names = names
         settings = passes.settings
-        self.size = pass_size(settings.chunk, batch.images.device)
+        self.size = pass_size(settings.chunk, passes.model, batch)
         self.parts = list(chunks(batch, self.size))
         self.family = settings.family
         self.excluded = similar_captions(batch.captions, batch.captions, settings.equal_captions == "ignore")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,13 @@ from pipeline.types import Features, PairBatch, Tree
 #: Features and their derivatives, by the names of the vectors they are taken along; `()` is the value.
 Jet = dict[tuple[str, ...], Features]
 
-#: Most pairs in one pass on a CPU: its activations stay in the caches, and in memory that the allocator keeps.
-_CPU_PAIRS = 32
+#: Bytes of the largest activation of a pass on a CPU: it stays in the caches, and in memory that the allocator keeps.
+_CPU_BYTES = 8 << 20
+
+#: Pairs in one pass on a CPU: with fewer the calls cost more than the arithmetic, with more nothing is gained.
+_CPU_PAIRS = (32, 128)
+
+_cpu_pairs: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 #: Directions carried by one pass; more are done in several passes over the same pairs.
 _TANGENTS_PER_PASS = 16
@@ -206,9 +212,36 @@ def _zeros(features: Features) -> Features:
     return Features(*(torch.zeros_like(value) for value in features))
 
 
-def pass_size(wanted: int, device: torch.device) -> int:
-    """Pairs in one pass on a device: as wanted, on a CPU at most 32."""
-    return min(wanted, _CPU_PAIRS) if device.type == "cpu" else wanted
+def pass_size(wanted: int, model: nn.Module, sample: PairBatch) -> int:
+    """Pairs in one pass where `sample` is: as wanted, on a CPU at most 32 to 128, by the model's activations."""
+    if sample.images.device.type != "cpu":
+        return wanted
+    if model not in _cpu_pairs:
+        fitting = _CPU_BYTES // _largest_activation(model, sample[:1])
+        fewest, most = _CPU_PAIRS
+        _cpu_pairs[model] = min(max(1 << fitting.bit_length() - 1, fewest), most)
+    return min(wanted, _cpu_pairs[model])
+
+
+@torch.no_grad()
+def _largest_activation(model: nn.Module, pair: PairBatch) -> int:
+    """Bytes of the largest output of a module for one pair."""
+    sizes = [1]
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        for value in output if isinstance(output, tuple) else (output,):
+            if isinstance(value, Tensor):
+                sizes.append(value.nbytes)
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    training = model.training
+    try:
+        model.eval()(pair.images, pair.tokens)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return max(sizes)
 
 
 def chunks(batch: PairBatch, size: int) -> Iterator[PairBatch]:

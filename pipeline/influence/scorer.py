@@ -41,7 +41,7 @@ class Scorer:
         reference: R.
         settings: as for `prepare`.
         device: where passes run; weights, vectors and R's features of all checkpoints stay there.
-        batch_size: pairs per pass; on a CPU at most 32 of them, where larger passes are slower.
+        batch_size: pairs per pass; on a CPU at most 32 to 128 of them, by the size of the model's activations.
         trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
             then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
     """
@@ -58,11 +58,11 @@ class Scorer:
     ) -> None:
         self.settings = settings
         self.device = torch.device(device)
-        self.batch_size = pass_size(batch_size, self.device)
         self.passes = Passes(model.to(self.device), settings)
         # A gradient per pair goes backwards through a pass, which not every operator does in mixed precision.
         self.precise = Passes(model, replace(settings, precision="fp32"))
         self.reference = reference.to(self.device)
+        self.batch_size = pass_size(batch_size, model, self.reference)
         self.trained = {run: to_device({"ids": ids}, self.device)["ids"] for run, ids in (trained or {}).items()}
         last = {checkpoint.run: index for index, (checkpoint, _) in enumerate(checkpoints)}
         self._last = set(last.values())

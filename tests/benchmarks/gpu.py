@@ -95,7 +95,7 @@ def _forward(
 ) -> list[str]:
     """Pairs per second of open_clip's own pass."""
     lower = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    parts = list(chunks(pairs, pass_size(batch, device)))
+    parts = list(chunks(pairs, pass_size(batch, model, pairs)))
     with torch.no_grad(), arithmetic(precision), lower:
         found = rate(lambda: [model(p.images, p.tokens) for p in parts], len(pairs), options.seconds, device)
     return [f"{found:.4g}"]
