@@ -41,8 +41,8 @@ types: $(READY)
 docs-check: $(READY) ## Check every command, config and snippet of README and docs
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-bench: $(READY) ## Measure speed (tests/benchmarks)
-	@$(BIN)/python -m tests.benchmarks
+bench: $(READY) ## Measure speed (hours), or some of it: BENCH="--list", BENCH="passes ladder"
+	@$(BIN)/python -m tests.benchmarks $(BENCH)
 
 clean: ## Remove the environment and caches, keep runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -35,6 +34,7 @@ from pipeline.run import RunFolder
 from pipeline.selection.standardise import terms_matrix
 from pipeline.stages.runner import run_stage
 from pipeline.store.commits import open_scores, read_marks
+from tests.benchmarks.needs import real_pairs
 
 SHARES = [0.01, 0.02, 0.05, 0.1]
 #: Draws of the sample per share.
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--model", default="bench-resnet")
     parser.add_argument("--prepare", action="store_true")
     given = parser.parse_args()
-    data = Path(os.environ["DIFFPRUNE_TEST_DATA"])
+    data = real_pairs()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(given.folder or scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from pipeline.influence.passes import Passes, chunks
 from pipeline.models.clip import split_state
 from pipeline.types import PairBatch
 from tests.benchmarks.models import medium_model
+from tests.benchmarks.needs import real_pairs
 from tests.benchmarks.passes import timed
 
 
@@ -36,14 +37,15 @@ def lengths(tokens: Tensor) -> Tensor:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", required=True)
+    parser.add_argument("--shards", help="default: flickr1k of the real pairs")
     parser.add_argument("--context", type=int, default=77)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = medium_model(context_length=options.context)
     decoder = Decoder(model.image_spec, model.tokenize, MAX_PIXELS)
-    shard = decoder.decode_shard(iter(read_shard(sorted(glob.glob(options.shards))[0]))).batch
+    url = sorted(glob.glob(options.shards or str(real_pairs() / "flickr1k/*.tar")))[0]
+    shard = decoder.decode_shard(iter(read_shard(url))).batch
     params, buffers = split_state(model)
     passes, vectors = Passes(model, Settings()), {"v": {n: torch.randn_like(p) * 1e-3 for n, p in params.items()}}
 

@@ -1,6 +1,6 @@
 """Coreset curves: 10, 30, 50 and 70 % of CIFAR-10N by every estimator, alone, and what a model learns from it.
 
-    python -m tests.benchmarks.coresets FOLDER [--seeds 3] [--set a.b=c ...]
+    python -m tests.benchmarks.coresets [--folder FOLDER] [--seeds 3] [--set a.b=c ...]
 
 One proxy run; every estimator scores all pairs with its checkpoints; then models are trained anew on what each would
 keep, the same share of each caption, at equal steps. Prints the table of accuracies on test photos that were no target,
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.benchmarks.needs import real_pairs
 
 #: Estimators beside `clip-score`, whose run trains the proxy, and what their configs add. The sizes of the projected
 #: forms keep them affordable; docs/validation.md has their rank correlations with the exact forms.
@@ -81,18 +83,24 @@ def diffprune(command: str, tree: dict[str, Any], folder: Path, changes: list[st
 
 
 def main() -> None:
-    """Score with every estimator, train on every choice, print the table."""
+    """Draw them in the folder given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
-    data, folder = Path(os.environ["DIFFPRUNE_TEST_DATA"]), options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    changes = [word for change in options.set for word in ("--set", change)]
+    data = real_pairs()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_curves(data, folder, options.seeds, [word for change in options.set for word in ("--set", change)])
+
+
+def draw_curves(data: Path, folder: Path, seeds: int, changes: list[str]) -> None:
+    """Score with every estimator, train on every choice, print the table."""
     for name in ("clip-score", *ESTIMATORS):
         print(f"{name}: {diffprune('run', config_of(data, folder, name), folder, changes):.0f} s", flush=True)
-    tree = judging(data, config_of(data, folder, "clip-score"), folder, options.seeds)
+    tree = judging(data, config_of(data, folder, "clip-score"), folder, seeds)
     print(f"trainings: {diffprune('evaluate', tree, folder, changes):.0f} s")
     rows = json.loads((folder / "clip-score/evaluation/results.json").read_text())["rows"]
     print_curves(rows)

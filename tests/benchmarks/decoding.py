@@ -35,6 +35,7 @@ from pipeline.influence import Batches, Scorer, Settings, prepare
 from pipeline.models.clip import PairModel
 from pipeline.types import Checkpoint, PairBatch
 from tests.benchmarks.models import model_of, trained_checkpoint
+from tests.benchmarks.needs import real_pairs
 
 MAX_PIXELS = 64_000_000
 ESTIMATORS = ("clip-score", "tracin", "diff-in")
@@ -101,7 +102,7 @@ def scores(model: PairModel, checkpoint: Checkpoint, batches: Batches, pairs: Pa
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", required=True)
+    parser.add_argument("--shards", help="default: flickr1k of the real pairs")
     parser.add_argument("--sizes", type=int, nargs="+", default=[48, 112])
     parser.add_argument("--enlarge", type=int, default=1)
     parser.add_argument("--drafts", type=float, nargs="+", default=[1, 1.5, 2])
@@ -110,7 +111,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    read = [sample for url in expand(options.shards) for sample in read_shard(url)]
+    read = [
+        sample for url in expand(options.shards or str(real_pairs() / "flickr1k/*.tar")) for sample in read_shard(url)
+    ]
     samples = [enlarged(sample, options.enlarge) for sample in read if sample.status == "ok"][: options.pairs]
     for size in options.sizes:
         model = vit(size)

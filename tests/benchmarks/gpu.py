@@ -26,6 +26,7 @@ from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.passes import chunks, pass_size
 from pipeline.models.clip import PairModel, build_model, split_state
 from pipeline.types import Checkpoint, PairBatch
+from tests.benchmarks.needs import skip
 from tests.benchmarks.passes import LIMITS, plan_of, random_pairs
 
 FORMS = {"tracin": "tracin", "diff-in": "diff-in central"}
@@ -156,8 +157,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing is measured")
-        return
+        skip("no GPU here")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     found = [row for model in options.models for row in rows(model, options, device)]
     print(f"\n{name}, torch {torch.__version__}, {options.pairs} pairs\n")

@@ -7,7 +7,6 @@ planned and as taken. $DIFFPRUNE_TEST_DATA names the folder of the real pairs. P
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from tests.benchmarks import real_runs
+from tests.benchmarks.needs import real_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What a plan's storage of each stage is compared with: files below the run's folder.
@@ -26,7 +26,7 @@ STORED = {"train": ("checkpoints", "cache"), "directions": ("directions",), "sco
 def config_of(name: str, folder: Path) -> dict[str, Any]:
     """The config of `demo`, without its evaluation, or of a set of real pairs."""
     if name != "demo":
-        return real_runs.config_of(name, Path(os.environ["DIFFPRUNE_TEST_DATA"]), folder / name)
+        return real_runs.config_of(name, real_pairs(), folder / name)
     tree: dict[str, Any] = yaml.safe_load((ROOT / "jobs/configs/demo.yaml").read_text())
     del tree["evaluate"]
     return {**tree, "out": str(folder / name)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from typing import Any
 
 import psutil
 import yaml
+
+from tests.benchmarks.needs import real_pairs
 
 #: What differs from the config below.
 SETS: dict[str, dict[str, Any]] = {
@@ -101,7 +102,7 @@ def names(doc: str | None, choices: list[str]) -> list[str]:
 def main() -> None:
     """Run the sets named on the command line, or all."""
     chosen = names(__doc__, list(SETS))
-    data = Path(os.environ["DIFFPRUNE_TEST_DATA"])
+    data = real_pairs()
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:
             config = Path(folder, f"{name}.yaml")

@@ -9,7 +9,6 @@ The last pairs are kept out of all of it, with their own captions: models traine
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from pipeline.cli import invoke
 from pipeline.data.reader import Sample, read_shard
 from pipeline.data.shards import expand
+from tests.benchmarks.needs import real_pairs
 from tests.helpers import sample_members, write_tar
 
 CONFIG = """
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--out", default="")
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
-    data = Path(os.environ["DIFFPRUNE_TEST_DATA"])
+    data = real_pairs()
     samples = [sample for url in expand(str(data / "flickr1k" / "*.tar")) for sample in read_shard(url)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.out or temporary)
