@@ -65,7 +65,7 @@ def judging(data: Path, tree: dict[str, Any], folder: Path, seeds: int) -> dict[
             "shards": str(data / "cifar10-test/0000[2-9].tar.gz"),
             "truth": str(data / "cifar10n-train/truth.csv"),
             "seeds": seeds,
-            "steps": 300,
+            "steps": 200,
             "keeps": KEEPS,
             "baselines": ["random", "right-only", "full"],
             "compare": {name: {"by": f"{name.replace('-', '_')}.utility"} for name in ESTIMATORS},
