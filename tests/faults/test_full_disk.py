@@ -100,7 +100,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[-1]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_on_a_full_disk_says_so_and_is_made_good_by_the_same_command(
     disk: Disk, stage: str, share: float, capsys: pytest.CaptureFixture[str]

@@ -238,6 +238,7 @@ def test_a_run_on_an_object_store_gives_the_same_bytes(
         assert handle.read() == (Path(finished.root) / "pruned" / "shards" / "00000.tar").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_from_a_web_server_gives_the_same_bytes(
     finished: RunFolder, shards: list[str], tmp_path: Path, ray_local: None
 ) -> None:
