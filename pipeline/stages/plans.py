@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,12 +62,24 @@ def draw_batches(job: ComputingJob) -> Batches:
         draws.append(_Draw(job.held_out_positions, target.pairs, "target.pairs"))
     loaded = _load(job, job.inventory, draws, job.config.data.caption, places=job.folder.places)
     if target.kind == "shards":
-        shards = [inspect_shard(index, url) for index, url in enumerate(expand(target.shards or [], "target.shards"))]
+        loaded += _other_target(job)
+    return Batches(*loaded)
+
+
+def _other_target(job: ComputingJob) -> list[PairBatch]:
+    """V from shards of its own, which are counted first; then only what is drawn is read again."""
+    target = job.config.target
+    with tempfile.TemporaryDirectory() as folder:
+
+        def places(index: int) -> str:
+            return os.path.join(folder, f"{index}.parquet")
+
+        urls = expand(target.shards or [], "target.shards")
+        shards = [inspect_shard(index, url, places(index)) for index, url in enumerate(urls)]
         total = sum(shard.samples for shard in shards)
         positions = draw_positions(total, int(target.pairs * OVERDRAW) + 16, job.config.seed + Job.TARGET_SEED)
-        drawn = [_Draw(positions, target.pairs, "target.pairs")]
-        loaded += _load(job, shards, drawn, target.caption or job.config.data.caption, target.prompt)
-    return Batches(*loaded)
+        draws = [_Draw(positions, target.pairs, "target.pairs")]
+        return _load(job, shards, draws, target.caption or job.config.data.caption, target.prompt, places)
 
 
 @dataclass(frozen=True)

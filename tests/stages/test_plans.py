@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.data import sampling, spans
+from pipeline.data.inventory import ShardInfo
+from pipeline.data.positions import Positions
+from pipeline.data.reader import Sample
 from pipeline.engine.scorer_spec import ScorerSpec
 from pipeline.prepared import load_plan
 from pipeline.stages import plans
+from pipeline.stages.computing import ComputingJob
+from pipeline.store import storage
 from tests.engine.prepared_run import outside_ray, prepare_run
 from tests.helpers import write_shards
+
+
+def test_a_target_of_remote_shards_is_walked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = write_shards(tmp_path / "in", shards=2, samples=40)
+    remote = []
+    for url in urls:
+        remote.append(f"memory://target/{Path(url).name}")
+        storage.write_bytes(remote[-1], Path(url).read_bytes())
+    config, _, _ = prepare_run(str(tmp_path / "run"), urls, estimator="tracin")
+    walked: list[str] = []
+    walk = sampling._samples_up_to
+
+    def noted(info: ShardInfo, indices: Positions, caption: str) -> Iterator[Sample]:
+        walked.append(info.url)
+        return walk(info, indices, caption)
+
+    monkeypatch.setattr(sampling, "_samples_up_to", noted)
+    monkeypatch.setattr(spans, "GAP_BYTES", 0)
+    found = []
+    for shards in (urls, remote):
+        target = config.target.model_copy(update={"kind": "shards", "shards": shards, "pairs": 8})
+        found.append(plans.draw_batches(ComputingJob(config.model_copy(update={"target": target}))).target)
+    assert not set(walked) & set(remote)
+    assert torch.equal(found[0].images, found[1].images)
+    assert torch.equal(found[0].ids, found[1].ids)
 
 
 def test_written_plans_hold_what_scoring_needs_of_the_reference_batch(
