@@ -45,27 +45,27 @@ def krylov(operator: Operator, start: Tensor, steps: int) -> Krylov:
         steps: the largest dimension of the subspace.
     """
     length = float(start.norm())
-    rows = [start / length]
+    most = min(steps, start.numel())
+    rows = start.new_empty(most, start.numel())
+    rows[0] = start / length
     diagonal: list[float] = []
     beside: list[float] = []
-    for _ in range(min(steps, start.numel())):
-        image = operator(rows[-1])
+    for count in range(1, most + 1):
+        image = operator(rows[count - 1])
         size = float(image.norm())
-        diagonal.append(float(rows[-1] @ image))
+        diagonal.append(float(rows[count - 1] @ image))
         for _again in range(2):  # once is not enough in float32
-            basis = torch.stack(rows)
-            image = image - (basis @ image) @ basis
+            image = image - (rows[:count] @ image) @ rows[:count]
         left = float(image.norm())
-        if left <= _EXHAUSTED * max(size, 1e-300):
+        if left <= _EXHAUSTED * max(size, 1e-300) or count == most:
             break
         beside.append(left)
-        rows.append(image / left)
-    count = len(diagonal)
+        rows[count] = image / left
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device=start.device))
-    off = torch.tensor(beside[: count - 1], dtype=torch.float64, device=start.device)
+    off = torch.tensor(beside, dtype=torch.float64, device=start.device)
     matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
-    return Krylov(torch.stack(rows[:count]), values, vectors, length)
+    return Krylov(rows[: len(diagonal)], values, vectors, length)
 
 
 def leading_eigenpairs(operator: Operator, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
