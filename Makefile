@@ -27,7 +27,7 @@ prune: $(READY) ## Run the whole job: on the demo data, or CONFIG=my.yaml
 	@$(BIN)/diffprune run $(CONFIG)
 
 test: $(READY) lint types ## Lint, types and tests
-	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(READY) ## The long checks: faults, scale, real data
 	@$(BIN)/python -m pytest -m slow --timeout 1500

@@ -16,6 +16,12 @@ from tests.helpers import write_shards
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests that start Ray first: they take longest, and the short ones even out the processes at the end."""
+    long = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., list[str]]:
     """`write_shards` into a new folder below `tmp_path` (takes its keyword arguments)."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import runpy
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parent / "benchmarks"
-#: `models` is what others import.
-MODULES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "models")
+from tests.benchmarks.__main__ import benchmarks
 
 
 def test_the_one_for_gpus_measures_without_ray(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -27,7 +24,7 @@ def test_the_one_for_gpus_measures_without_ray(capsys: pytest.CaptureFixture[str
         assert all(float(row[place]) > 0 for place in (2, 4, 5, 8))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", benchmarks())
 def test_it_prints_its_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     monkeypatch.delitem(sys.modules, f"tests.benchmarks.{name}", raising=False)
