@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with tests that start Ray first: they take longest, and the short ones even out the processes at the end."""
+    """Files with tests that start Ray first: they take longest, and the short ones even out the end."""
     long = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in long)
 
