@@ -6,8 +6,9 @@ import math
 import queue
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -120,6 +121,7 @@ def run_tasks(
     with (
         Display(stage, unit, tally) as display,
         Interruption(lambda: display.note("finishing what is in hand (again: stop at once)")) as stop,
+        _ended_with(in_hand),
     ):
         while not waiting.finished():
             if stop.requested and waiting.idle():
@@ -250,6 +252,18 @@ class _Pulses:
     def _count(self) -> None:
         if self._begun is not None:
             self._tally.begun = sum(map(self._begun, self._found.values()))
+
+
+@contextmanager
+def _ended_with(in_hand: dict[int, tuple[Any, float]]) -> Iterator[None]:
+    """Kill what is in hand when the block is left by an error: nothing is written once the stage has said so."""
+    try:
+        yield
+    except BaseException:
+        for ref, _ in in_hand.values():
+            with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
+                ray.cancel(ref, force=True)
+        raise
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,33 @@ def test_tasks_with_a_pulse_may_take_their_time_and_those_without_are_killed(
     assert re.search(r"slow: 0 of 2 tasks, \d+ s left\n", said), "known before the first task is done"
 
 
+@dataclass(frozen=True)
+class Late:
+    """The first task is done at once, the others write a file each after some seconds."""
+
+    folder: str
+
+    def __call__(self, number: int) -> int:
+        if number:
+            Path(self.folder, f"begun-{number}").touch()
+            time.sleep(4)
+            Path(self.folder, f"late-{number}").touch()
+        return number
+
+
+def test_an_error_in_the_driver_ends_what_is_in_hand(tmp_path: Path) -> None:
+    def refuse(number: int, result: int) -> None:
+        while not (tmp_path / "begun-1").exists():
+            time.sleep(0.05)
+        raise OSError("the disk is full")
+
+    run = RunFolder(str(tmp_path / "run"))
+    with pytest.raises(OSError, match="the disk is full"):
+        run_tasks(Late(str(tmp_path)), [0, 1], run=run, stage="late", config=CONFIG, on_result=refuse)
+    time.sleep(5)
+    assert not (tmp_path / "late-1").exists()
+
+
 def nap(number: int) -> int:
     time.sleep(0.2)
     return number
