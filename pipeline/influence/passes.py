@@ -162,7 +162,7 @@ class Passes:
         try:
             self._tangents(state, vectors, batch[:1], sorted(vectors)[:1])
         except (NotImplementedError, RuntimeError):
-            pass
+            pass  # the same error again: the trail says in which module
         finally:
             trail.close()
         where = f" in module {trail.open_modules[-1]}" if trail.open_modules else ""
