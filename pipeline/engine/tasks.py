@@ -148,8 +148,7 @@ def run_tasks(
                     why = f"no news for {limit:.0f} s: killed (storage, or a deadlock)"
                     killed.update(dict.fromkeys(in_hand, Failure("TaskHung", why)))
                     silence.begins()
-                    for ref, _ in in_hand.values():
-                        ray.cancel(ref, force=True)
+                    _kill(in_hand)
                 continue
             _, since = in_hand.pop(number)
             if pulses is not None:
@@ -260,10 +259,14 @@ def _ended_with(in_hand: dict[int, tuple[Any, float]]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for ref, _ in in_hand.values():
-            with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
-                ray.cancel(ref, force=True)
+        with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
+            _kill(in_hand)
         raise
+
+
+def _kill(in_hand: dict[int, tuple[Any, float]]) -> None:
+    for ref, _ in in_hand.values():
+        ray.cancel(ref, force=True)
 
 
 @dataclass(frozen=True)
