@@ -19,8 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from pipeline.evaluation.quality import auroc, read_truth
+from pipeline.run import RunFolder
+from pipeline.store.commits import open_scores
 from tests.benchmarks.needs import real_pairs
 
 #: Estimators beside `clip-score`, whose run trains the proxy, and what their configs add. The sizes of the projected
@@ -104,6 +108,11 @@ def draw_curves(data: Path, folder: Path, seeds: int, changes: list[str]) -> Non
     print(f"trainings: {diffprune('evaluate', tree, folder, changes):.0f} s")
     rows = json.loads((folder / "clip-score/evaluation/results.json").read_text())["rows"]
     print_curves(rows)
+    wrong = read_truth(str(data / "cifar10n-train/truth.csv"))
+    for name in ("clip-score", *ESTIMATORS):
+        scores = open_scores(RunFolder(str(folder / name))).to_table(columns=["uid", "utility"])
+        known = np.array([wrong[uid] for uid in scores["uid"].to_pylist()])
+        print(f"{name}: AUROC for wrong captions {auroc(scores['utility'].to_numpy(), known):.3f}")
 
 
 def print_curves(rows: list[dict[str, Any]]) -> None:
