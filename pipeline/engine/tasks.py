@@ -186,8 +186,8 @@ def run_task(
     """`function(item)` in one Ray task: for work that needs more memory or imports than the driver shall have.
 
     A task whose process dies is tried again `config.retries` times; so is one that has not come back after `patience`,
-    when it is killed. None waits for ever. Raises what the function raised, or `StageError` when its process died or
-    hung too often.
+    when it is killed. None waits for ever, and none goes on when the wait for it is interrupted. Raises what the
+    function raised, or `StageError` when its process died or hung too often.
     """
     # Deaths are counted here, not by Ray, which may start a task again that was killed because it hung.
     task = ray.remote(_apply).options(max_retries=0, name=stage)
@@ -196,9 +196,9 @@ def run_task(
     for _ in range(config.retries + 1):
         ref = task.remote(function, item)
         try:
-            result: Result = ray.get(ref, timeout=limit)
+            with _ended_with({0: (ref, 0.0)}):
+                result: Result = ray.get(ref, timeout=limit)
         except GetTimeoutError:
-            ray.cancel(ref, force=True)
             lost = f"hung: it had not come back after {limit:.0f} s and was killed (storage, or a deadlock)"
         except RayTaskError as error:
             if isinstance(error.cause, DiffpruneError | OSError):

@@ -203,8 +203,10 @@ def test_an_error_in_the_driver_ends_what_is_in_hand(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path / "run"))
     with pytest.raises(OSError, match="the disk is full"):
         run_tasks(Late(str(tmp_path)), [0, 1], run=run, stage="late", config=CONFIG, on_result=refuse)
+    with ctrl_c((tmp_path / "begun-2").exists), pytest.raises(KeyboardInterrupt):
+        run_task(Late(str(tmp_path)), 2, stage="late", config=CONFIG)
     time.sleep(5)
-    assert not (tmp_path / "late-1").exists()
+    assert not list(tmp_path.glob("late-*"))
 
 
 def nap(number: int) -> int:
