@@ -28,7 +28,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "assert pipeline.open_scores and pipeline.select; "
         "heavy = {'torch', 'ray', 'open_clip', 'tqdm'} & set(sys.modules); assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 def test_every_public_name_is_there_and_others_are_not() -> None:

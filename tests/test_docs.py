@@ -236,7 +236,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ".mkdocs.yml", "--site-dir"]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's advertisement for its successor
     done = subprocess.run(
-        [*command, str(tmp_path / "site")], capture_output=True, text=True, timeout=120, cwd=ROOT, env=quiet
+        [*command, str(tmp_path / "site")], capture_output=True, text=True, timeout=240, cwd=ROOT, env=quiet
     )
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr, done.stderr

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config
+from pipeline.data.demo import make_demo
 from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory
 from pipeline.data.shards import expand
 from pipeline.data.stream import describe
@@ -21,7 +24,7 @@ from pipeline.engine.resources import plan_workers
 from pipeline.replay.schedule import TrainingSettings
 from pipeline.stages.calibration import Rates, calibrate
 from pipeline.stages.costs import StageCost, Volume, costs
-from pipeline.stages.job import Job, open_job
+from pipeline.stages.job import Job, demo_folder, open_job, uses_demo
 from pipeline.store import storage
 from pipeline.text import count, plural, size
 
@@ -31,14 +34,31 @@ COUNTED, SIZED = 8, 200
 
 def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
     """Calibrate on the cluster that a run of this config would use. Nothing is written to the run's folder."""
-    job = open_job(config)
-    urls = expand(job.config.data.shards, "data.shards")
+    with _with_demo(config) as config:
+        return _plan(open_job(config))
+
+
+@contextmanager
+def _with_demo(config: Config) -> Iterator[Config]:
+    """The config; one whose run is in a temporary folder where it is for demo data that are not written yet."""
+    if not uses_demo(config) or storage.exists(demo_folder(config)):
+        yield config
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config = config.model_copy(update={"out": folder})
+        make_demo(demo_folder(config), seed=config.seed)
+        yield config
+
+
+def _plan(job: Job) -> tuple[list[StageCost], Rates, Volume]:
+    config = job.config
+    urls = expand(config.data.shards, "data.shards")
     known = _inventory(job, urls)
-    with connect(job.config.engine):
+    with connect(config.engine):
         nodes = alive_nodes()
-        workers = plan_workers(job.config.engine, nodes)
+        workers = plan_workers(config.engine, nodes)
         workers = replace(workers, workers=min(workers.workers, len(urls)))
-        checkpoints, runs = _checkpoints(job.config)
+        checkpoints, runs = _checkpoints(config)
         seen = max(round(known[0] * config.proxy.subset), config.proxy.batch_size)
         volume = Volume(
             shards=len(urls),
@@ -49,14 +69,14 @@ def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
             cpus=int(sum(node.get("CPU", 0) for node in nodes)),
             gpus=int(sum(node.get("GPU", 0) for node in nodes)),
             workers=workers.workers,
-            steps=TrainingSettings.of(job.config, seen).steps,
+            steps=TrainingSettings.of(config, seen).steps,
             checkpoints=checkpoints,
             runs=runs,
         )
         kinds = f"measuring each kind of work with {plural(workers.workers, 'worker')}"
         say("plan", f"{kinds}, which takes a minute or so")
-        rates = calibrate(job.config, urls, workers, checkpoints)
-    return costs(job.config, rates, volume), rates, volume
+        rates = calibrate(config, urls, workers, checkpoints)
+    return costs(config, rates, volume), rates, volume
 
 
 def _inventory(job: Job, urls: Sequence[str]) -> tuple[int, int, bool]:

@@ -7,7 +7,7 @@ each share: the rank correlation stated and the true one, and the AUROC for wron
 only) with its distance from chance as a share of full scoring's. $DIFFPRUNE_TEST_DATA names the folder of the pairs.
 
 With `--folder` the run is kept and found again; `--prepare` ends before scoring. `--model` is a proxy of
-`proxy.model`; `bench-resnet` is `tiny-resnet` at 48 px, of more than twice its cost.
+`proxy.model`; `bench-resnet` is `tiny-resnet` at 64 px and of 24 channels.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DRAWS = 10
 WORKERS = 2
 RESNET = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None},
+    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 24, "head_width": 48, "patch_size": None},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 

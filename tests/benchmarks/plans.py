@@ -35,7 +35,7 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
 def plan(config: Path) -> dict[str, Any]:
     """What `diffprune plan --json` prints."""
     command = [sys.executable, "-m", "pipeline.cli", "plan", str(config), "--json"]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, Any] = json.loads(subprocess.check_output(command))
     return found
 
 

@@ -14,6 +14,8 @@ from pipeline.stages import calibration, planning
 from tests.helpers import sample_members, write_shards, write_tar
 from tests.integration.runs import small_config
 
+DEMO = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "demo.yaml"
+
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +51,15 @@ def test_a_plan_names_every_stage_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert "60 pairs in 3 shards" in printed
     for stage in found["stages"]:
         assert stage["stage"] in printed
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local", "quick")
+def test_a_plan_of_demo_data_needs_none_and_leaves_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"--set=out={tmp_path / 'run'}", "--set=proxy.model=tiny-vit"]
+    assert invoke(["plan", str(DEMO), "--json", *settings]) == 0
+    assert json.loads(capsys.readouterr().out)["volume"]["pairs"] == 1197
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("quick")
