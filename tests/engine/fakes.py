@@ -167,8 +167,9 @@ class FakeWork:
 
 @contextmanager
 def ctrl_c(when: Callable[[], bool]) -> Iterator[None]:
-    """SIGINT to this process, once `when` is true."""
+    """SIGINT to this process, once `when` is true, and as at a terminal: a job in the background would ignore it."""
     ended = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def watch() -> None:
         while not ended.wait(0.05):
@@ -183,3 +184,4 @@ def ctrl_c(when: Callable[[], bool]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
