@@ -6,7 +6,7 @@ import math
 import queue
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -148,7 +148,7 @@ def run_tasks(
                     why = f"no news for {limit:.0f} s: killed (storage, or a deadlock)"
                     killed.update(dict.fromkeys(in_hand, Failure("TaskHung", why)))
                     silence.begins()
-                    _kill(in_hand)
+                    _kill(ref for ref, _ in in_hand.values())
                 continue
             _, since = in_hand.pop(number)
             if pulses is not None:
@@ -196,9 +196,9 @@ def run_task(
     for _ in range(config.retries + 1):
         ref = task.remote(function, item)
         try:
-            with _ended_with({0: (ref, 0.0)}):
-                result: Result = ray.get(ref, timeout=limit)
+            result: Result = ray.get(ref, timeout=limit)
         except GetTimeoutError:
+            _kill([ref])
             lost = f"hung: it had not come back after {limit:.0f} s and was killed (storage, or a deadlock)"
         except RayTaskError as error:
             if isinstance(error.cause, DiffpruneError | OSError):
@@ -206,6 +206,9 @@ def run_task(
             raise
         except RayError as error:
             lost = f"lost its process: {' '.join(str(error).split())[:300]}"
+        except BaseException:
+            _kill([ref])
+            raise
         else:
             return result
     raise StageError(f"{stage}: {lost}")
@@ -260,13 +263,17 @@ def _ended_with(in_hand: dict[int, tuple[Any, float]]) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
-            _kill(in_hand)
+            _kill(ref for ref, _ in in_hand.values())
         raise
 
 
-def _kill(in_hand: dict[int, tuple[Any, float]]) -> None:
-    for ref, _ in in_hand.values():
-        ray.cancel(ref, force=True)
+def _kill(in_hand: Iterable[Any]) -> None:
+    """Kill the tasks of these references that have not ended: to cancel one that just has can abort the driver (in Ray
+    2.60: `Check failed: it != submissible_tasks_.end()`)."""
+    for ref in in_hand:
+        _, running = ray.wait([ref], timeout=0)
+        if running:
+            ray.cancel(ref, force=True)
 
 
 @dataclass(frozen=True)
