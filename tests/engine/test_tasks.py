@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from pipeline.config import EngineConfig
 from pipeline.engine import progress, tasks
@@ -207,6 +209,26 @@ def test_an_error_in_the_driver_ends_what_is_in_hand(tmp_path: Path) -> None:
         run_task(Late(str(tmp_path)), 2, stage="late", config=CONFIG)
     time.sleep(5)
     assert not list(tmp_path.glob("late-*"))
+
+
+def test_only_what_still_runs_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray aborts the driver that cancels a task whose end has just come."""
+    cancelled, cancel = [], ray.cancel
+
+    def record(ref: Any, force: bool) -> None:
+        cancelled.append(ref)
+        cancel(ref, force=force)
+
+    monkeypatch.setattr(ray, "cancel", record)
+    task = ray.remote(max_retries=0)(sleep)
+    ended, failed, running = task.remote(0), task.remote(-1), task.remote(60)
+    ray.wait([ended, failed], num_returns=2)
+    tasks._kill([ended, failed, running])
+    assert cancelled == [running]
+
+
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def nap(number: int) -> int:
