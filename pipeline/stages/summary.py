@@ -197,18 +197,25 @@ def _add_results(table: Table, results: list[Result]) -> None:
             result.metric if place == 0 else "",
             f"{result.mean:.3f}{spread}  {result.set} ({result.size:,} pairs, {seeds})",
         )
-    kept = next((result for result in results if result.set.startswith("kept")), None)
-    if kept is None:
+    kept = [result for result in results if result.series == "kept"]
+    sizes = {result.size for result in kept}
+    for mine in kept:
+        name = "what was kept" if len(kept) == 1 else mine.set
+        for other in results:
+            # Of a curve, sets of the same size; what has none of these sizes (everything) stands beside each.
+            if other.series != "kept" and (other.size == mine.size or other.size not in sizes):
+                _add_verdict(table, name, mine, other)
+
+
+def _add_verdict(table: Table, name: str, mine: Result, other: Result) -> None:
+    gap = mine.mean - other.mean
+    noise = (mine.std**2 + other.std**2) ** 0.5
+    if noise != noise:  # one seed has no spread, so there is no verdict
         return
-    for other in (result for result in results if result is not kept):
-        gap = kept.mean - other.mean
-        noise = (kept.std**2 + other.std**2) ** 0.5
-        if noise != noise:  # one seed has no spread, so there is no verdict
-            continue
-        verdict = (
-            "better than" if gap > noise else "worse than" if gap < -noise else "no different, within the spread, from"
-        )
-        table.add_row("", f"what was kept trains {verdict} {other.set} ({gap:+.3f})")
+    verdict = (
+        "better than" if gap > noise else "worse than" if gap < -noise else "no different, within the spread, from"
+    )
+    table.add_row("", f"{name} trains {verdict} {other.set} ({gap:+.3f})")
 
 
 def selection_is_current(job: Job) -> bool:

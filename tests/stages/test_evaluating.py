@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from rich.table import Table
 
 from pipeline.config import parse_config
+from pipeline.evaluation.results import Result
 from pipeline.stages.evaluating import _warn_of_shared_shards
+from pipeline.stages.summary import _add_results
 
 
 def test_measuring_on_pairs_that_were_used_is_said(
@@ -28,3 +31,28 @@ def test_measuring_on_pairs_that_were_used_is_said(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"evaluate: 1 shard of evaluate.shards, {shards[1]} first, also named by data.shards")
     assert second.startswith(f"evaluate: 2 shards of evaluate.shards, {shards[2]} first, also named by target.shards")
+
+
+def verdicts(results: list[Result]) -> list[str]:
+    """What the table at the end says of the kept sets."""
+    _add_results(table := Table("", ""), results)
+    return [line for line in map(str, table.columns[1].cells) if " trains " in line]
+
+
+def test_the_kept_set_is_held_against_sets_of_its_size_and_everything() -> None:
+    def result(series: str, size: int, *values: float) -> Result:
+        return Result.of(f"{series} {size}", series, size, "accuracy", list(values))
+
+    kept, random, full = result("kept", 50, 0.5, 0.6), result("random", 50, 0.3, 0.31), result("full", 100, 0.52, 0.54)
+    assert verdicts([kept, random, full]) == [
+        "what was kept trains better than random 50 (+0.245)",
+        "what was kept trains no different, within the spread, from full 100 (+0.020)",
+    ]
+    more, other = result("kept", 70, 0.2, 0.21), result("random", 70, 0.3, 0.31)
+    assert verdicts([kept, random, more, other, full]) == [
+        "kept 50 trains better than random 50 (+0.245)",
+        "kept 50 trains no different, within the spread, from full 100 (+0.020)",
+        "kept 70 trains worse than random 70 (-0.100)",
+        "kept 70 trains worse than full 100 (-0.325)",
+    ]
+    assert verdicts([result("kept", 50, 0.5), full]) == []
