@@ -1,8 +1,10 @@
-"""How long those who have work in hand may be silent before they are taken to hang."""
+"""How long those who have work in hand may be silent before they are taken to hang, and the end of those that do."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 #: Times the longest silence seen so far.
 FACTOR = 20.0
@@ -74,3 +76,16 @@ class Silence:
     def is_too_long(self) -> bool:
         """Whether to take those who have work in hand to hang."""
         return self.seconds > self.patience.seconds
+
+
+def kill(tasks: Iterable[Any]) -> None:
+    """Kill the Ray tasks of these references that have not ended.
+
+    To cancel one that just has can abort the driver (Ray 2.60: `Check failed: it != submissible_tasks_.end()`).
+    """
+    import ray
+
+    for task in tasks:
+        _, running = ray.wait([task], timeout=0)
+        if running:
+            ray.cancel(task, force=True)

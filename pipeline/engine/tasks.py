@@ -6,7 +6,7 @@ import math
 import queue
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from pipeline.engine.interrupt import Interruption
 from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
-from pipeline.patience import Patience, Silence
+from pipeline.patience import Patience, Silence, kill
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.task_marks import TaskMarks
@@ -148,7 +148,7 @@ def run_tasks(
                     why = f"no news for {limit:.0f} s: killed (storage, or a deadlock)"
                     killed.update(dict.fromkeys(in_hand, Failure("TaskHung", why)))
                     silence.begins()
-                    _kill(ref for ref, _ in in_hand.values())
+                    kill(ref for ref, _ in in_hand.values())
                 continue
             _, since = in_hand.pop(number)
             if pulses is not None:
@@ -198,7 +198,7 @@ def run_task(
         try:
             result: Result = ray.get(ref, timeout=limit)
         except GetTimeoutError:
-            _kill([ref])
+            kill([ref])
             lost = f"hung: it had not come back after {limit:.0f} s and was killed (storage, or a deadlock)"
         except RayTaskError as error:
             if isinstance(error.cause, DiffpruneError | OSError):
@@ -207,7 +207,7 @@ def run_task(
         except RayError as error:
             lost = f"lost its process: {' '.join(str(error).split())[:300]}"
         except BaseException:
-            _kill([ref])
+            kill([ref])
             raise
         else:
             return result
@@ -263,17 +263,8 @@ def _ended_with(in_hand: dict[int, tuple[Any, float]]) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
-            _kill(ref for ref, _ in in_hand.values())
+            kill(ref for ref, _ in in_hand.values())
         raise
-
-
-def _kill(in_hand: Iterable[Any]) -> None:
-    """Kill the tasks of these references that have not ended: to cancel one that just has can abort the driver (in Ray
-    2.60: `Check failed: it != submissible_tasks_.end()`)."""
-    for ref in in_hand:
-        _, running = ray.wait([ref], timeout=0)
-        if running:
-            ray.cancel(ref, force=True)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.config import Config
 from pipeline.device import device_of_this_task, gpus_for_a_task
 from pipeline.errors import DiffpruneError, StageError
-from pipeline.patience import Patience, Silence
+from pipeline.patience import Patience, Silence, kill
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.schedule import Rows
 from pipeline.run import RunFolder
@@ -121,8 +121,7 @@ def _gather(
             note(f"{stuck}: what trains is killed and goes on from the last resume point")
             watch.silence.begins()
             if function is _train_alone:
-                for ref in in_hand:
-                    ray.cancel(ref, force=True)
+                kill(in_hand)
                 done = list(in_hand)
                 ray.wait(done, num_returns=len(done), timeout=KILLED_WITHIN)
         for ref in done:

@@ -34,20 +34,21 @@ COUNTED, SIZED = 8, 200
 
 def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
     """Calibrate on the cluster that a run of this config would use. Nothing is written to the run's folder."""
-    with _with_demo(config) as config:
-        return _plan(open_job(config))
+    with _open(config) as job:
+        return _plan(job)
 
 
 @contextmanager
-def _with_demo(config: Config) -> Iterator[Config]:
-    """The config; one whose run is in a temporary folder where it is for demo data that are not written yet."""
+def _open(config: Config) -> Iterator[Job]:
+    """The run's job; where it is for demo data that are not written yet, one in a temporary folder that has them."""
+    job = open_job(config)
     if not uses_demo(config) or storage.exists(demo_folder(config)):
-        yield config
+        yield job
         return
     with tempfile.TemporaryDirectory() as folder:
-        config = config.model_copy(update={"out": folder})
-        make_demo(demo_folder(config), seed=config.seed)
-        yield config
+        elsewhere = config.model_copy(update={"out": folder})
+        make_demo(demo_folder(elsewhere), seed=config.seed)
+        yield open_job(elsewhere)
 
 
 def _plan(job: Job) -> tuple[list[StageCost], Rates, Volume]:

@@ -143,9 +143,9 @@ def through_ray(path: Path, config: Config) -> dict[str, float]:
     folder = RunFolder(config.out)
     shutil.rmtree(folder.scores, ignore_errors=True)
     seconds = stage("score", path)
-    marks = [json.loads(file.read_text()) for file in sorted(Path(folder.scores).glob("*.json"))]
+    marks = marks_of(folder)
     phases = {name: sum(mark["seconds"].get(name, 0.0) for mark in marks) for name in ("load", "waiting", "score")}
-    begun = min(mark["finished"] - mark["seconds"]["score"] for mark in marks)
+    begun = first_scored(marks)
     ended = max(mark["finished"] for mark in marks)
     pairs, workers = sum(mark["ok"] for mark in marks), len({mark["worker"] for mark in marks})
     busy = workers * (ended - begun)
@@ -156,6 +156,16 @@ def through_ray(path: Path, config: Config) -> dict[str, float]:
         "running": pairs / (ended - begun),
         **{name: value / busy for name, value in phases.items()},
     }
+
+
+def marks_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The marks of all shards that are scored."""
+    return [json.loads(file.read_text()) for file in sorted(Path(folder.scores).glob("*.json"))]
+
+
+def first_scored(marks: list[dict[str, Any]]) -> float:
+    """When the first shard's pairs came into the passes, in seconds of the clock."""
+    return float(min(mark["finished"] - mark["seconds"]["score"] for mark in marks))
 
 
 def climb(estimator: str, shards: str, checkpoints: int, folder: Path) -> None:

@@ -8,7 +8,6 @@ names the folder of the real pairs.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ import yaml
 
 from pipeline.run import RunFolder
 from tests.benchmarks import real_runs
-from tests.benchmarks.ladder import stage
+from tests.benchmarks.ladder import first_scored, marks_of, stage
 from tests.benchmarks.needs import real_pairs
 
 
@@ -34,14 +33,13 @@ def main() -> None:
         (config := Path(scratch, "config.yaml")).write_text(yaml.safe_dump(tree))
         for name in ("inventory", "train", "directions"):
             stage(name, config)
-        scores = Path(RunFolder(tree["out"]).scores)
+        folder = RunFolder(tree["out"])
         for _ in range(options.repeats):
-            shutil.rmtree(scores, ignore_errors=True)
+            shutil.rmtree(folder.scores, ignore_errors=True)
             start = time.time()
             seconds = stage("score", config)
-            marks = [json.loads(file.read_text()) for file in scores.glob("*.json")]
-            first = min(mark["finished"] - mark["seconds"]["score"] for mark in marks)
-            print(f"first pairs in the passes after {first - start:.1f} s, stage {seconds:.1f} s", flush=True)
+            first = first_scored(marks_of(folder)) - start
+            print(f"first pairs in the passes after {first:.1f} s, stage {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

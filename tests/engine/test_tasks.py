@@ -22,7 +22,7 @@ from pipeline.engine import progress, tasks
 from pipeline.engine.failures import read_aside
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError, StageError
-from pipeline.patience import Patience
+from pipeline.patience import Patience, kill
 from pipeline.run import RunFolder
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
@@ -223,7 +223,7 @@ def test_only_what_still_runs_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> N
     task = ray.remote(max_retries=0)(sleep)
     ended, failed, running = task.remote(0), task.remote(-1), task.remote(60)
     ray.wait([ended, failed], num_returns=2)
-    tasks._kill([ended, failed, running])
+    kill([ended, failed, running])
     assert cancelled == [running]
 
 

@@ -62,6 +62,11 @@ def test_a_plan_of_demo_data_needs_none_and_leaves_none(tmp_path: Path, capsys: 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_of_demo_data_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["plan", str(DEMO), "--set=out=s3://bucket/run"]) == 2
+    assert "out: expected a local folder" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("quick")
 def test_what_cannot_be_calibrated_with_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = write_tar(tmp_path / "0.tar", [*sample_members("a", b"no image", "words")])
