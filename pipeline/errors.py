@@ -41,3 +41,7 @@ class StageError(DiffpruneError):
 
 class FingerprintError(StageError):
     """Results on storage were made with other settings than the ones asked for now."""
+
+
+class NoWorkerError(StageError):
+    """None of the workers that score could start."""

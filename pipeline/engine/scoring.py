@@ -25,7 +25,7 @@ from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.resources import plan_workers
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.engine.worker import Place, ScoreWorker, ShardStats, WorkerSpec
-from pipeline.errors import StageError
+from pipeline.errors import NoWorkerError, StageError
 from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.store import commits
@@ -276,7 +276,7 @@ class _Driver:
         del self._slots[name]
         self._queue.removed(name)
         if self._fruitless >= self._wanted and not any(slot.ready for slot in self._slots.values()):
-            raise StageError(f"score: no worker can start: {failure}")
+            raise NoWorkerError(f"score: no worker can start: {failure}")
 
     def _give_up(self, place: int, failure: Failure) -> None:
         shard = self._shards[place]

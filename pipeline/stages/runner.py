@@ -17,7 +17,7 @@ from pipeline.emit.emit import emit
 from pipeline.engine.connect import connect
 from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, FingerprintError, NoWorkerError
 from pipeline.selection.summary import read_summary
 from pipeline.stages import summary
 from pipeline.stages.directions import compute_directions
@@ -30,7 +30,7 @@ from pipeline.stages.training import check_checkpoints, check_held_out, take_inv
 from pipeline.stages.validating import validate
 from pipeline.store import storage
 
-#: Stages that use the proxy, so that it is checked before them. Directions that are complete vouch for it in `score`.
+#: Stages that use the proxy, so that it is checked before them; for `score` complete directions vouch.
 _WITH_PROXY = {"train", "directions", "evaluate", "validate"}
 
 
@@ -67,8 +67,12 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     with connect(config.engine):
         _prepare(config, proxy=name in _WITH_PROXY)
         if name == "score":
-            with _stage(job, "score"):
-                outcome = score(job, retry_failed=retry_failed)
+            try:
+                with _stage(job, "score"):
+                    outcome = score(job, retry_failed=retry_failed)
+            except (NoWorkerError, FingerprintError):
+                _prepare(config, proxy=True)  # what is wrong may be the config's proxy
+                raise
             summary.note_scores(job, outcome)
         elif name == "evaluate":
             require_scores(job)
