@@ -102,7 +102,7 @@ def score_pairs(
     *,
     dataset_size: int | None = None,
     device: torch.device | str = "cpu",
-    batch_size: int = 256,
+    batch_size: int = 1024,
 ) -> PairScores:
     """Influence of pairs held in memory: the directions of all checkpoints, then passes over the pairs.
 

@@ -184,11 +184,12 @@ class ScoreConfig(Section):
     held_out: bool = False
     """Score each pair only with the proxy runs that did not train on it; needs `proxy.subset` below 1 and runs that
     leave every pair out once (two with `subset: 0.5`)."""
-    batch_size: PositiveInt = 256
-    """Pairs per tangent pass (on a CPU at most 32 to 128, by the model); it changes speed and memory, not the scores
-    (to rounding)."""
+    batch_size: PositiveInt = 1024
+    """Pairs per tangent pass: on a CPU at most 32 to 128, by the model, on a GPU halved until its memory holds them. It
+    changes speed and memory, not the scores (to rounding)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Arithmetic of the passes on a GPU; sums and losses are always float32."""
+    """Products of the passes: `tf32` on a GPU, `bf16` there and on processors that multiply bfloat16. Sums, softmax,
+    norms and losses are always float32."""
     embeddings: bool = False
     """Store the normalised embedding of the last checkpoint (image and text, float16) in the score files."""
     projections: PositiveInt = 64

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.func
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -14,6 +15,19 @@ def push_forward(function: Callable[..., Any], at: tuple[Any, ...], along: tuple
     """Value of the function and its derivative along the tangents."""
     result: Any = torch.func.jvp(function, at, along)
     return result[0], result[1]
+
+
+def push_named_forward(
+    function: Callable[[dict[str, Tensor]], Iterable[Tensor]], at: dict[str, Tensor], along: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that a function of named ones gives, and their derivatives along tangents of the same names.
+
+    What `push_forward` gives, at less cost per operator: dual tensors without the layers that let derivatives nest.
+    Not within another derivative or `vmap`.
+    """
+    with forward_ad.dual_level():
+        found = [parted(part) for part in function({name: carrying(at[name], along[name]) for name in at})]
+    return [v for v, _ in found], [torch.zeros_like(v) if tangent is None else tangent for v, tangent in found]
 
 
 def pull_back(function: Callable[..., Any], at: Any, cotangent: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
 from pipeline.influence.arithmetic import arithmetic
-from pipeline.influence.forward_mode import push_forward
+from pipeline.influence.forward_mode import push_forward, push_named_forward
 from pipeline.influence.settings import Settings
 from pipeline.influence.tangents import TangentRules
 from pipeline.influence.twice import TwiceDifferentiable
@@ -115,7 +115,7 @@ class Passes:
         directions = [_filled(vectors[name], at) for name in names]
         if len(names) == 1:
             with TangentRules():
-                value, tangent = push_forward(run, (at,), (directions[0],))
+                value, tangent = (Features(*parts) for parts in push_named_forward(run, at, directions[0]))
             return {(): value, (names[0],): tangent}
         stacked = {parameter: torch.stack([d[parameter] for d in directions]) for parameter in moved}
         with TangentRules(stacked=True):

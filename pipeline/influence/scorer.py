@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ class Scorer:
         reference: R.
         settings: as for `prepare`.
         device: where passes run; weights, vectors and R's features of all checkpoints stay there.
-        batch_size: pairs per pass; on a CPU at most 32 to 128 of them, by the size of the model's activations.
+        batch_size: pairs per pass; on a CPU at most 32 to 128 of them, by the size of the model's activations, on a GPU
+            fewer once its memory does not hold so many.
         trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
             then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
     """
@@ -53,7 +55,7 @@ class Scorer:
         reference: PairBatch,
         settings: Settings,
         device: torch.device | str = "cpu",
-        batch_size: int = 256,
+        batch_size: int = 1024,
         trained: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.settings = settings
@@ -162,6 +164,19 @@ class Scorer:
         places = torch.searchsorted(ids, batch.ids).clamp(max=len(ids) - 1)
         return ids[places] != batch.ids
 
+    def in_parts(self, pairs: PairBatch, work: Callable[[PairBatch], Jet]) -> list[Jet]:
+        """What `work` gives for consecutive parts; where a GPU's memory does not hold one, they are halved for good."""
+        while True:
+            try:
+                return [work(part) for part in chunks(pairs, self.batch_size)]
+            except torch.OutOfMemoryError:
+                tried = min(self.batch_size, len(pairs))
+                if tried == 1:
+                    raise
+            # Out of the handler, whose traceback held the tensors of the pass.
+            torch.cuda.empty_cache()
+            self.batch_size = (tried + 1) // 2
+
     def neighbours(self, batch: PairBatch) -> Neighbours:
         """Which members of R are negatives of which pair of the batch."""
         ignore = self.settings.equal_captions == "ignore"
@@ -197,10 +212,10 @@ class _CheckpointScorer:
         scorer, wanted = self.scorer, self.wanted[point]
         with torch.no_grad():
             state = self._state_at(point)
-            parts = list(chunks(pairs, scorer.batch_size))
             found: Jet = {}
             for names, vectors in self._in_memory(wanted):
-                found |= joined_jets([scorer.passes.jet(state, vectors, part, names) for part in parts])
+                work = partial(scorer.passes.jet, state, vectors, wanted=names)
+                found |= joined_jets(scorer.in_parts(pairs, work))
             return found
 
     def _in_memory(self, wanted: list[tuple[str, ...]]) -> Iterator[tuple[list[tuple[str, ...]], dict[str, Tree]]]:
@@ -248,8 +263,8 @@ class _CheckpointScorer:
 
     def features(self, batch: PairBatch) -> Features:
         """Features of a batch at the checkpoint itself."""
-        parts = chunks(batch, self.scorer.batch_size)
-        return joined([self.scorer.passes.jet(self.state, {}, part, [()])[()] for part in parts])
+        work = partial(self.scorer.passes.jet, self.state, {}, wanted=[()])
+        return joined([jet[()] for jet in self.scorer.in_parts(batch, work)])
 
     def observe(self, batch: PairBatch, near: Neighbours) -> tuple[Tensor, Features]:
         """Loss and features of the pairs at the checkpoint itself."""
@@ -313,7 +328,7 @@ def with_reference(
     plan: ProbePlan,
     reference: PairBatch,
     settings: Settings,
-    batch_size: int = 256,
+    batch_size: int = 1024,
 ) -> ProbePlan:
     """The plan with what scoring needs of R, computed on the model's device, kept on the CPU."""
     device = next(model.parameters()).device

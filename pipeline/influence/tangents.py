@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.dense import linear, linear_added
 from pipeline.influence.forward_mode import carrying, parted
 
@@ -34,6 +35,7 @@ class TangentRules(TorchFunctionMode):
         self._rules: dict[Any, Callable[..., Any]] = {
             functional.linear: self._linear_rule,
             functional.layer_norm: self._layer_norm_rule,
+            functional.batch_norm: self._batch_norm_rule,
             functional.scaled_dot_product_attention: self._attention_rule,
             functional.multi_head_attention_forward: self._multi_head_rule,
         }
@@ -53,17 +55,51 @@ class TangentRules(TorchFunctionMode):
     ) -> Any:
         """The tangent of the normalised values through their symmetric Jacobian, then weight and bias."""
         x = _Dual.of(input)
-        if weight is None or bias is None or weight.dtype != input.dtype or x.tangent is None:
+        if _autocast(input) is not None:
+            x = x.map(Tensor.float)  # as autocast does
+        if weight is None or bias is None or weight.dtype != x.value.dtype or x.tangent is None:
             return NotImplemented
         normal, mean, scale = torch.native_layer_norm(x.value, shape, None, None, eps)
         (w, dw), (b, db) = _Dual.of(weight), _Dual.of(bias)
         backward = torch.ops.aten.native_layer_norm_backward
-        tangent = backward(x.tangent, x.value, shape, mean, scale, None, None, [True, False, False])[0] * w
-        if dw is not None:
-            tangent = tangent + normal * dw if self._stacked else tangent.addcmul_(normal, dw)
-        if db is not None:
-            tangent += db
+        bent = backward(x.tangent, x.value, shape, mean, scale, None, None, [True, False, False])[0]
+        if dw is None:
+            tangent = bent * w if db is None else torch.addcmul(db, bent, w)
+        else:
+            moved = normal * dw if db is None else torch.addcmul(db, normal, dw)
+            tangent = torch.addcmul(moved, bent, w) if self._stacked else moved.addcmul_(bent, w)
         return _Dual(torch.addcmul(b, normal, w), tangent).tensor()
+
+    def _batch_norm_rule(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Any:
+        """In evaluation a scale and a shift per channel, in the dtype of the input; torch's tangent is float32."""
+        x = _Dual.of(input)
+        if training or mean is None or variance is None or weight is None or bias is None:
+            return NotImplemented
+        (w, dw), (b, db) = _Dual.of(weight), _Dual.of(bias)
+        inverse = torch.rsqrt(variance + eps)
+
+        def per_channel(values: Tensor) -> Tensor:
+            return values.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
+
+        tangent = None if db is None else per_channel(db).expand_as(x.value)
+        if dw is not None:
+            slope = dw * inverse
+            shift = per_channel(-mean * slope if db is None else db - mean * slope)
+            tangent = torch.addcmul(shift, x.value, per_channel(slope))
+        if x.tangent is not None:
+            scale = per_channel(w * inverse)
+            tangent = x.tangent * scale if tangent is None else torch.addcmul(tangent, x.tangent, scale)
+        return _Dual(functional.batch_norm(x.value, mean, variance, w, b, False, momentum, eps), tangent).tensor()
 
     def _attention_rule(
         self,
@@ -77,8 +113,11 @@ class TangentRules(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Any:
         q, k, v = (_Dual.of(tensor) for tensor in (query, key, value))
-        if dropout_p or is_causal or enable_gqa or not _additive(attn_mask) or _autocast(query) is not None:
+        if dropout_p or is_causal or enable_gqa or not _additive(attn_mask):
             return NotImplemented
+        lower = _autocast(query)
+        if lower is not None:
+            q, k, v = (dual.map(lambda t: t.to(lower)) for dual in (q, k, v))
         return self._attention(q, k, v, attn_mask, scale).tensor()
 
     def _multi_head_rule(
@@ -105,7 +144,7 @@ class TangentRules(TorchFunctionMode):
         """`nn.MultiheadAttention` to itself, in evaluation; tensors `[tokens, pairs, width]`."""
         unusual = (bias_k, bias_v, key_padding_mask, options.get("q_proj_weight"), options.get("static_k"))
         flags = (add_zero_attn, training, need_weights, options.get("is_causal"), query is not key, key is not value)
-        if any(item is not None for item in unusual) or any(flags) or query.dim() != 3 or _autocast(query) is not None:
+        if any(item is not None for item in unusual) or any(flags) or query.dim() != 3:
             return NotImplemented
         if in_proj_weight is None or not _additive(attn_mask) or (attn_mask is not None and attn_mask.dim() != 2):
             return NotImplemented
@@ -142,7 +181,10 @@ class TangentRules(TorchFunctionMode):
         return _Dual(value, tangent)
 
     def _attention(self, query: _Dual, key: _Dual, value: _Dual, mask: Tensor | None, scale: float | None) -> _Dual:
-        """`softmax(scale q k^T + mask) v` of tensors `[..., tokens, d]`; the softmax's Jacobian is symmetric."""
+        """`softmax(scale q k^T + mask) v` of tensors `[..., tokens, d]`; the softmax's Jacobian is symmetric.
+
+        Of bfloat16 tensors all products are bfloat16 but the first, whose error the exponential would enlarge.
+        """
         if query.tangent is None and key.tangent is None and value.tangent is None:
             plain = functional.scaled_dot_product_attention(query.value, key.value, value.value, mask, scale=scale)
             return _Dual(plain, None)
@@ -150,11 +192,9 @@ class TangentRules(TorchFunctionMode):
         q, k, v = (dual.map(lambda t: t.reshape(-1, *t.shape[-2:])) for dual in (query, key, value))
         scale = width**-0.5 if scale is None else scale
         kt = k.map(lambda t: t.transpose(1, 2))
-        start = q.value.new_zeros(()) if mask is None else mask
-        if start.dim() > 2:
-            start = start.expand(*lead, *start.shape[-2:]).reshape(-1, *start.shape[-2:])
-        logits = torch.baddbmm(start, q.value, kt.value, beta=0 if mask is None else 1, alpha=scale)
-        weights = logits.softmax(-1)
+        if mask is not None and mask.dim() > 2:
+            mask = mask.expand(*lead, *mask.shape[-2:]).reshape(-1, *mask.shape[-2:])
+        weights = _attention_weights(q.value, kt.value, mask, scale)
         bent = self._product_tangent(q, kt, scale)
         if bent is not None:
             bent = torch._softmax_backward_data(bent, weights, -1, weights.dtype)
@@ -195,6 +235,17 @@ class _Dual(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> _Dual:
         """A linear function of the tensor."""
         return _Dual(function(self.value), None if self.tangent is None else function(self.tangent))
+
+
+def _attention_weights(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`softmax(scale q k + mask)` of `[n, targets, d]` and `[n, d, sources]`, in float32 or wider until it is done."""
+    if query.itemsize >= 4:
+        start = query.new_zeros(()) if mask is None else mask
+        return torch.baddbmm(start, query, keys, beta=0 if mask is None else 1, alpha=scale).softmax(-1)
+    # In tf32 the product of bfloat16 values is exact, and it is fast.
+    with torch.autocast(query.device.type, enabled=False), arithmetic("tf32"):
+        wide = _attention_weights(query.float(), keys.float(), None if mask is None else mask.float(), scale)
+    return wide.to(query.dtype)
 
 
 def _additive(mask: Tensor | None) -> bool:

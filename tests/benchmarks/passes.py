@@ -1,12 +1,13 @@
 """What scoring costs in memory, as multiples of a bare forward pass of the same model over the same pairs.
 
     python -m tests.benchmarks.passes [--model ViT-B-32] [--batch 256] [--repeats 3] [--threads 2]
-        [--forms "diff-in central" tracin]
+        [--forms "diff-in central" tracin] [--precision bf16]
 
 The bare pass is open_clip's own forward under `no_grad` in `eval` mode, with torch's fused attention. Multiples are
 taken of two of them: over all pairs of the batch at once, and the fastest to be had on a CPU, over parts of 32 with the
-products of `pipeline.influence.dense`, which is not open_clip's own any more. A checkpoint's passes are timed alone;
-the loss and similarity columns add one forward pass of each run's last checkpoint.
+products of `pipeline.influence.dense`, which is not open_clip's own any more. With `--precision bf16` bare passes are
+in bfloat16 too (autocast). A checkpoint's passes are timed alone; the loss and similarity columns add one forward pass
+of each run's last checkpoint.
 Each repeat times all forms one after the other and ratios are taken within a repeat, so that other load on the machine
 falls on numerator and denominator alike; with `--threads 1` processor time is counted, not wall time.
 """
@@ -18,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,6 +30,8 @@ from pipeline.influence.tangents import TangentRules
 from pipeline.models.clip import PairModel, split_state
 from pipeline.types import Checkpoint, PairBatch, Tree
 from tests.benchmarks.models import medium_model, small_model
+
+Precision = Literal["fp32", "bf16"]
 
 #: Forward passes that the flops of each form amount to.
 LIMITS = {"tracin": 3, "tracin by losses": 2, "diff-in central": 6, "diff-in by losses": 4, "diff-in exact": 10}
@@ -81,7 +84,7 @@ def timed(function: Callable[[], object]) -> float:
 
 
 def measure(
-    name: str | None, batch: int, repeats: int, forms: Sequence[str]
+    name: str | None, batch: int, repeats: int, forms: Sequence[str], precision: Precision
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of the bare passes, and of each form's passes, one number per repeat."""
     model = small_model(name) if name else medium_model()
@@ -90,7 +93,9 @@ def measure(
     pairs, reference = random_pairs(model, batch, 1), random_pairs(model, 16, 2)
     nothing = ProbePlan([])
     scorers = {
-        form: Scorer(model, [(checkpoint, plan_of(form, params)), (later, nothing)], reference, Settings())
+        form: Scorer(
+            model, [(checkpoint, plan_of(form, params)), (later, nothing)], reference, Settings(precision=precision)
+        )
         for form in forms
     }
     bare: dict[str, list[float]] = {name: [] for name in (f"batch {batch}", *BARE)}
@@ -99,7 +104,8 @@ def measure(
         for repeat in range(repeats + 1):
             for name, times in bare.items():
                 parts = list(chunks(pairs, batch if name.startswith("batch") else 32))
-                with BARE.get(name, nullcontext)():
+                lower = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+                with BARE.get(name, nullcontext)(), lower:
                     times.append(timed(lambda parts=parts: [model(part.images, part.tokens) for part in parts]))
             for name, scorer in scorers.items() if repeat else ():  # the first round only warms up
                 with scorer.passes.ready():
@@ -115,10 +121,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", help="as `proxy.model`; default: 27M parameters at 112 px")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--forms", nargs="+", choices=list(LIMITS), default=list(LIMITS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bare, found = measure(options.model, options.batch, options.repeats, options.forms)
+    bare, found = measure(options.model, options.batch, options.repeats, options.forms, options.precision)
     for name, seconds in bare.items():
         print(f"bare forward pass, {name}: {options.batch / statistics.median(seconds):.0f} pairs/s")
     whole, fastest = bare[f"batch {options.batch}"], list(bare.values())[-1]

@@ -1,4 +1,4 @@
-"""How far each way of computing Diff-In is from its float64 value, by precision and step size.
+"""How far TracIn, and each way of computing Diff-In, is from its float64 value, by precision and step size.
 
     python -m tests.benchmarks.precision [--model tiny-vit] [--steps 60] [--pairs 128] [--factors 1e-3 1e-2 ...]
 
@@ -28,7 +28,7 @@ PRECISIONS = ("float64", "float32", "bfloat16")
 
 
 def scores(model: PairModel, checkpoint: Checkpoint, batches: Batches, pairs: PairBatch, settings: Settings) -> Tensor:
-    """Diff-In's term of every pair, float64 `[b]`."""
+    """The term of every pair, float64 `[b]`."""
     plan = prepare(model, checkpoint, batches, settings, dataset_size=1000, num_checkpoints=1)
     return Scorer(model, [(checkpoint, plan)], batches.reference, settings).score(pairs).terms[:, 0].double()
 
@@ -65,10 +65,11 @@ def main() -> None:
     forms: list[Literal["none", "adam"]] = ["none", "adam"]
     for form in forms:
         base = Settings(method="exact", precondition=form)
-        truth = scores(double, exact, batches, pairs, base)
+        tracin = replace(base, estimator="tracin")
+        truths = {chosen.estimator: scores(double, exact, batches, pairs, chosen) for chosen in (base, tracin)}
 
-        def cell(precision: str, truth: Tensor = truth, base: Settings = base, **settings: Any) -> str:
-            wide = precision == "float64"
+        def cell(precision: str, truths: dict[str, Tensor] = truths, base: Settings = base, **settings: Any) -> str:
+            wide, truth = precision == "float64", truths[base.estimator]
             chosen = replace(base, precision="bf16" if precision == "bfloat16" else "fp32", **settings)
             found = scores(*((double, exact) if wide else (single, trained)), batches, pairs, chosen)
             error = float((found - truth).abs().max() / truth.abs().max())
@@ -76,6 +77,7 @@ def main() -> None:
 
         print(f"\n{'SGD' if form == 'none' else 'AdamW'}")
         print(f"| form | step | {' | '.join(PRECISIONS)} |\n|---|---|---|---|---|")
+        print(f"| tracin | - | - | {' | '.join(cell(p, base=tracin) for p in PRECISIONS[1:])} |", flush=True)
         print(f"| exact | - | - | {' | '.join(cell(p) for p in PRECISIONS[1:])} |", flush=True)
         for method in ("central", "forward"):
             for factor in options.factors:

@@ -53,6 +53,56 @@ def test_scores_do_not_depend_on_neighbours(estimator):
     assert bool(together.terms.isfinite().all())
 
 
+class Cramped(nn.Module):
+    """Towers whose device holds so many pairs at a time."""
+
+    def __init__(self, towers, room):
+        super().__init__()
+        self.towers = towers
+        self.room = room
+        self.tried = []
+
+    def forward(self, images, tokens):
+        self.tried.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.towers(images, tokens)
+
+
+def cramped(room, batch_size):
+    settings = Settings(estimator="tracin")
+    towers, checkpoints, batches, pairs = make_case(settings)
+    model = Cramped(towers, 100)
+    of_towers = [
+        replace(point, params={f"towers.{name}": value for name, value in point.params.items()}, adam=None)
+        for point in checkpoints[:1]
+    ]
+    plans = prepare_run(model, of_towers, batches, settings, dataset_size=N)
+    parts = list(zip(of_towers, plans, strict=True))
+    expected = Scorer(model, parts, batches.reference, settings).score(pairs)
+    model.room, model.tried = room, []
+    return lambda: Scorer(model, parts, batches.reference, settings, batch_size=batch_size), pairs, expected, model
+
+
+def test_passes_that_memory_does_not_hold_are_halved_for_good():
+    scorer_in, pairs, expected, model = cramped(room=2, batch_size=5)
+    scorer = scorer_in()
+    found = scorer.score(pairs)
+    assert scorer.batch_size <= 2
+    for name in ("terms", "loss", "similarity"):
+        assert_close(getattr(found, name), getattr(expected, name), 1e-12)
+    assert torch.equal(found.embedding, expected.embedding)
+    tried = len(model.tried)
+    scorer.score(pairs)
+    assert max(model.tried[tried:]) <= 2
+
+
+def test_a_device_that_does_not_hold_one_pair_is_an_error():
+    scorer_in, *_ = cramped(room=0, batch_size=4)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        scorer_in()
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 @pytest.mark.parametrize(
     ("estimator", "self_form"),

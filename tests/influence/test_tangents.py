@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.influence import Settings
+from pipeline.influence.forward_mode import push_named_forward
 from pipeline.influence.passes import Passes
 from pipeline.influence.tangents import TangentRules
 from tests.influence.test_models import FAMILIES, make_model, pairs_of
@@ -63,12 +67,15 @@ def tensors(*shapes, seed=0):
 
 
 @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
-@pytest.mark.parametrize("operator", ["linear", "layer_norm", "attention"])
+@pytest.mark.parametrize("operator", ["linear", "layer_norm", "batch_norm", "attention"])
 def test_any_arguments_may_move(operator, moving):
     if operator == "linear":
         arguments, function = tensors((2, 5, 4), (3, 4), (3,)), functional.linear
     elif operator == "layer_norm":
         arguments, function = tensors((2, 5, 4), (4,), (4,)), lambda x, w, b: functional.layer_norm(x, (4,), w, b)
+    elif operator == "batch_norm":
+        arguments, (mean, spread) = tensors((2, 4, 3, 3), (4,), (4,)), tensors((4,), (4,), seed=2)
+        function = lambda x, w, b: functional.batch_norm(x, mean, spread.square(), w, b)  # noqa: E731
     else:
         arguments, function = tensors((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 3)), functional.scaled_dot_product_attention
 
@@ -145,15 +152,94 @@ def test_float32_is_near_float64(name):
             assert_same(single.double(), double, 1e-3)
 
 
-def test_bfloat16_passes_are_near_float32():
-    model, checkpoint = make_model("tiny-vit", torch.float32)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_passes_are_near_float32(name):
+    model, checkpoint = make_model(name, torch.float32)
     pairs, state = pairs_of(model, 3, 0), {**checkpoint.params, **checkpoint.buffers}
-    vectors = {"a": random_like(checkpoint.params, 1)}
+    vectors = {"a": random_like(checkpoint.params, 1), "b": random_like(checkpoint.params, 2)}
     found = []
     for precision in ("fp32", "bf16"):
         passes = Passes(model, Settings(precision=precision))
         with torch.no_grad(), passes.ready():
-            found.append(passes.jet(state, vectors, pairs, [("a",)])[("a",)].image)
-    assert found[1].dtype == torch.float32
-    assert not torch.equal(*found)
-    assert_same(found[1], found[0], 0.05)
+            found.append([passes.jet(state, vectors, pairs, wanted) for wanted in ([("a",)], [("a",), ("b",)])])
+    for full, lower in zip(*found, strict=True):
+        for names, expected in full.items():
+            for value, wide in zip(lower[names][:2], expected[:2], strict=True):
+                assert value.dtype == torch.float32
+                assert not torch.equal(value, wide)
+                assert_same(value, wide, 0.1)
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices by their dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if any(name in str(func) for name in ("mm.", "mm_.", "linear", "convolution")):
+            self.counts[found.dtype] += 1
+        return found
+
+
+def test_bfloat16_passes_multiply_in_bfloat16():
+    """All products but the logits of each attention block."""
+    model, checkpoint = make_model("tiny-vit", torch.float32)
+    pairs, state = pairs_of(model, 3, 0), {**checkpoint.params, **checkpoint.buffers}
+    passes = Passes(model, Settings(precision="bf16"))
+    with torch.no_grad(), passes.ready(), Products() as products:
+        passes.jet(state, {"a": random_like(checkpoint.params, 1)}, pairs, [("a",)])
+    blocks = len(model.visual.transformer.resblocks) + len(model.transformer.resblocks)
+    assert products.counts[torch.float32] == blocks
+    # Of a block's four linear layers the value and two parts of the tangent; of attention one value and four parts.
+    assert products.counts[torch.bfloat16] >= blocks * (4 * 3 + 5)
+
+
+@pytest.mark.parametrize("form", ["scaled_dot_product", "multi_head"])
+def test_logits_are_not_rounded_to_bfloat16(form):
+    """Neighbouring bfloat16 numbers near 40 are a quarter apart: rounded logits would bend weights by a tenth."""
+    x = 4 * tensors((1, 6, 16), seed=3)[0]
+    weight, bias = torch.cat([torch.eye(16)] * 3), torch.zeros(48)
+
+    def attend(x):
+        if form == "scaled_dot_product":
+            return functional.scaled_dot_product_attention(x[None], x[None], x[None])
+        eye, zero = weight[:16].to(x.dtype), bias[:16].to(x.dtype)
+        call = (x.transpose(0, 1),) * 3 + (
+            16,
+            1,
+            weight.to(x.dtype),
+            bias.to(x.dtype),
+            None,
+            None,
+            False,
+            0.0,
+            eye,
+            zero,
+        )
+        return functional.multi_head_attention_forward(*call, training=False, need_weights=False)[0].transpose(0, 1)
+
+    rounded, moved = x.bfloat16(), torch.ones_like(x)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), TangentRules():
+        expected, slope = jvp(attend, (rounded.double(),), (moved,))
+        with torch.autocast("cpu", torch.bfloat16):
+            found, bent = jvp(attend, (rounded.float(),), (moved.float(),))
+    assert_same(found.double(), expected, 0.01)
+    assert_same(bent.double(), slope, 0.02)
+
+
+def test_one_tangent_takes_no_layers_that_nest():
+    """The lighter way to one derivative gives the same numbers to the last bit; what does not move has a zero."""
+    x, w, still = tensors((4, 5), (3, 5), (2,))
+    tangents = dict(zip("xw", tensors((4, 5), (3, 5), seed=1), strict=True))
+
+    def function(named):
+        return functional.linear(named["x"], named["w"]).tanh(), still
+
+    value, tangent = push_named_forward(function, {"x": x, "w": w}, tangents)
+    expected = jvp(lambda x, w: functional.linear(x, w).tanh(), (x, w), (tangents["x"], tangents["w"]))
+    assert torch.equal(value[0], expected[0])
+    assert torch.equal(tangent[0], expected[1])
+    assert torch.equal(tangent[1], torch.zeros(2, dtype=torch.float64))
