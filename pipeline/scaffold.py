@@ -34,12 +34,13 @@ SOURCE_KEYS = ("url", "source", "domain", "page_url", "image_url", "URL")
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine has to work with; memory in bytes."""
+    """What a machine has to work with; memory in bytes; whether its GPUs multiply bfloat16."""
 
     cpus: int
     memory: int
     gpus: int = 0
     gpu: str = ""
+    bfloat16: bool = False
 
     def __str__(self) -> str:
         gpus = f"{plural(self.gpus, 'GPU')} ({self.gpu})" if self.gpus else "no GPU"
@@ -66,7 +67,10 @@ def look_at_machine() -> Machine:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Machine(cpus, memory, gpus, torch.cuda.get_device_name(0) if gpus else "")
+    if not gpus:
+        return Machine(cpus, memory)
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Machine(cpus, memory, gpus, torch.cuda.get_device_name(0), bfloat16)
 
 
 def write_config(path: str, shards: Shards, *, machine: Machine | None = None, out: str | None = None) -> Inspection:
@@ -160,6 +164,10 @@ def _choose_proxy(chosen: Choices, pairs: int, machine: Machine) -> None:
     batch = 256
     if not machine.gpus:
         chosen.choose("proxy.model", "tiny-vit", "no GPU here; with one, an open_clip name such as ViT-B-32")
+    if machine.bfloat16:
+        chosen.choose(
+            "proxy.precision", "bf16", "mixed precision, which CLIP models are usually trained in on such GPUs"
+        )
     if pairs < 8 * batch:
         batch = max(8, 2 ** int(math.log2(max(pairs // 8, 8))))
         chosen.choose("proxy.batch_size", batch, f"an eighth of {count(pairs)} pairs")

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import write_shards
-
+# Before torch is imported, which reads it once:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.helpers import write_shards
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

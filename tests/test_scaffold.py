@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from pipeline.scaffold import Machine, draft_config, look_at_machine, shorten, w
 from tests.helpers import caption_of, image_bytes, sample_members, write_tar
 
 SMALL = Machine(cpus=2, memory=8 * 10**9)
-LARGE = Machine(cpus=64, memory=10**12, gpus=8, gpu="some GPU")
+LARGE = Machine(cpus=64, memory=10**12, gpus=8, gpu="some GPU", bfloat16=True)
 
 
 def test_config_loads_and_fits_the_shards(make_shards: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -53,6 +54,9 @@ def test_a_gpu_machine_gets_the_full_model(make_shards: Callable[..., list[str]]
     text, _ = draft_config(make_shards(shards=1, samples=10), machine=LARGE)
     assert "\n  #model: ViT-B-32\n" in text
     assert "8 GPUs (some GPU)" in text
+    assert "\n  precision: bf16\n" in text
+    old = draft_config(make_shards(shards=1, samples=10), machine=replace(LARGE, bfloat16=False))[0]
+    assert "\n  #precision: fp32\n" in old
 
 
 def test_captions_are_found_in_json(tmp_path: Path) -> None:

@@ -143,6 +143,9 @@ class ProxyConfig(Section):
     """Which steps are recorded: evenly spaced (the last one included), at random (seeded), or a list."""
     augment: bool = False
     """Train with open_clip's random crops instead of the evaluation transform."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Products of training: `tf32` on a GPU, or `bf16` (mixed precision, as open_clip's `amp_bf16`) there and on
+    processors that multiply bfloat16. Weights, sums, norms and losses are always float32."""
     workers: PositiveInt = 1
     """Training workers per run; above 1 the run goes through `ray.train`."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None

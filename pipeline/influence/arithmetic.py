@@ -1,11 +1,13 @@
-"""How products of float32 are computed on a GPU: global settings of torch, for a while."""
+"""In which precision products are computed, and how they are added up: settings of torch, for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+from pipeline.types import Features
 
 
 @contextmanager
@@ -23,3 +25,10 @@ def arithmetic(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def features_in(precision: str, device: torch.device, run: Callable[[], Features]) -> Features:
+    """Features that a model gives, by products in bfloat16 where `precision` is `bf16`; themselves float32 or wider."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        found = run()
+    return Features(*(value.float() if value.itemsize < 4 else value for value in found))

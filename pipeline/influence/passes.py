@@ -16,7 +16,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
-from pipeline.influence.arithmetic import arithmetic
+from pipeline.influence.arithmetic import arithmetic, features_in
 from pipeline.influence.forward_mode import push_forward, push_named_forward
 from pipeline.influence.settings import Settings
 from pipeline.influence.tangents import TangentRules
@@ -67,10 +67,12 @@ class Passes:
 
     def features(self, state: Tree, batch: PairBatch) -> Features:
         """Features of a batch with the tensors of `state` (parameters and buffers), float32 or wider."""
-        device = batch.images.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            out: Features = functional_call(self.model, state, (batch.images, batch.tokens))
-        return Features(*(value.float() if value.itemsize < 4 else value for value in out))
+
+        def run() -> Features:
+            found: Features = functional_call(self.model, state, (batch.images, batch.tokens))
+            return found
+
+        return features_in(self.settings.precision, batch.images.device, run)
 
     def jet(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, wanted: Sequence[tuple[str, ...]]) -> Jet:
         """Features of a batch and their derivatives along the wanted vectors, names of one or two each.

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.dense import linear, linear_added
 from pipeline.influence.forward_mode import carrying, parted
+from pipeline.influence.lowering import Rules, is_one_row_per_pair, lowered_to
 
 
-class TangentRules(TorchFunctionMode):
+class TangentRules(Rules):
     """Within this context these rules replace torch's own first forward derivatives, and dense products go to `dense`.
 
     Not for derivatives of second order: the backward kernels used here have no right derivative of their own.
@@ -30,32 +30,30 @@ class TangentRules(TorchFunctionMode):
     """
 
     def __init__(self, stacked: bool = False) -> None:
-        super().__init__()
+        super().__init__(
+            {
+                functional.linear: self._linear_rule,
+                functional.layer_norm: self._layer_norm_rule,
+                functional.batch_norm: self._batch_norm_rule,
+                functional.scaled_dot_product_attention: self._attention_rule,
+                functional.multi_head_attention_forward: self._multi_head_rule,
+            }
+        )
         self._stacked = stacked
-        self._rules: dict[Any, Callable[..., Any]] = {
-            functional.linear: self._linear_rule,
-            functional.layer_norm: self._layer_norm_rule,
-            functional.batch_norm: self._batch_norm_rule,
-            functional.scaled_dot_product_attention: self._attention_rule,
-            functional.multi_head_attention_forward: self._multi_head_rule,
-        }
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        rule = self._rules.get(func)
-        found = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is NotImplemented else found
 
     def _linear_rule(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._linear(_Dual.of(input), _Dual.of(weight), _Dual.perhaps(bias)).tensor()
+        x = _Dual.of(input)
+        if is_one_row_per_pair(input) and lowered_to(input) is not None:
+            with torch.autocast(input.device.type, enabled=False):
+                return self._linear(x.map(Tensor.float), _Dual.of(weight), _Dual.perhaps(bias)).tensor()
+        return self._linear(x, _Dual.of(weight), _Dual.perhaps(bias)).tensor()
 
     def _layer_norm_rule(
         self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Any:
         """The tangent of the normalised values through their symmetric Jacobian, then weight and bias."""
         x = _Dual.of(input)
-        if _autocast(input) is not None:
+        if lowered_to(input) is not None:
             x = x.map(Tensor.float)  # as autocast does
         if weight is None or bias is None or weight.dtype != x.value.dtype or x.tangent is None:
             return NotImplemented
@@ -115,7 +113,7 @@ class TangentRules(TorchFunctionMode):
         q, k, v = (_Dual.of(tensor) for tensor in (query, key, value))
         if dropout_p or is_causal or enable_gqa or not _additive(attn_mask):
             return NotImplemented
-        lower = _autocast(query)
+        lower = lowered_to(query)
         if lower is not None:
             q, k, v = (dual.map(lambda t: t.to(lower)) for dual in (q, k, v))
         return self._attention(q, k, v, attn_mask, scale).tensor()
@@ -162,7 +160,7 @@ class TangentRules(TorchFunctionMode):
 
     def _linear(self, x: _Dual, weight: _Dual, bias: _Dual | None) -> _Dual:
         """`x W^T + b`, and `dx W^T + x dW^T + db`."""
-        lower = _autocast(x.value)
+        lower = lowered_to(x.value)
         if lower is not None:
             x, weight = x.map(lambda t: t.to(lower)), weight.map(lambda t: t.to(lower))
             bias = bias and bias.map(lambda t: t.to(lower))
@@ -250,8 +248,3 @@ def _attention_weights(query: Tensor, keys: Tensor, mask: Tensor | None, scale: 
 
 def _additive(mask: Tensor | None) -> bool:
     return mask is None or (mask.is_floating_point() and parted(mask)[1] is None)
-
-
-def _autocast(tensor: Tensor) -> torch.dtype | None:
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

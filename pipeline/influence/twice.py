@@ -7,26 +7,22 @@ the next convolution refuses. (Seen with torch 2.13.) Written with elementary op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from pipeline.influence.lowering import Rules
 
 
-class TwiceDifferentiable(TorchFunctionMode):
+class TwiceDifferentiable(Rules):
     """Within this context `layer_norm`, and `batch_norm` in evaluation, have right second forward derivatives."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is functional.layer_norm or func is torch.layer_norm:
-            return _layer_norm(*args, **(kwargs or {}))
-        if func is functional.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__(
+            {functional.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, functional.batch_norm: _batch_norm}
+        )
 
 
 def _layer_norm(

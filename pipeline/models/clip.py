@@ -59,14 +59,14 @@ class PairModel(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor) -> Features:
         """Features of uint8 images `[n, 3, h, w]` and int64 tokens `[n, context_length]`.
 
-        Pixels are scaled to [0, 1] and normalised here, on the model's device and in its dtype.
+        Pixels are scaled to [0, 1] and normalised here, on the model's device and in its dtype; so are the features.
         """
         dtype = self.logit_scale.dtype
         pixels = (images.to(dtype) / 255 - self.pixel_mean.to(dtype)) / self.pixel_std.to(dtype)
         scale = self.logit_scale.exp().reshape(())
         bias = torch.zeros_like(scale) if self.logit_bias is None else self.logit_bias.reshape(())
-        image = nn.functional.normalize(self.encode_image(pixels), dim=-1)
-        text = nn.functional.normalize(self.encode_text(tokens), dim=-1)
+        image = nn.functional.normalize(self.encode_image(pixels).to(dtype), dim=-1)
+        text = nn.functional.normalize(self.encode_text(tokens).to(dtype), dim=-1)
         return Features(image, text, scale, bias)
 
     @property

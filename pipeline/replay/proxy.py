@@ -93,7 +93,7 @@ def train_proxy(
             facts = {
                 "dataset_size": len(chosen),
                 "workers": workers.size,
-                "exact": trainer.model.trains_as_it_evaluates,
+                "exact": trainer.model.trains_as_it_evaluates and settings.precision == "fp32",
             }
             seen = np.unique(trainer.order)
             write_plan(files, settings, trainer.order, trainer.rates, cache.ids[seen], facts)

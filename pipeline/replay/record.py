@@ -32,8 +32,8 @@ class Record:
         rates: learning rate that each step used, float64 `[steps]`.
         dataset_size: pairs it was trained on, `N` in Eq. 9.
         checkpoints: the recorded ones, by step.
-        exact: whether training computed what `eval()` mode computes (no dropout, no batch statistics), so that a
-            replay in `eval()` mode repeats it.
+        exact: whether training computed what `eval()` mode computes (no dropout, no batch statistics) in float32, so
+            that a replay repeats it.
         losses: the batch's loss before each step, float64 `[steps]`.
     """
 

@@ -40,6 +40,7 @@ class TrainingSettings:
         grad_clip: norm to which the gradient is clipped; None does not clip.
         warmup: share of the steps with a linearly rising rate.
         augment: train on random crops.
+        precision: of the products; weights, sums, norms and losses are float32.
         seed: decides order, subset, crops and dropout, together with `run`.
         run: number of the run.
     """
@@ -58,6 +59,7 @@ class TrainingSettings:
     grad_clip: float | None = None
     warmup: float = 0.1
     augment: bool = False
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     seed: int = 0
     run: int = 0
 
@@ -94,6 +96,7 @@ class TrainingSettings:
             grad_clip=proxy.grad_clip,
             warmup=proxy.warmup,
             augment=proxy.augment,
+            precision=proxy.precision,
             seed=config.seed,
             run=run,
         )

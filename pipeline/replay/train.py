@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.errors import StageError
-from pipeline.influence.arithmetic import arithmetic
+from pipeline.influence.arithmetic import arithmetic, features_in
 from pipeline.influence.losses import batch_loss, similar_captions
 from pipeline.models.checkpoint import excluded_from_decay
 from pipeline.models.clip import PairModel, split_state
@@ -102,14 +103,15 @@ class Trainer:
         self._part = slice(self.workers.rank * share, (self.workers.rank + 1) * share)
 
     def advance(self) -> float:
-        """Take one step, in float32; the batch's loss before it. Raises `StageError` when the loss is not finite."""
-        with arithmetic("fp32"):  # as in a replay
+        """Take one step; the batch's loss before it. Raises `StageError` when the loss is not finite."""
+        with arithmetic(self.settings.precision):
             return self._advance()
 
     def _advance(self) -> float:
         batch = step_pairs(self.pairs, self.order, self.settings, self.step, self._part).to(self.device)
         with self._training_mode():
-            features = self.model(batch.images, batch.tokens)
+            forward = partial(self.model, batch.images, batch.tokens)
+            features = features_in(self.settings.precision, self.device, forward)
             features, captions = self.workers.gather(features, batch.captions)
             equal = similar_captions(captions, captions, self.settings.equal_captions == "ignore")
             loss = batch_loss(features, equal, self.settings.loss)

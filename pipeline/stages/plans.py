@@ -158,8 +158,8 @@ def exact_replay(job: ComputingJob, run: int) -> Replay:
     record = Record.read(job.folder, run)
     if not record.exact:
         raise InputError(
-            "score.replay: exact repeats training in eval() mode, which this model (dropout or batch statistics) does "
-            "not compute: use score.replay: checkpoints"
+            "score.replay: exact repeats training in eval() mode and float32, which is not how this run was trained "
+            "(dropout, batch statistics or proxy.precision): use score.replay: checkpoints"
         )
     pairs, _ = training_pairs(job)
     cache = pairs()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.config import Config
-from pipeline.errors import FingerprintError, StageError
+from pipeline.errors import FingerprintError, InputError, StageError
 from pipeline.influence.losses import batch_loss
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.manifest import Manifest
@@ -26,6 +27,7 @@ from pipeline.replay.proxy import train_proxy
 from pipeline.replay.record import Record, trained_ids
 from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates
 from pipeline.run import RunFolder
+from pipeline.stages.plans import exact_replay
 from pipeline.store import storage
 from tests.replay.pairs import Factory, MemoryPairs, config_of
 
@@ -123,6 +125,15 @@ def test_a_replay_from_the_record_reaches_every_checkpoint(tmp_path: Path, facto
     else:
         assert wanted[12].adam is not None
         assert wanted[12].adam.steps == 12
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"precision": "tf32"}])
+def test_a_run_in_lower_precision_is_not_exactly_replayable(tmp_path: Path, factory: Factory, changes: Any) -> None:
+    config = config_of(**changes)
+    assert not train(tmp_path, config, factory).exact
+    job = SimpleNamespace(folder=RunFolder(str(tmp_path)))
+    with pytest.raises(InputError, match=r"replay: exact repeats training in .*float32.*proxy\.precision.*checkpoints"):
+        exact_replay(job, 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -115,9 +115,27 @@ def test_ignored_equal_captions_change_the_loss(tmp_path: Path) -> None:
     assert losses[1] < losses[0]
 
 
+def test_bfloat16_training_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
+    losses, after = [], []
+    for precision in ("fp32", "bf16"):
+        trainer = make(tmp_path, replace(SETTINGS, precision=precision, eps=1e-3))  # type: ignore[arg-type]
+        begin = {name: value.clone() for name, value in split_state(trainer.model)[0].items()}
+        losses.append([trainer.advance() for _ in range(6)])
+        made = trainer.checkpoint()
+        assert made.adam is not None
+        assert {value.dtype for tree in (made.params, made.adam.exp_avg_sq) for value in tree.values()} == {
+            torch.float32
+        }
+        after.append(torch.cat([(made.params[name] - begin[name]).flatten() for name in sorted(begin)]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert torch.cosine_similarity(*after, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_restored_trainer_goes_on_bit_by_bit(tmp_path: Path, optimizer: Any) -> None:
-    settings = replace(SETTINGS, optimizer=optimizer, momentum=0.9, augment=True)
+def test_a_restored_trainer_goes_on_bit_by_bit(tmp_path: Path, optimizer: Any, precision: Any) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer, momentum=0.9, augment=True, precision=precision)
     whole, cut = make(tmp_path, settings), make(tmp_path, settings)
     for _ in range(3):
         whole.advance()
