@@ -165,9 +165,8 @@ def _choose_proxy(chosen: Choices, pairs: int, machine: Machine) -> None:
     if not machine.gpus:
         chosen.choose("proxy.model", "tiny-vit", "no GPU here; with one, an open_clip name such as ViT-B-32")
     if machine.bfloat16:
-        chosen.choose(
-            "proxy.precision", "bf16", "mixed precision, which CLIP models are usually trained in on such GPUs"
-        )
+        chosen.choose("proxy.precision", "bf16", "mixed precision, as CLIP models are usually trained on such GPUs")
+        chosen.choose("score.precision", "tf32", "fast on such GPUs, and rankings survive it")
     if pairs < 8 * batch:
         batch = max(8, 2 ** int(math.log2(max(pairs // 8, 8))))
         chosen.choose("proxy.batch_size", batch, f"an eighth of {count(pairs)} pairs")

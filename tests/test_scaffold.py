@@ -55,6 +55,7 @@ def test_a_gpu_machine_gets_the_full_model(make_shards: Callable[..., list[str]]
     assert "\n  #model: ViT-B-32\n" in text
     assert "8 GPUs (some GPU)" in text
     assert "\n  precision: bf16\n" in text
+    assert "\n  precision: tf32\n" in text
     old = draft_config(make_shards(shards=1, samples=10), machine=replace(LARGE, bfloat16=False))[0]
     assert "\n  #precision: fp32\n" in old
 

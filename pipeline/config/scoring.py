@@ -192,7 +192,7 @@ class ScoreConfig(Section):
     changes speed and memory, not the scores (to rounding)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Products of the passes: `tf32` on a GPU, `bf16` there and on processors that multiply bfloat16. Sums, softmax,
-    norms and losses are always float32."""
+    norms and losses are always float32. Rankings of `tracin` survive both, those of `diff-in` `tf32`."""
     embeddings: bool = False
     """Store the normalised embedding of the last checkpoint (image and text, float16) in the score files."""
     projections: PositiveInt = 64
@@ -209,6 +209,14 @@ class ScoreConfig(Section):
     min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """With `sample` below 1: the least rank correlation of predicted with computed scores, on pairs that were not
     fitted on; below it the stage is refused."""
+
+    @model_validator(mode="after")
+    def _precise_differences(self) -> ScoreConfig:
+        if self.method == "forward" and self.precision != "fp32":
+            raise ValueError(
+                f"expected precision: fp32 with method: forward, whose differences {self.precision} rounds away"
+            )
+        return self
 
 
 class EngineConfig(Section):

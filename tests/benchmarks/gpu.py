@@ -116,7 +116,10 @@ def _passes(
     before = _used(device)
     with torch.no_grad(), scorer.passes.ready():
         near = scorer.neighbours(pairs)
+        batch = scorer.batch_size
         found = rate(lambda: scorer._parts[0].score(pairs, near), len(pairs), options.seconds, device)
+    if scorer.batch_size < batch:
+        raise torch.OutOfMemoryError(f"passes of {batch} pairs were halved")
     if before is None:
         return [f"{found:.4g}", f"{found * cost:.0%}", "-"]
     most = torch.cuda.max_memory_allocated(device)

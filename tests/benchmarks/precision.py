@@ -3,20 +3,22 @@
     python -m tests.benchmarks.precision [--model tiny-vit] [--steps 60] [--pairs 128] [--factors 1e-3 1e-2 ...]
 
 Each cell is the largest difference over the largest score, and Spearman's correlation. The factors multiply the step
-that the rule chooses from norms for that precision (`LocalView.step_for`); the rule's own row is marked.
+that the rule chooses from norms for that precision (`LocalView.step_for`); the rule's own row is marked. `tf32` is
+emulated on the CPU: what products of the passes take is rounded to its 10 bits of mantissa.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.influence import Batches, Scorer, Settings, prepare
 from pipeline.influence.local import LocalView
@@ -24,13 +26,42 @@ from pipeline.models.clip import PairModel
 from pipeline.types import Checkpoint, PairBatch
 from tests.benchmarks.models import cast, digit_pairs, small_model, trained_checkpoint
 
-PRECISIONS = ("float64", "float32", "bfloat16")
+#: Columns, and what `score.precision` is in them.
+PRECISIONS: dict[str, Literal["fp32", "tf32", "bf16"]] = {
+    "float64": "fp32", "float32": "fp32", "tf32": "tf32", "bfloat16": "bf16"
+}  # fmt: skip
+
+#: Places of the factors among the arguments of each product.
+FACTORS = {
+    "aten.mm.default": (0, 1),
+    "aten.bmm.default": (0, 1),
+    "aten.addmm.default": (1, 2),
+    "aten.addmm_.default": (1, 2),
+    "aten.baddbmm.default": (1, 2),
+    "aten.baddbmm_.default": (1, 2),
+    "aten.convolution.default": (0, 1),
+    "mkldnn._linear_pointwise.default": (0, 1),
+    "mkldnn._linear_pointwise.binary": (0, 2),
+}
+
+
+class Tf32(TorchDispatchMode):
+    """Within this context products of float32 take their factors rounded to tf32, as on a GPU's matrix units."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = list(args)
+        for place in FACTORS.get(str(func), ()):
+            if given[place].dtype == torch.float32:
+                bits = given[place].contiguous().view(torch.int32)
+                given[place] = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+        return func(*given, **(kwargs or {}))
 
 
 def scores(model: PairModel, checkpoint: Checkpoint, batches: Batches, pairs: PairBatch, settings: Settings) -> Tensor:
     """The term of every pair, float64 `[b]`."""
     plan = prepare(model, checkpoint, batches, settings, dataset_size=1000, num_checkpoints=1)
-    return Scorer(model, [(checkpoint, plan)], batches.reference, settings).score(pairs).terms[:, 0].double()
+    with Tf32() if settings.precision == "tf32" else nullcontext():
+        return Scorer(model, [(checkpoint, plan)], batches.reference, settings).score(pairs).terms[:, 0].double()
 
 
 @contextmanager
@@ -70,15 +101,16 @@ def main() -> None:
 
         def cell(precision: str, truths: dict[str, Tensor] = truths, base: Settings = base, **settings: Any) -> str:
             wide, truth = precision == "float64", truths[base.estimator]
-            chosen = replace(base, precision="bf16" if precision == "bfloat16" else "fp32", **settings)
+            chosen = replace(base, precision=PRECISIONS[precision], **settings)
             found = scores(*((double, exact) if wide else (single, trained)), batches, pairs, chosen)
             error = float((found - truth).abs().max() / truth.abs().max())
             return f"{error:.1e} / {spearmanr(found, truth)[0]:.4f}"
 
         print(f"\n{'SGD' if form == 'none' else 'AdamW'}")
-        print(f"| form | step | {' | '.join(PRECISIONS)} |\n|---|---|---|---|---|")
-        print(f"| tracin | - | - | {' | '.join(cell(p, base=tracin) for p in PRECISIONS[1:])} |", flush=True)
-        print(f"| exact | - | - | {' | '.join(cell(p) for p in PRECISIONS[1:])} |", flush=True)
+        print(f"| form | step | {' | '.join(PRECISIONS)} |\n{'|---' * (2 + len(PRECISIONS))}|")
+        narrow = list(PRECISIONS)[1:]
+        print(f"| tracin | - | - | {' | '.join(cell(p, base=tracin) for p in narrow)} |", flush=True)
+        print(f"| exact | - | - | {' | '.join(cell(p) for p in narrow)} |", flush=True)
         for method in ("central", "forward"):
             for factor in options.factors:
                 with steps_times(factor):

@@ -16,7 +16,6 @@ from pipeline.influence import Settings
 from pipeline.influence.forward_mode import push_named_forward
 from pipeline.influence.passes import Passes
 from pipeline.influence.tangents import TangentRules
-from pipeline.influence.twice import TwiceDifferentiable
 from tests.influence.test_models import FAMILIES, make_model, pairs_of
 
 
@@ -245,39 +244,3 @@ def test_one_tangent_takes_no_layers_that_nest():
     assert torch.equal(value[0], expected[0])
     assert torch.equal(tangent[0], expected[1])
     assert torch.equal(tangent[1], torch.zeros(2, dtype=torch.float64))
-
-
-def test_what_runs_through_the_layers_is_not_rounded_to_bfloat16():
-    model, checkpoint = make_model("tiny-vit", torch.float32)
-    pairs, state = pairs_of(model, 3, 0), {**checkpoint.params, **checkpoint.buffers}
-    passes, seen = Passes(model, Settings(precision="bf16")), []
-    blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
-    handles = [block.register_forward_hook(lambda block, inputs, output: seen.append(output.dtype)) for block in blocks]
-    try:
-        for vectors in ({}, {"a": random_like(checkpoint.params, 1)}, dict.fromkeys(("a", "b"), checkpoint.params)):
-            with torch.no_grad(), passes.ready():
-                wanted = [("a", "b")] if len(vectors) == 2 else [tuple(vectors)]
-                features = passes.jet(state, vectors, pairs, wanted)[()]
-            for side in (features.image, features.text):
-                torch.testing.assert_close(side.norm(dim=1), torch.ones(3))
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert seen == [torch.float32] * 3 * len(blocks)
-
-
-@pytest.mark.parametrize("rules", [TangentRules, TwiceDifferentiable])
-def test_products_of_one_row_per_pair_are_float32(rules):
-    rows, tokens, weight, patches = tensors((3, 4), (3, 5, 4), (4, 4), (4, 2, 3, 3))
-    pixels = tensors((1, 2, 6, 6))[0].float()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), rules():
-        rows, tokens, weight, patches = (t.float() for t in (rows, tokens, weight, patches))
-        assert (rows @ weight).dtype == torch.float32
-        assert_same((rows @ weight).double(), rows.double() @ weight.double(), 1e-6)
-        assert functional.linear(rows, weight).dtype == torch.float32
-        assert functional.linear(rows.bfloat16(), weight).dtype == torch.float32
-        assert functional.linear(tokens, weight).dtype == (tokens @ weight).dtype == torch.bfloat16
-        assert functional.conv2d(pixels, patches, stride=3).dtype == torch.float32
-        assert functional.conv2d(pixels, patches, None, (3, 3)).dtype == torch.float32
-        assert functional.conv2d(pixels, patches, stride=1).dtype == torch.bfloat16
-        assert functional.conv2d(pixels, patches, stride=3, padding=1).dtype == torch.bfloat16

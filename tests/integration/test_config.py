@@ -32,6 +32,10 @@ def write(tmp_path: Path, text: str) -> str:
             "data: {shards: a.tar}\nproxy: {workers: 2, gpus_per_worker: 0.5}",
             "proxy: expected a whole gpus_per_worker with workers above 1, which cannot share a GPU",
         ),
+        (
+            "data: {shards: a.tar}\nscore: {method: forward, precision: tf32}",
+            "score: expected precision: fp32 with method: forward, whose differences tf32 rounds away",
+        ),
         ("data: {}", "data.shards: expected a value, this key is needed"),
         ("data: {shards: a.tar}\ntarget: {kind: shards}", "target: expected target.shards is needed with"),
         (
