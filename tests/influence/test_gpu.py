@@ -112,6 +112,33 @@ def test_training_and_its_checkpoints_cross_devices(tmp_path, optimizer, first, 
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_training_in_lower_precision_learns_the_same(tmp_path, precision):
+    settings = TrainingSettings(steps=6, batch_size=8, lr=3e-3, eps=1e-3)
+    whole, lower = (trainer_of(tmp_path, replace(settings, precision=p), GPU) for p in ("fp32", precision))
+    losses = [[trainer.advance() for _ in range(6)] for trainer in (whole, lower)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert {value.dtype for value in lower.checkpoint().params.values()} == {torch.float32}
+
+
+def test_passes_that_the_memory_does_not_hold_are_halved(case):
+    """Against a cap on the memory, so that other work on the GPU is left alone."""
+    model, checkpoints, batches, pairs = case
+    settings = Settings(estimator="tracin")
+    expected, plans = scores(case, settings, GPU)
+    many = pairs[torch.arange(len(pairs)).repeat(64)]
+    scorer = Scorer(model, list(zip(checkpoints, plans, strict=True)), batches.reference, settings, GPU, 1024)
+    torch.cuda.empty_cache()
+    used, whole = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((used + 32 * 2**20) / whole)
+    try:
+        found = scorer.score(many).terms.double().sum(1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert scorer.batch_size < 1024
+    assert_same(found[: len(pairs)], expected, 1e-3)
+
+
 def test_what_is_copied_ahead_is_what_was_sent():
     """Many small parts, each overwritten as soon as it was used, beside work that keeps the GPU behind."""
     pairs, order = MemoryPairs(2000).all, torch.randperm(2000, generator=torch.Generator().manual_seed(0))
