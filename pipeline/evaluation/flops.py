@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def flop_counter() -> FlopCounterMode:
-    """A context that counts; torch's own counter does not know oneDNN's products and those added in place."""
-    known: dict[Any, Any] = {torch.ops.aten.addmm_: _added}
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """A context that counts, also oneDNN's products, those added in place and the CPU's fused attention.
+
+    What attention modules call in evaluation to be faster cannot be counted, so they do without it in here.
+    """
+    known: dict[Any, Any] = {
+        torch.ops.aten.addmm_: _added,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    }
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         known[torch.ops.mkldnn._linear_pointwise] = _linear
-    return FlopCounterMode(display=False, custom_mapping=known)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _linear(x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Of `x W^T`: shapes `[..., k]` and `[..., n]`."""
     return 2 * int(math.prod(out_shape)) * int(x[-1])
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of both products of attention: shapes `[..., targets, d]`, `[..., sources, d]` and `[..., sources, e]`."""
+    return 2 * int(math.prod(query[:-1])) * int(key[-2]) * (int(query[-1]) + int(value[-1]))
 
 
 def _added(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:

@@ -57,16 +57,20 @@ class TangentRules(Rules):
             x = x.map(Tensor.float)  # as autocast does
         if weight is None or bias is None or weight.dtype != x.value.dtype or x.tangent is None:
             return NotImplemented
-        normal, mean, scale = torch.native_layer_norm(x.value, shape, None, None, eps)
         (w, dw), (b, db) = _Dual.of(weight), _Dual.of(bias)
+        value, mean, scale = torch.native_layer_norm(x.value, shape, w, b, eps)
         backward = torch.ops.aten.native_layer_norm_backward
         bent = backward(x.tangent, x.value, shape, mean, scale, None, None, [True, False, False])[0]
         if dw is None:
             tangent = bent * w if db is None else torch.addcmul(db, bent, w)
+        elif self._stacked:
+            normal = torch.native_layer_norm(x.value, shape, None, None, eps)[0]
+            tangent = bent * w + normal * dw
+            tangent = tangent if db is None else tangent + db
         else:
-            moved = normal * dw if db is None else torch.addcmul(db, normal, dw)
-            tangent = torch.addcmul(moved, bent, w) if self._stacked else moved.addcmul_(bent, w)
-        return _Dual(torch.addcmul(b, normal, w), tangent).tensor()
+            # Of the normalised values weight and bias move as if they were the norm's own.
+            tangent = torch.native_layer_norm(x.value, shape, dw, db, eps)[0].addcmul_(bent, w)
+        return _Dual(value, tangent).tensor()
 
     def _batch_norm_rule(
         self,

@@ -29,3 +29,14 @@ def test_one_tangent_costs_three_forward_passes(dtype: torch.dtype) -> None:
         scorer.score(pairs)
     # The second checkpoint gives loss and similarity: one more forward pass.
     assert passes.get_total_flops() / bare.get_total_flops() == pytest.approx(4, rel=0.15)
+
+
+def test_attention_in_evaluation_is_counted() -> None:
+    """By attention modules' shorter way, which the counter does not know, half of this would be missing."""
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad(), flop_counter() as counter:
+        attention(x, x, x, need_weights=False)
+    projections, products = 4 * 2 * 3 * 5 * 8 * 8, 2 * 2 * 3 * 5 * 5 * 8
+    assert counter.get_total_flops() == projections + products
+    assert torch.backends.mha.get_fastpath_enabled()
