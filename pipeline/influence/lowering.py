@@ -59,7 +59,8 @@ def _patches(
 ) -> Any:
     """A convolution over patches that do not overlap begins a stream of tokens: it is lowered, what it gives is not."""
     sides = tuple(weight.shape[2:])
-    if lowered_to(input) is None or stride not in (sides, sides[0]) or padding not in (0, (0, 0), "valid"):
+    apart = stride in (sides, sides[0]) and padding in (0, (0, 0), "valid") and max(sides) > 1
+    if not apart or lowered_to(input) is None:
         return NotImplemented
     return torch.conv2d(input, weight, bias, stride, padding, *rest, **more).float()
 

@@ -83,3 +83,4 @@ def test_products_of_one_row_per_pair_are_float32(rules):
         assert functional.conv2d(pixels, patches, None, (3, 3)).dtype == torch.float32
         assert functional.conv2d(pixels, patches, stride=1).dtype == torch.bfloat16
         assert functional.conv2d(pixels, patches, stride=3, padding=1).dtype == torch.bfloat16
+        assert functional.conv2d(pixels, patches[:, :, :1, :1]).dtype == torch.bfloat16
