@@ -21,7 +21,7 @@ RESHARD_RATE = 150e6
 #: Steps of an exact replay, in training steps: the step itself and a Hessian product.
 REPLAY_STEPS = 4
 #: Reading, resident: interpreter, torch, open_clip, and activations of a small model.
-PROCESS_BYTES = 850 << 20
+PROCESS_BYTES = 800 << 20
 #: Processes that read shards or train at once take this many CPUs each.
 TASK_CPUS = 1
 
