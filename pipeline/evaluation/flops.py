@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.influence.arithmetic import attention_in_parts
+
 
 @contextmanager
 def flop_counter() -> Iterator[FlopCounterMode]:
@@ -23,13 +25,8 @@ def flop_counter() -> Iterator[FlopCounterMode]:
     }
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         known[torch.ops.mkldnn._linear_pointwise] = _linear
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False, custom_mapping=known) as counter:
-            yield counter
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with attention_in_parts(), FlopCounterMode(display=False, custom_mapping=known) as counter:
+        yield counter
 
 
 def _linear(x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -27,6 +27,17 @@ def arithmetic(precision: str) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
 
 
+@contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Within this context attention modules call their products one by one in evaluation, too."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def features_in(precision: str, device: torch.device, run: Callable[[], Features]) -> Features:
     """Features that a model gives, by products in bfloat16 where `precision` is `bf16`; themselves float32 or wider."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -6,7 +6,7 @@ products with one row per pair, such as the projection to the features (measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Rule = Callable[..., Any]
+
+
+#: Products whose first argument is a table of rows.
+_PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Rules(TorchFunctionMode):
@@ -26,15 +30,20 @@ class Rules(TorchFunctionMode):
 
     def __init__(self, rules: Mapping[Any, Rule]) -> None:
         super().__init__()
-        matmul = dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _projection)
-        self._rules: dict[Any, Rule] = {functional.conv2d: _patches, functional.linear: _head, **matmul, **rules}
+        self._rules: dict[Any, Rule] = {functional.conv2d: _patches, functional.batch_norm: _batch_norm, **rules}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _PRODUCTS and _has_one_row_per_pair(*args) and lowered_to(args[0]) is not None:
+            with torch.autocast(args[0].device.type, enabled=False):
+                return self._called(func, [None if each is None else each.float() for each in args], kwargs or {})
+        return self._called(func, args, kwargs or {})
+
+    def _called(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         rule = self._rules.get(func)
-        found = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+        found = NotImplemented if rule is None else rule(*args, **kwargs)
+        return func(*args, **kwargs) if found is NotImplemented else found
 
 
 def lowered_to(tensor: Tensor) -> torch.dtype | None:
@@ -43,9 +52,9 @@ def lowered_to(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def is_one_row_per_pair(tensor: Tensor) -> bool:
-    """Whether a product of these rows is cheap: no tokens or pixels, only pairs."""
-    return tensor.dim() == 2
+def _has_one_row_per_pair(*args: Any) -> bool:
+    """Whether a product of matrices is cheap: its rows are no tokens or pixels, only pairs."""
+    return len(args) > 1 and all(isinstance(each, Tensor) and each.dim() == 2 for each in args[:2])
 
 
 def _patches(
@@ -65,15 +74,20 @@ def _patches(
     return torch.conv2d(input, weight, bias, stride, padding, *rest, **more).float()
 
 
-def _projection(left: Tensor, right: Tensor) -> Any:
-    if not (isinstance(right, Tensor) and right.dim() == 2 and is_one_row_per_pair(left)) or lowered_to(left) is None:
+def _batch_norm(
+    input: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """In evaluation a scale and a shift per channel; torch's own tangent is float32, which convolutions refuse."""
+    if training or mean is None or variance is None or lowered_to(input) is None:
         return NotImplemented
-    with torch.autocast(left.device.type, enabled=False):
-        return left.float() @ right.float()
-
-
-def _head(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if not is_one_row_per_pair(input) or lowered_to(input) is None:
-        return NotImplemented
-    with torch.autocast(input.device.type, enabled=False):
-        return functional.linear(input.float(), weight.float(), None if bias is None else bias.float())
+    scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (-1, *[1] * (input.dim() - 2))
+    return input * scale.to(input.dtype).view(shape) + shift.to(input.dtype).view(shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
-from pipeline.influence.arithmetic import arithmetic, features_in
+from pipeline.influence.arithmetic import arithmetic, attention_in_parts, features_in
 from pipeline.influence.forward_mode import push_forward, push_named_forward
 from pipeline.influence.settings import Settings
 from pipeline.influence.tangents import TangentRules
@@ -53,25 +54,18 @@ class Passes:
     @contextmanager
     def ready(self, differentiable: bool = True) -> Iterator[None]:
         """The global state that passes need: `eval` mode, plain attention where tangents flow, the precision."""
-        fast_path = torch.backends.mha.get_fastpath_enabled()
         training = self.model.training
         self.model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
             plain = sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext()
-            with arithmetic(self.settings.precision), plain:
+            with arithmetic(self.settings.precision), attention_in_parts(), plain:
                 yield
         finally:
             self.model.train(training)
-            torch.backends.mha.set_fastpath_enabled(fast_path)
 
     def features(self, state: Tree, batch: PairBatch) -> Features:
         """Features of a batch with the tensors of `state` (parameters and buffers), float32 or wider."""
-
-        def run() -> Features:
-            found: Features = functional_call(self.model, state, (batch.images, batch.tokens))
-            return found
-
+        run = partial(functional_call, self.model, state, (batch.images, batch.tokens))
         return features_in(self.settings.precision, batch.images.device, run)
 
     def jet(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, wanted: Sequence[tuple[str, ...]]) -> Jet:
@@ -98,7 +92,10 @@ class Passes:
             for start in range(0, len(ordered), width):
                 found |= self._tangents(state, vectors, batch, ordered[start : start + width])
         except (NotImplementedError, RuntimeError) as error:
-            raise self._explained(error, state, vectors, batch) from error
+            explained = self._explained(error, state, vectors, batch)
+            if explained is None:
+                raise
+            raise explained from error
         if not found:
             found[()] = self._value(state, batch)
         return found
@@ -155,11 +152,13 @@ class Passes:
         found: Jet = {(): value, (first,): along_first, (first, second): Features(*(part[0] for part in mixed))}
         return found | {(name,): Features(*(part[i] for part in slopes)) for i, name in enumerate(outer)}
 
-    def _explained(self, error: Exception, state: Tree, vectors: dict[str, Tree], batch: PairBatch) -> Exception:
-        """The error itself, or for a missing forward derivative an `InputError` that names the module."""
+    def _explained(
+        self, error: Exception, state: Tree, vectors: dict[str, Tree], batch: PairBatch
+    ) -> InputError | None:
+        """For a missing forward derivative an `InputError` that names the module; None for any other error."""
         text = " ".join(str(error).split())
         if "forward AD" not in text and "forward-mode" not in text and "jvp" not in text:
-            return error
+            return None
         trail = _Trail(self.model)
         try:
             self._tangents(state, vectors, batch[:1], sorted(vectors)[:1])

@@ -17,7 +17,7 @@ from torch.nn import functional
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.dense import linear, linear_added
 from pipeline.influence.forward_mode import carrying, parted
-from pipeline.influence.lowering import Rules, is_one_row_per_pair, lowered_to
+from pipeline.influence.lowering import Rules, lowered_to
 
 
 class TangentRules(Rules):
@@ -34,7 +34,6 @@ class TangentRules(Rules):
             {
                 functional.linear: self._linear_rule,
                 functional.layer_norm: self._layer_norm_rule,
-                functional.batch_norm: self._batch_norm_rule,
                 functional.scaled_dot_product_attention: self._attention_rule,
                 functional.multi_head_attention_forward: self._multi_head_rule,
             }
@@ -42,11 +41,7 @@ class TangentRules(Rules):
         self._stacked = stacked
 
     def _linear_rule(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = _Dual.of(input)
-        if is_one_row_per_pair(input) and lowered_to(input) is not None:
-            with torch.autocast(input.device.type, enabled=False):
-                return self._linear(x.map(Tensor.float), _Dual.of(weight), _Dual.perhaps(bias)).tensor()
-        return self._linear(x, _Dual.of(weight), _Dual.perhaps(bias)).tensor()
+        return self._linear(_Dual.of(input), _Dual.of(weight), _Dual.perhaps(bias)).tensor()
 
     def _layer_norm_rule(
         self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
@@ -71,37 +66,6 @@ class TangentRules(Rules):
             # Of the normalised values weight and bias move as if they were the norm's own.
             tangent = torch.native_layer_norm(x.value, shape, dw, db, eps)[0].addcmul_(bent, w)
         return _Dual(value, tangent).tensor()
-
-    def _batch_norm_rule(
-        self,
-        input: Tensor,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Any:
-        """In evaluation a scale and a shift per channel, in the dtype of the input; torch's tangent is float32."""
-        x = _Dual.of(input)
-        if training or mean is None or variance is None or weight is None or bias is None:
-            return NotImplemented
-        (w, dw), (b, db) = _Dual.of(weight), _Dual.of(bias)
-        inverse = torch.rsqrt(variance + eps)
-
-        def per_channel(values: Tensor) -> Tensor:
-            return values.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
-
-        tangent = None if db is None else per_channel(db).expand_as(x.value)
-        if dw is not None:
-            slope = dw * inverse
-            shift = per_channel(-mean * slope if db is None else db - mean * slope)
-            tangent = torch.addcmul(shift, x.value, per_channel(slope))
-        if x.tangent is not None:
-            scale = per_channel(w * inverse)
-            tangent = x.tangent * scale if tangent is None else torch.addcmul(tangent, x.tangent, scale)
-        return _Dual(functional.batch_norm(x.value, mean, variance, w, b, False, momentum, eps), tangent).tensor()
 
     def _attention_rule(
         self,

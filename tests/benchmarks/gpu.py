@@ -21,13 +21,13 @@ from functools import partial
 import torch
 
 from pipeline.evaluation.flops import flop_counter
-from pipeline.influence import ProbePlan, Scorer, Settings
+from pipeline.influence import Scorer, Settings
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.passes import chunks, pass_size
-from pipeline.models.clip import PairModel, build_model, split_state
-from pipeline.types import Checkpoint, PairBatch
+from pipeline.models.clip import PairModel, build_model
+from pipeline.types import PairBatch
 from tests.benchmarks.needs import skip
-from tests.benchmarks.passes import LIMITS, plan_of, random_pairs
+from tests.benchmarks.passes import LIMITS, plans_of, random_pairs
 
 FORMS = {"tracin": "tracin", "diff-in": "diff-in central"}
 
@@ -69,9 +69,6 @@ def forward_flops(model: PairModel, pairs: PairBatch) -> float:
 def rows(name: str, options: argparse.Namespace, device: torch.device) -> list[list[str]]:
     """The rows of one model."""
     model = build_model(name).to(device)
-    params, buffers = split_state(model)
-    host = {key: value.cpu() for key, value in params.items()}
-    checkpoint, later = (Checkpoint(step, 0.1, 0, params, buffers) for step in (1, 2))
     pairs, reference = random_pairs(model, options.pairs, 1).to(device), random_pairs(model, 16, 2)
     flops = forward_flops(model, pairs)
     found: list[list[str]] = []
@@ -81,10 +78,9 @@ def rows(name: str, options: argparse.Namespace, device: torch.device) -> list[l
             row = [name, precision, f"{peak / 1e12:.4g}", str(batch)]
             row += _or_too_large(partial(_forward, model, pairs, precision, batch, options, device), 1)
             for form in FORMS.values():
-                plans = [(checkpoint, plan_of(form, host)), (later, ProbePlan([]))]
                 settings = Settings(precision=precision)
                 cost = LIMITS[form] * flops / peak
-                scorer = partial(Scorer, model, plans, reference, settings, device, batch)
+                scorer = partial(Scorer, model, plans_of(form, model), reference, settings, device, batch)
                 row += _or_too_large(partial(_passes, scorer, pairs, cost, options, device), 3)
             found.append(row)
             print(f"# {' '.join(row)}", flush=True)

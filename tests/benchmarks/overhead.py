@@ -10,20 +10,16 @@ pass cannot take less than these milliseconds, so the pairs of a pass must be so
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.influence import ProbePlan, Scorer, Settings
-from pipeline.models.clip import PairModel, build_model, split_state
-from pipeline.types import Checkpoint
-from tests.benchmarks.passes import plan_of, random_pairs
+from pipeline.influence import Scorer, Settings
+from tests.benchmarks.models import model_of
+from tests.benchmarks.passes import plans_of, random_pairs
 
 NARROW = {
     "embed_dim": 16,
@@ -46,14 +42,6 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def narrow_model() -> PairModel:
-    """The model, at random weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "narrow.json"
-        path.write_text(json.dumps(NARROW), encoding="utf-8")
-        return build_model(str(path))
-
-
 def measured(work: Callable[[], object], repeats: int) -> tuple[float, int]:
     """Milliseconds of a call, and its operators."""
     work()
@@ -72,16 +60,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = narrow_model()
-    params, buffers = split_state(model)
-    checkpoint, later = (Checkpoint(step, 0.1, 0, params, buffers) for step in (1, 2))
+    model = model_of(NARROW)
     pairs, reference = random_pairs(model, 2, 1), random_pairs(model, 16, 2)
     with torch.no_grad():
         rows = [("forward", "fp32", *measured(lambda: model(pairs.images, pairs.tokens), options.repeats))]
     for precision in PRECISIONS:
         for form in ("tracin", "diff-in central"):
-            plans = [(checkpoint, plan_of(form, params)), (later, ProbePlan([]))]
-            scorer = Scorer(model, plans, reference, Settings(precision=precision))
+            scorer = Scorer(model, plans_of(form, model), reference, Settings(precision=precision))
             with torch.no_grad(), scorer.passes.ready():
                 near = scorer.neighbours(pairs)
                 found = measured(lambda s=scorer, n=near: s._parts[0].score(pairs, n), options.repeats)  # type: ignore[misc]

@@ -65,6 +65,13 @@ def plan_of(form: str, params: Tree) -> ProbePlan:
     return ProbePlan(probes, vectors)
 
 
+def plans_of(form: str, model: PairModel) -> list[tuple[Checkpoint, ProbePlan]]:
+    """The model's weights as a checkpoint with that form's passes, before one that is asked for loss and similarity."""
+    params, buffers = split_state(model)
+    first, last = (Checkpoint(step, 0.1, 0, params, buffers) for step in (1, 2))
+    return [(first, plan_of(form, params)), (last, ProbePlan([]))]
+
+
 def random_pairs(model: PairModel, count: int, seed: int) -> PairBatch:
     """Noise with captions of full length, for which no token can be cut off."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,16 +95,8 @@ def measure(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of the bare passes, and of each form's passes, one number per repeat."""
     model = small_model(name) if name else medium_model()
-    params, buffers = split_state(model)
-    checkpoint, later = Checkpoint(1, 0.1, 0, params, buffers), Checkpoint(2, 0.1, 0, params, buffers)
     pairs, reference = random_pairs(model, batch, 1), random_pairs(model, 16, 2)
-    nothing = ProbePlan([])
-    scorers = {
-        form: Scorer(
-            model, [(checkpoint, plan_of(form, params)), (later, nothing)], reference, Settings(precision=precision)
-        )
-        for form in forms
-    }
+    scorers = {form: Scorer(model, plans_of(form, model), reference, Settings(precision=precision)) for form in forms}
     bare: dict[str, list[float]] = {name: [] for name in (f"batch {batch}", *BARE)}
     found: dict[str, list[float]] = {name: [] for name in scorers}
     with torch.no_grad():

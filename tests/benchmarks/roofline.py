@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.evaluation.flops import flop_counter
-from pipeline.influence import ProbePlan, Scorer, Settings
-from pipeline.models.clip import PairModel, build_model, split_state
-from pipeline.types import Checkpoint
-from tests.benchmarks.passes import LIMITS, plan_of, random_pairs
+from pipeline.influence import Scorer, Settings
+from pipeline.models.clip import PairModel, build_model
+from tests.benchmarks.gpu import forward_flops
+from tests.benchmarks.passes import LIMITS, plans_of, random_pairs
 
 PRECISIONS: list[Literal["bf16", "tf32"]] = ["bf16", "tf32"]
 
@@ -119,17 +119,12 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in options.models:
         model = build_model(name)
-        params, buffers = split_state(model)
-        checkpoint, later = (Checkpoint(step, 0.1, 0, params, buffers) for step in (1, 2))
-        few = random_pairs(model, 1, 1)
-        with torch.no_grad(), flop_counter() as counter:
-            model(few.images, few.tokens)
-        forward = counter.get_total_flops()
+        forward = forward_flops(model, random_pairs(model, 1, 1))
         for precision in PRECISIONS:
             peak = rates[torch.bfloat16 if precision == "bf16" else torch.float32]
             for form in ("tracin", "diff-in central"):
-                plans = [(checkpoint, plan_of(form, params)), (later, ProbePlan([]))]
-                scorer = Scorer(model, plans, random_pairs(model, 4, 2), Settings(precision=precision))
+                reference, settings = random_pairs(model, 4, 2), Settings(precision=precision)
+                scorer = Scorer(model, plans_of(form, model), reference, settings)
                 one, more = (measured(scorer, model, n, rates, bandwidth) for n in (options.pairs, 2 * options.pairs))
 
                 def per_pair(first: float, second: float) -> float:
