@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ray
 
+from pipeline.allocator import keep_freed_memory
+
 
 def gpus_for_a_task() -> float:
     """GPUs to ask for where no config key says it: one where the connected cluster has any."""
@@ -11,7 +13,13 @@ def gpus_for_a_task() -> float:
 
 
 def device_of_this_task() -> str:
-    """`cuda` where Ray gave this task or actor a GPU, or a part of one, that torch can use; else `cpu`."""
+    """`cuda` where Ray gave this task or actor a GPU, or a part of one, that torch can use; else `cpu`.
+
+    On a CPU this process then keeps the memory that it frees.
+    """
     import torch
 
-    return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    if ray.get_gpu_ids() and torch.cuda.is_available():
+        return "cuda"
+    keep_freed_memory()
+    return "cpu"

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.table import Table
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, ValidateConfig
 from pipeline.data.decode import uid_to_id
 from pipeline.data.sampling import load_pairs
@@ -108,6 +109,7 @@ def measure(config: Config, seed: int, pulse_file: str) -> dict[str, Any]:
     sizes = config.validation
     job = ComputingJob(config)
     torch.set_num_threads(1)
+    keep_freed_memory()
     pairs = _Pairs(job)
     (data, wrong), target = pairs.data, draw_batches(job).target
     n = len(data)
