@@ -103,6 +103,7 @@ def score_pairs(
     dataset_size: int | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 1024,
+    compiled: bool = False,
 ) -> PairScores:
     """Influence of pairs held in memory: the directions of all checkpoints, then passes over the pairs.
 
@@ -115,6 +116,7 @@ def score_pairs(
         dataset_size: `N` of Eq. 9, the pairs the runs were trained on; null takes `len(pairs)`.
         device: where to compute.
         batch_size: pairs per pass.
+        compiled: whether passes are compiled; worth its seconds for many pairs.
 
     Raises `ConfigError` without checkpoints, `InputError` for what the model or the checkpoints cannot give.
 
@@ -143,6 +145,6 @@ def score_pairs(
             model, of_run, batches, settings, dataset_size=dataset_size or len(pairs), num_runs=len(runs)
         )
         planned += list(zip(of_run, plans, strict=True))
-    found = Scorer(model, planned, batches.reference, settings, device, batch_size).score(pairs)
+    found = Scorer(model, planned, batches.reference, settings, device, batch_size, compiled=compiled).score(pairs)
     score = found.terms.sum(1)
     return PairScores(utility_of(settings.estimator, score), score, found.terms, found.loss, found.similarity)

@@ -55,6 +55,7 @@ def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, wor
         trained={run: torch.from_numpy(trained_ids(folder, run)) for run in manifest.runs}
         if config.score.held_out
         else None,
+        compiled=config.score.compile,
     )
     decoder = Decoder.configured(model.image_spec, model.tokenize, config.data)
     runs = np.array([checkpoint.run for checkpoint in checkpoints])

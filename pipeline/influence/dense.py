@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b`."""
-    if _by_onednn(x, weight):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
-    return functional.linear(x, weight, bias)
+    if not _by_onednn(x, weight):
+        return functional.linear(x, weight, bias)
+    product: Tensor = (_opaque_linear if _traced() else _linear)(x, weight, bias)
+    return product
 
 
 def linear_added(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`total + x W^T`; `total` `[..., n]` is contiguous and may be written over."""
     if _by_onednn(x, weight):
-        added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
-        return added
-    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+        (_opaque_linear_added if _traced() else _linear_added)(total, x, weight)
+    else:
+        total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return total
 
 
@@ -35,3 +36,30 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()  # the operator has no backward
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _linear_added(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
+
+
+# TorchInductor knows oneDNN's products only with weights that do not change; these it takes as they are.
+_opaque_linear = torch.library.custom_op(
+    "diffprune::linear", _linear, mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+_opaque_linear.register_fake(lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])))
+_opaque_linear_added = torch.library.custom_op(
+    "diffprune::linear_added",
+    _linear_added,
+    mutates_args=("total",),
+    schema="(Tensor(a!) total, Tensor x, Tensor weight) -> ()",
+)
+
+
+def _traced() -> bool:
+    """Whether operators are recorded for a compiled program."""
+    return get_proxy_mode() is not None

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
 from pipeline.influence.arithmetic import arithmetic, attention_in_parts, features_in
+from pipeline.influence.compiled import Programs
 from pipeline.influence.forward_mode import push_forward, push_named_forward
 from pipeline.influence.settings import Settings
 from pipeline.influence.tangents import TangentRules
@@ -45,11 +46,13 @@ class Passes:
     Args:
         model: `model(images, tokens)` gives `Features`.
         settings: `precision` decides the arithmetic.
+        compiled: pairs of compiled passes along one direction; 0 compiles none.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, compiled: int = 0) -> None:
         self.model = model
         self.settings = settings
+        self.programs = Programs(model, compiled) if compiled else None
 
     @contextmanager
     def ready(self, differentiable: bool = True) -> Iterator[None]:
@@ -65,8 +68,11 @@ class Passes:
 
     def features(self, state: Tree, batch: PairBatch) -> Features:
         """Features of a batch with the tensors of `state` (parameters and buffers), float32 or wider."""
-        run = partial(functional_call, self.model, state, (batch.images, batch.tokens))
-        return features_in(self.settings.precision, batch.images.device, run)
+        return self._features(state, batch.images, batch.tokens)
+
+    def _features(self, state: Tree, images: Tensor, tokens: Tensor) -> Features:
+        run = partial(functional_call, self.model, state, (images, tokens))
+        return features_in(self.settings.precision, images.device, run)
 
     def jet(self, state: Tree, vectors: dict[str, Tree], batch: PairBatch, wanted: Sequence[tuple[str, ...]]) -> Jet:
         """Features of a batch and their derivatives along the wanted vectors, names of one or two each.
@@ -110,18 +116,28 @@ class Passes:
             value = self._value(state, batch)
             return {(): value} | {(name,): _zeros(value) for name in names}
         at = {parameter: state[parameter] for parameter in moved}
-        run = _on(self, state, batch)
         directions = [_filled(vectors[name], at) for name in names]
         if len(names) == 1:
-            with TangentRules():
-                value, tangent = (Features(*parts) for parts in push_named_forward(run, at, directions[0]))
-            return {(): value, (names[0],): tangent}
+            if self.programs is not None and self.programs.take(batch):
+                parts = self.programs.run(self._along, state, directions[0], batch)
+            else:
+                parts = self._along(state, directions[0], batch.images, batch.tokens)
+            half = len(parts) // 2
+            return {(): Features(*parts[:half]), (names[0],): Features(*parts[half:])}
+        run = _on(self, state, batch.images, batch.tokens)
         stacked = {parameter: torch.stack([d[parameter] for d in directions]) for parameter in moved}
         with TangentRules(stacked=True):
             value, tangents = _over_directions(lambda d: push_forward(run, (at,), (d,)))(stacked)
         return {(): value} | {
             (name,): Features(*(part[index] for part in tangents)) for index, name in enumerate(names)
         }
+
+    def _along(self, state: Tree, direction: Tree, images: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Features, then their derivatives along the direction."""
+        at = {parameter: state[parameter] for parameter in direction}
+        with TangentRules():
+            value, tangent = push_named_forward(_on(self, state, images, tokens), at, direction)
+        return [*value, *tangent]
 
     def _mixed(
         self,
@@ -136,7 +152,7 @@ class Passes:
         outer = [second, *beside]
         moved = sorted(set(vectors[first]).union(*(vectors[name] for name in outer)))
         at = {parameter: state[parameter] for parameter in moved}
-        run = _on(self, state, batch)
+        run = _on(self, state, batch.images, batch.tokens)
         inner = _filled(vectors[first], at)
 
         def along(direction: Tree) -> Any:
@@ -195,8 +211,8 @@ class _Trail:
             handle.remove()
 
 
-def _on(passes: Passes, state: Tree, batch: PairBatch) -> Callable[[Tree], Features]:
-    return lambda point: passes.features({**state, **point}, batch)
+def _on(passes: Passes, state: Tree, images: Tensor, tokens: Tensor) -> Callable[[Tree], Features]:
+    return lambda point: passes._features({**state, **point}, images, tokens)
 
 
 def _filled(vector: Tree, like: Tree) -> Tree:

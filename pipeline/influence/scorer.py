@@ -46,6 +46,8 @@ class Scorer:
             fewer once its memory does not hold so many.
         trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
             then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
+        compiled: whether passes along one direction are compiled, when first a part of more than half of `batch_size`
+            comes, once for each length of captions.
     """
 
     def __init__(
@@ -57,14 +59,16 @@ class Scorer:
         device: torch.device | str = "cpu",
         batch_size: int = 1024,
         trained: Mapping[int, Tensor] | None = None,
+        compiled: bool = False,
     ) -> None:
         self.settings = settings
         self.device = torch.device(device)
-        self.passes = Passes(model.to(self.device), settings)
+        self.reference = reference.to(self.device)
+        model = model.to(self.device)
+        self.batch_size = pass_size(batch_size, model, self.reference)
+        self.passes = Passes(model, settings, self.batch_size if compiled else 0)
         # A gradient per pair goes backwards through a pass, which not every operator does in mixed precision.
         self.precise = Passes(model, replace(settings, precision="fp32"))
-        self.reference = reference.to(self.device)
-        self.batch_size = pass_size(batch_size, model, self.reference)
         self.trained = {run: to_device({"ids": ids}, self.device)["ids"] for run, ids in (trained or {}).items()}
         last = {checkpoint.run: index for index, (checkpoint, _) in enumerate(checkpoints)}
         self._last = set(last.values())
@@ -74,6 +78,8 @@ class Scorer:
                 _CheckpointScorer(self, checkpoint, plan, observed=index in self._last)
                 for index, (checkpoint, plan) in enumerate(checkpoints)
             ]
+            if compiled:
+                self._compile()
 
     def score(self, batch: PairBatch) -> ScoreBatch:
         """Terms, loss, similarity and embedding of each pair of the batch, in its order.
@@ -176,6 +182,16 @@ class Scorer:
             # Out of the handler, whose traceback held the tensors of the pass.
             torch.cuda.empty_cache()
             self.batch_size = (tried + 1) // 2
+            if self.passes.programs is not None:
+                self.passes.programs.size = self.batch_size
+
+    def _compile(self) -> None:
+        """Compile a first program, by passes over pairs of R: what cannot be compiled fails before any shard."""
+        for part in self._parts:
+            for point, wanted in part.wanted.items():
+                if any(len(names) == 1 for names in wanted):
+                    part._jet(point, self.reference[: self.batch_size])
+                    return
 
     def neighbours(self, batch: PairBatch) -> Neighbours:
         """Which members of R are negatives of which pair of the batch."""

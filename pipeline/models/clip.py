@@ -36,11 +36,13 @@ class PairModel(nn.Module):
         image_spec: how an image becomes the model's uint8 input.
         tokenize: captions to int64 tokens `[n, context_length]`.
         context_length: tokens per caption.
+        cuts_captions: whether `encode_text` leaves out what comes after the batch's longest caption.
     """
 
     image_spec: ImageSpec
     tokenize: Tokenize
     context_length: int
+    cuts_captions: bool = False
     visual: Any
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter | None
@@ -55,6 +57,7 @@ class PairModel(nn.Module):
         self.tokenize = tokenize
         self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
+        self.cuts_captions = self._text_is_causal
 
     def forward(self, images: Tensor, tokens: Tensor) -> Features:
         """Features of uint8 images `[n, 3, h, w]` and int64 tokens `[n, context_length]`.
@@ -70,6 +73,11 @@ class PairModel(nn.Module):
         return Features(image, text, scale, bias)
 
     @property
+    def _text_is_causal(self) -> bool:
+        """Whether the text's feature, taken at its end, depends on no later token."""
+        return False
+
+    @property
     def trains_as_it_evaluates(self) -> bool:
         """Whether `train()` mode computes what `eval()` mode does: no dropout and no batch statistics."""
         return not any(_differs_in_training(module) for module in self.modules())
@@ -83,17 +91,22 @@ class _PairCLIP(PairModel, open_clip.CLIP):  # type: ignore[misc]
     attn_mask: Any
     text_projection: Any
 
+    @property
+    def _text_is_causal(self) -> bool:
+        return self.attn_mask is not None and self.text_pool_type in ("argmax", "eos")
+
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """open_clip's text features, without the padding after the batch's longest caption.
+        """open_clip's text features, of tokens of any length, without the padding after the batch's longest caption.
 
         Under causal attention no token sees what comes after it, and the feature is taken at the end-of-text token,
         so the result is the same (to rounding) at the cost of the longest caption instead of the whole context.
         """
-        if self.attn_mask is None or self.text_pool_type not in ("argmax", "eos"):
+        if not self._text_is_causal:
             whole: Tensor = super().encode_text(text, normalize)
             return whole
-        length = int(text.ne(0).any(0).nonzero().max()) + 1 if len(text) else 1
-        text = text[:, :length]
+        if self.cuts_captions:
+            text = text[:, : int(text.ne(0).any(0).nonzero().max()) + 1 if len(text) else 1]
+        length = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
         x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:length, :length]))

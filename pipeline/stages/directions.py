@@ -57,7 +57,7 @@ def _manifest(job: Job) -> Manifest:
 def directions_fingerprint(job: Job, digests: list[str]) -> Fingerprint:
     """What decides the directions; `digests` are of the checkpoints' contents, in manifest order."""
     config = job.config
-    left_out = {"batch_size", "embeddings", "held_out", "sample", "min_correlation"}
+    left_out = {"batch_size", "compile", "embeddings", "held_out", "sample", "min_correlation"}
     score = config.score.model_dump(mode="json", exclude=left_out)
     return Fingerprint(
         {

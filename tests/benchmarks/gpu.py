@@ -1,7 +1,7 @@
 """How near scoring comes to what a GPU can do, by model, batch size and precision: one table.
 
     python -m tests.benchmarks.gpu [--models ViT-B-32 ViT-B-16] [--batch 64 256 1024] [--precisions bf16 tf32 fp32]
-        [--pairs 1024] [--seconds 3] [--device cuda]
+        [--pairs 1024] [--seconds 3] [--device cuda] [--compiled]
 
 Random images and captions of full length, on the device before the clock starts; weights and directions are random, and
 of one checkpoint. `forward`: open_clip's pass with its fused attention, pairs per second. `tracin` and `diff-in`
@@ -80,7 +80,8 @@ def rows(name: str, options: argparse.Namespace, device: torch.device) -> list[l
             for form in FORMS.values():
                 settings = Settings(precision=precision)
                 cost = LIMITS[form] * flops / peak
-                scorer = partial(Scorer, model, plans_of(form, model), reference, settings, device, batch)
+                plans, compiled = plans_of(form, model), options.compiled
+                scorer = partial(Scorer, model, plans, reference, settings, device, batch, compiled=compiled)
                 row += _or_too_large(partial(_passes, scorer, pairs, cost, options, device), 3)
             found.append(row)
             print(f"# {' '.join(row)}", flush=True)
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compiled", action="store_true", help="compile the passes of tracin and diff-in")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,13 +1,13 @@
 """What scoring costs in memory, as multiples of a bare forward pass of the same model over the same pairs.
 
     python -m tests.benchmarks.passes [--model ViT-B-32] [--batch 256] [--repeats 3] [--threads 2]
-        [--forms "diff-in central" tracin] [--precision bf16]
+        [--forms "diff-in central" tracin] [--precision bf16] [--compiled]
 
 The bare pass is open_clip's own forward under `no_grad` in `eval` mode, with torch's fused attention. Multiples are
 taken of two of them: over all pairs of the batch at once, and the fastest to be had on a CPU, over parts of 32 with the
 products of `pipeline.influence.dense`, which is not open_clip's own any more. With `--precision bf16` bare passes are
-in bfloat16 too (autocast). A checkpoint's passes are timed alone; the loss and similarity columns add one forward pass
-of each run's last checkpoint.
+in bfloat16 too (autocast). `--compiled` times each form a second time, with compiled passes. A checkpoint's passes are
+timed alone; the loss and similarity columns add one forward pass of each run's last checkpoint.
 Each repeat times all forms one after the other and ratios are taken within a repeat, so that other load on the machine
 falls on numerator and denominator alike; with `--threads 1` processor time is counted, not wall time.
 """
@@ -91,26 +91,33 @@ def timed(function: Callable[[], object]) -> float:
 
 
 def measure(
-    name: str | None, batch: int, repeats: int, forms: Sequence[str], precision: Precision
+    name: str | None, batch: int, repeats: int, forms: Sequence[str], precision: Precision, compiled: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of the bare passes, and of each form's passes, one number per repeat."""
     model = small_model(name) if name else medium_model()
     pairs, reference = random_pairs(model, batch, 1), random_pairs(model, 16, 2)
-    scorers = {form: Scorer(model, plans_of(form, model), reference, Settings(precision=precision)) for form in forms}
+    settings = Settings(precision=precision)
+    scorers = {
+        f"{form}, compiled" if kind else form: Scorer(model, plans_of(form, model), reference, settings, compiled=kind)
+        for form in forms
+        for kind in ((False, True) if compiled else (False,))
+    }
     bare: dict[str, list[float]] = {name: [] for name in (f"batch {batch}", *BARE)}
     found: dict[str, list[float]] = {name: [] for name in scorers}
     with torch.no_grad():
-        for repeat in range(repeats + 1):
+        for _ in range(repeats + 1):
             for name, times in bare.items():
                 parts = list(chunks(pairs, batch if name.startswith("batch") else 32))
                 lower = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
                 with BARE.get(name, nullcontext)(), lower:
                     times.append(timed(lambda parts=parts: [model(part.images, part.tokens) for part in parts]))
-            for name, scorer in scorers.items() if repeat else ():  # the first round only warms up
+            for name, scorer in scorers.items():
                 with scorer.passes.ready():
                     near = scorer.neighbours(pairs)
                     found[name].append(timed(lambda s=scorer, n=near: s._parts[0].score(pairs, n)))
-    return {name: times[1:] for name, times in bare.items()}, found
+    # The first round only warms up.
+    bare, found = ({name: times[1:] for name, times in kind.items()} for kind in (bare, found))
+    return bare, found
 
 
 def main() -> None:
@@ -122,19 +129,23 @@ def main() -> None:
     parser.add_argument("--model", help="as `proxy.model`; default: 27M parameters at 112 px")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--forms", nargs="+", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bare, found = measure(options.model, options.batch, options.repeats, options.forms, options.precision)
+    bare, found = measure(
+        options.model, options.batch, options.repeats, options.forms, options.precision, options.compiled
+    )
     for name, seconds in bare.items():
         print(f"bare forward pass, {name}: {options.batch / statistics.median(seconds):.0f} pairs/s")
     whole, fastest = bare[f"batch {options.batch}"], list(bare.values())[-1]
-    print(f"{'form':20} {'limit':>6}  multiple of the pass at batch {options.batch}, and of the fastest (range)")
+    print(f"{'form':27} {'limit':>6}  multiple of the pass at batch {options.batch}, and of the fastest (range)")
     for name, seconds in found.items():
         columns = []
         for base in (whole, fastest):
             ratios = [s / b for s, b in zip(seconds, base, strict=True)]
             columns.append(f"{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        print(f"{name:20} {LIMITS[name]:6d}  " + "  ".join(columns))
+        rate = options.batch / statistics.median(seconds)
+        print(f"{name:27} {LIMITS[name.split(',')[0]]:6d}  " + "  ".join(columns) + f"  {rate:.4g} pairs/s")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""Passes with tangents as compiled programs: traced with the rules they run by, then fused by TorchInductor.
+
+A program has fixed shapes: so many pairs, the last of which is repeated where there are fewer, and captions of a
+multiple of 8 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pipeline.errors import InputError
+from pipeline.types import PairBatch, Tree
+
+#: A pass: state, tangent of the state, images, tokens; tensors out.
+Pass = Callable[[Tree, Tree, Tensor, Tensor], list[Tensor]]
+
+#: Captions are cut to multiples of so many tokens.
+_TOKENS = 8
+
+
+class Programs:
+    """Compiles a pass once for each number of tokens, and runs it.
+
+    Args:
+        model: whose pass it is.
+        size: pairs of each program.
+    """
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        self.model = model
+        self.size = size
+        self._compiled: dict[tuple[Any, ...], Callable[..., Sequence[Tensor]]] = {}
+
+    def take(self, pairs: PairBatch) -> bool:
+        """Whether so many pairs are run by a program: more than half of its size, and the first ones of all."""
+        return len(pairs) <= self.size and (not self._compiled or self.size // 2 < len(pairs))
+
+    def run(self, work: Pass, state: Tree, direction: Tree, pairs: PairBatch) -> list[Tensor]:
+        """What `work` gives for the pairs: tensors `[n, ...]` of a row per pair, or of no dimension.
+
+        Raises `InputError` where it cannot be compiled.
+        """
+        images, tokens = (_filled(part, self.size) for part in (pairs.images, self._cut(pairs.tokens)))
+        inputs = [_contiguous(state), _contiguous(direction), images, tokens]
+        key = (images.shape, tokens.shape, images.device, *direction)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(work, inputs)
+        found = self._compiled[key](*inputs)
+        return [value[: len(pairs)] if value.dim() else value for value in found]
+
+    def _cut(self, tokens: Tensor) -> Tensor:
+        """The tokens to the next multiple of 8 after the longest caption, where the model would cut them, too."""
+        if not getattr(self.model, "cuts_captions", False):
+            return tokens
+        longest = int(tokens.ne(0).any(0).nonzero().max()) + 1
+        return tokens[:, : -(-longest // _TOKENS) * _TOKENS]
+
+    def _compile(self, work: Pass, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
+        try:
+            with _captions_as_given(self.model):
+                graph = make_fx(lambda *given: work(*given))(*inputs)  # no bound method
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            # Kernels have their number of threads built in, and the cache on disk is other processes', too.
+            options = {"cpp.threads": torch.get_num_threads()}
+            compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, inputs, options=options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # tracing and compiling raise many types
+            text = " ".join(str(error).split())[:300]
+            raise InputError(f"the model's passes could not be compiled: {text}; use score.compile: false") from error
+        return compiled
+
+
+@contextmanager
+def _captions_as_given(model: nn.Module) -> Iterator[None]:
+    """Within this context the model takes tokens as they are, without a look at them."""
+    before = getattr(model, "cuts_captions", None)
+    if before:
+        model.cuts_captions = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if before:
+            model.cuts_captions = before
+
+
+def _filled(rows: Tensor, size: int) -> Tensor:
+    """So many rows: the last one is repeated."""
+    if len(rows) == size:
+        return rows.contiguous()
+    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+
+
+def _contiguous(tree: Tree) -> Tree:
+    return {name: value.contiguous() for name, value in tree.items()}
