@@ -6,7 +6,7 @@ multiple of 8 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 import torch._inductor
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.errors import InputError
-from pipeline.types import PairBatch, Tree
+from pipeline.types import Features, PairBatch, Tree
 
-#: A pass: state, tangent of the state, images, tokens; tensors out.
-Pass = Callable[[Tree, Tree, Tensor, Tensor], list[Tensor]]
+#: A pass: state, one or several directions, images and tokens in; features and their derivatives out.
+Pass = Callable[[Tree, Any, Tensor, Tensor], list[Features]]
 
 #: Captions are cut to multiples of so many tokens.
 _TOKENS = 8
@@ -36,24 +37,28 @@ class Programs:
     def __init__(self, model: nn.Module, size: int) -> None:
         self.model = model
         self.size = size
-        self._compiled: dict[tuple[Any, ...], Callable[..., Sequence[Tensor]]] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[..., list[Features]]] = {}
 
     def take(self, pairs: PairBatch) -> bool:
         """Whether so many pairs are run by a program: more than half of its size, and the first ones of all."""
         return len(pairs) <= self.size and (not self._compiled or self.size // 2 < len(pairs))
 
-    def run(self, work: Pass, state: Tree, direction: Tree, pairs: PairBatch) -> list[Tensor]:
-        """What `work` gives for the pairs: tensors `[n, ...]` of a row per pair, or of no dimension.
+    def run(self, work: Pass, state: Tree, along: Any, pairs: PairBatch) -> list[Features]:
+        """What `work` gives for the pairs.
 
         Raises `InputError` where it cannot be compiled.
         """
         images, tokens = (_filled(part, self.size) for part in (pairs.images, self._cut(pairs.tokens)))
-        inputs = [_contiguous(state), _contiguous(direction), images, tokens]
-        key = (images.shape, tokens.shape, images.device, *direction)
+        state, along = (tree_map(Tensor.contiguous, each) for each in (state, along))
+        inputs = [state, along, images, tokens]
+        key = (work.__name__, images.shape, tokens.shape, _shapes(along))
         if key not in self._compiled:
             self._compiled[key] = self._compile(work, inputs)
-        found = self._compiled[key](*inputs)
-        return [value[: len(pairs)] if value.dim() else value for value in found]
+        rows = slice(len(pairs))
+        return [
+            Features(part.image[..., rows, :], part.text[..., rows, :], part.scale, part.bias)
+            for part in self._compiled[key](*inputs)
+        ]
 
     def _cut(self, tokens: Tensor) -> Tensor:
         """The tokens to the next multiple of 8 after the longest caption, where the model would cut them, too."""
@@ -62,7 +67,7 @@ class Programs:
         longest = int(tokens.ne(0).any(0).nonzero().max()) + 1
         return tokens[:, : -(-longest // _TOKENS) * _TOKENS]
 
-    def _compile(self, work: Pass, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
+    def _compile(self, work: Pass, inputs: list[Any]) -> Callable[..., list[Features]]:
         try:
             with _captions_as_given(self.model):
                 graph = make_fx(lambda *given: work(*given))(*inputs)  # no bound method
@@ -70,7 +75,7 @@ class Programs:
             graph.recompile()
             # Kernels have their number of threads built in, and the cache on disk is other processes', too.
             options = {"cpp.threads": torch.get_num_threads()}
-            compiled: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, inputs, options=options)
+            compiled: Callable[..., list[Features]] = torch._inductor.compile(graph, inputs, options=options)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # tracing and compiling raise many types
@@ -99,5 +104,7 @@ def _filled(rows: Tensor, size: int) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 
-def _contiguous(tree: Tree) -> Tree:
-    return {name: value.contiguous() for name, value in tree.items()}
+def _shapes(directions: Any) -> tuple[Any, ...]:
+    """Names and shapes of the directions."""
+    leaves, names = tree_flatten(directions)
+    return (names, *(leaf.shape for leaf in leaves))

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
 from pipeline.influence.arithmetic import arithmetic, attention_in_parts, features_in
-from pipeline.influence.compiled import Programs
+from pipeline.influence.compiled import Pass, Programs
 from pipeline.influence.forward_mode import push_forward, push_named_forward
 from pipeline.influence.settings import Settings
 from pipeline.influence.tangents import TangentRules
@@ -46,7 +46,7 @@ class Passes:
     Args:
         model: `model(images, tokens)` gives `Features`.
         settings: `precision` decides the arithmetic.
-        compiled: pairs of compiled passes along one direction; 0 compiles none.
+        compiled: pairs of compiled passes, which those with derivatives then are; 0 compiles none.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, compiled: int = 0) -> None:
@@ -115,29 +115,35 @@ class Passes:
         if not moved:
             value = self._value(state, batch)
             return {(): value} | {(name,): _zeros(value) for name in names}
-        at = {parameter: state[parameter] for parameter in moved}
-        directions = [_filled(vectors[name], at) for name in names]
+        directions = [_filled(vectors[name], state, moved) for name in names]
         if len(names) == 1:
-            if self.programs is not None and self.programs.take(batch):
-                parts = self.programs.run(self._along, state, directions[0], batch)
-            else:
-                parts = self._along(state, directions[0], batch.images, batch.tokens)
-            half = len(parts) // 2
-            return {(): Features(*parts[:half]), (names[0],): Features(*parts[half:])}
-        run = _on(self, state, batch.images, batch.tokens)
-        stacked = {parameter: torch.stack([d[parameter] for d in directions]) for parameter in moved}
-        with TangentRules(stacked=True):
-            value, tangents = _over_directions(lambda d: push_forward(run, (at,), (d,)))(stacked)
+            value, tangent = self._run(self._along, state, directions[0], batch)
+            return {(): value, (names[0],): tangent}
+        value, tangents = self._run(self._along_each, state, _stacked(directions), batch)
         return {(): value} | {
             (name,): Features(*(part[index] for part in tangents)) for index, name in enumerate(names)
         }
 
-    def _along(self, state: Tree, direction: Tree, images: Tensor, tokens: Tensor) -> list[Tensor]:
-        """Features, then their derivatives along the direction."""
+    def _run(self, work: Pass, state: Tree, direction: Any, batch: PairBatch) -> list[Features]:
+        """What a pass gives, by a compiled program where there is one for such a batch."""
+        if self.programs is not None and self.programs.take(batch):
+            return self.programs.run(work, state, direction, batch)
+        return work(state, direction, batch.images, batch.tokens)
+
+    def _along(self, state: Tree, direction: Tree, images: Tensor, tokens: Tensor) -> list[Features]:
+        """Features, and their derivatives along the direction."""
         at = {parameter: state[parameter] for parameter in direction}
         with TangentRules():
             value, tangent = push_named_forward(_on(self, state, images, tokens), at, direction)
-        return [*value, *tangent]
+        return [Features(*value), Features(*tangent)]
+
+    def _along_each(self, state: Tree, directions: Tree, images: Tensor, tokens: Tensor) -> list[Features]:
+        """Features, and their derivatives along each of the stacked directions."""
+        at = {parameter: state[parameter] for parameter in directions}
+        run = _on(self, state, images, tokens)
+        with TangentRules(stacked=True):
+            value, tangents = _over_directions(lambda d: push_forward(run, (at,), (d,)))(directions)
+        return [value, tangents]
 
     def _mixed(
         self,
@@ -151,22 +157,34 @@ class Passes:
         """The mixed derivative along two vectors, and first ones along these and those `beside` them."""
         outer = [second, *beside]
         moved = sorted(set(vectors[first]).union(*(vectors[name] for name in outer)))
-        at = {parameter: state[parameter] for parameter in moved}
-        run = _on(self, state, batch.images, batch.tokens)
-        inner = _filled(vectors[first], at)
-
-        def along(direction: Tree) -> Any:
-            return push_forward(lambda point: push_forward(run, (point,), (inner,)), (at,), (direction,))
-
-        directions = [_filled(vectors[name], at) for name in outer]
-        with TwiceDifferentiable():
-            if not beside:
-                (value, along_first), (along_second, mixed) = along(directions[0])
-                return {(): value, (first,): along_first, (second,): along_second, (first, second): mixed}
-            stacked = {parameter: torch.stack([d[parameter] for d in directions]) for parameter in moved}
-            (value, along_first), (slopes, mixed) = _over_directions(along)(stacked)
+        inner, *directions = (_filled(vectors[name], state, moved) for name in (first, *outer))
+        if not beside:
+            value, along_first, along_second, mixed = self._run(self._twice, state, (inner, directions[0]), batch)
+            return {(): value, (first,): along_first, (second,): along_second, (first, second): mixed}
+        both = inner, _stacked(directions)
+        value, along_first, slopes, mixed = self._run(self._twice_each, state, both, batch)
         found: Jet = {(): value, (first,): along_first, (first, second): Features(*(part[0] for part in mixed))}
         return found | {(name,): Features(*(part[i] for part in slopes)) for i, name in enumerate(outer)}
+
+    def _twice(self, state: Tree, along: Any, images: Tensor, tokens: Tensor) -> list[Features]:
+        """Features, their derivatives along the first and the second direction, and the mixed one."""
+        inner, outer = along
+        with TwiceDifferentiable():
+            value, slope = self._nested(state, inner, images, tokens)(outer)
+        return [*value, *slope]
+
+    def _twice_each(self, state: Tree, along: Any, images: Tensor, tokens: Tensor) -> list[Features]:
+        """The same, for each of the stacked second directions."""
+        inner, outer = along
+        with TwiceDifferentiable():
+            value, slopes = _over_directions(self._nested(state, inner, images, tokens))(outer)
+        return [*value, *slopes]
+
+    def _nested(self, state: Tree, inner: Tree, images: Tensor, tokens: Tensor) -> Callable[[Tree], Any]:
+        """Features and their derivative along `inner`, pushed forward along another direction."""
+        at = {parameter: state[parameter] for parameter in inner}
+        run = _on(self, state, images, tokens)
+        return lambda outer: push_forward(lambda point: push_forward(run, (point,), (inner,)), (at,), (outer,))
 
     def _explained(
         self, error: Exception, state: Tree, vectors: dict[str, Tree], batch: PairBatch
@@ -215,8 +233,12 @@ def _on(passes: Passes, state: Tree, images: Tensor, tokens: Tensor) -> Callable
     return lambda point: passes._features({**state, **point}, images, tokens)
 
 
-def _filled(vector: Tree, like: Tree) -> Tree:
-    return {name: vector[name] if name in vector else torch.zeros_like(value) for name, value in like.items()}
+def _filled(vector: Tree, state: Tree, names: Sequence[str]) -> Tree:
+    return {name: vector[name] if name in vector else torch.zeros_like(state[name]) for name in names}
+
+
+def _stacked(directions: Sequence[Tree]) -> Tree:
+    return {name: torch.stack([direction[name] for direction in directions]) for name in directions[0]}
 
 
 def _over_directions(function: Callable[[Tree], Any]) -> Callable[[Tree], Any]:

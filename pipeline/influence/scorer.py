@@ -46,8 +46,8 @@ class Scorer:
             fewer once its memory does not hold so many.
         trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
             then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
-        compiled: whether passes along one direction are compiled, when first a part of more than half of `batch_size`
-            comes, once for each length of captions.
+        compiled: whether passes with derivatives are compiled, once for each length of captions, when first a part of
+            more than half of `batch_size` comes; with one such pass the scorer starts.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Scorer:
         """Compile a first program, by passes over pairs of R: what cannot be compiled fails before any shard."""
         for part in self._parts:
             for point, wanted in part.wanted.items():
-                if any(len(names) == 1 for names in wanted):
+                if any(wanted):
                     part._jet(point, self.reference[: self.batch_size])
                     return
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pipeline.influence import Batches, Scorer, Settings, prepare
+from pipeline.influence import Batches, Scorer, Settings, prepare, prepare_run
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.types import Checkpoint, Features
 from tests.influence.test_diff_in import N, assert_close, make_case
@@ -58,6 +58,21 @@ def test_every_family_can_be_traced(name, precision, traced):
     assert_same_scores(plain, programs, pairs_of(model, 7, 100), 1e-4 if precision == "fp32" else 5e-2)
     assert {size for size, _ in traced} == {4}
     assert model.cuts_captions == before
+
+
+@pytest.mark.parametrize("parameters", ["all", "projections"])
+@pytest.mark.parametrize("estimator", ["tracin", "diff-in", "diff-in-self", "tracin-self", "grand", "unrolled"])
+@pytest.mark.parametrize("method", ["exact", "central"])
+def test_every_kind_of_pass_can_be_traced(estimator, method, parameters, traced):
+    settings = Settings(estimator=estimator, method=method, parameters=parameters, projections=4, eigenpairs=2)
+    model, checkpoints, batches, pairs = make_case(settings)
+    plans = prepare_run(model, checkpoints, batches, settings, dataset_size=N)
+    parts = list(zip(checkpoints, plans, strict=True))
+    plain, programs = (
+        Scorer(model, parts, batches.reference, settings, batch_size=4, compiled=on) for on in (False, True)
+    )
+    assert traced  # at the start already
+    assert_same_scores(plain, programs, pairs, 1e-7)
 
 
 def test_a_program_serves_all_captions_of_up_to_its_tokens(traced):
@@ -130,9 +145,9 @@ def test_a_model_that_looks_at_the_pairs_is_refused_at_the_start():
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("estimator", ["tracin", "diff-in"])
-def test_compiled_programs_give_the_scores_of_plain_passes(estimator):
-    settings = Settings(estimator=estimator, method="auto" if estimator == "tracin" else "central")
+@pytest.mark.parametrize("method", ["exact", "central"])
+def test_compiled_programs_give_the_scores_of_plain_passes(method):
+    settings = Settings(method=method)
     model, checkpoints, batches, pairs = make_case(settings, torch.float64)
     plans = [prepare(model, c, batches, settings, dataset_size=N, num_checkpoints=1) for c in checkpoints[:2]]
     parts = list(zip(checkpoints, plans, strict=False))
