@@ -194,9 +194,9 @@ class ScoreConfig(Section):
     """Products of the passes: `tf32` on a GPU, `bf16` there and on processors that multiply bfloat16. Sums, softmax,
     norms and losses are always float32. Rankings of `tracin` survive both, those of `diff-in` `tf32`."""
     compile: bool = False
-    """Compile passes with derivatives by torch's compiler, which on a CPU needs g++; small models gain most. Each worker
-    waits 10 to 60 s for each multiple of 8 tokens in its captions, less where this machine's cache has them. It changes
-    speed, not the scores (to rounding); `diffprune plan` does not count on it."""
+    """Compile passes with derivatives by torch's compiler, which on a CPU needs g++; small models gain most. Workers
+    wait 10 to 60 s for each multiple of 8 tokens in their captions, less where this machine's cache has them. This
+    changes speed, not the scores (to rounding); `diffprune plan` does not count on it."""
     embeddings: bool = False
     """Store the normalised embedding of the last checkpoint (image and text, float16) in the score files."""
     projections: PositiveInt = 64

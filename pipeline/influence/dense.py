@@ -23,9 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_added(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`total + x W^T`; `total` `[..., n]` is contiguous and may be written over."""
     if _by_onednn(x, weight):
-        (_opaque_linear_added if _traced() else _linear_added)(total, x, weight)
-    else:
-        total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+        added: Tensor = (_opaque_linear_added if _traced() else _linear_added)(total, x, weight)
+        return added
+    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return total
 
 
@@ -43,8 +43,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product
 
 
-def _linear_added(total: Tensor, x: Tensor, weight: Tensor) -> None:
-    torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
+def _linear_added(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, total, weight, None, "add")
+    return added
 
 
 # TorchInductor knows oneDNN's products only with weights that do not change; these it takes as they are.
@@ -55,9 +56,10 @@ _opaque_linear.register_fake(lambda x, weight, bias: x.new_empty((*x.shape[:-1],
 _opaque_linear_added = torch.library.custom_op(
     "diffprune::linear_added",
     _linear_added,
-    mutates_args=("total",),
-    schema="(Tensor(a!) total, Tensor x, Tensor weight) -> ()",
+    mutates_args=(),
+    schema="(Tensor total, Tensor x, Tensor weight) -> Tensor",
 )
+_opaque_linear_added.register_fake(lambda total, x, weight: torch.empty_like(total))
 
 
 def _traced() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +70,31 @@ def test_every_sample_has_a_row_and_good_ones_a_score(tmp_path: Path) -> None:
     np.testing.assert_allclose((embedding[:, :width] ** 2).sum(1), 1, atol=5e-3)
     marks = list(read_marks(RunFolder(config.out)))
     assert [mark.reasons for mark in marks][1] == {"no-caption": 1, "no-image": 1, "truncated-image": 1}
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_compiled_passes_are_asked_for_by_the_config_and_change_no_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs: list[int] = []
+
+    def as_traced(graph: Callable[..., Any], inputs: list[Any], options: object) -> Callable[..., Any]:
+        programs.append(len(inputs[2]))
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", as_traced)
+    urls = write_shards(tmp_path / "in", shards=2, samples=12)
+    scores, fingerprints = [], []
+    for on in (False, True):
+        config, infos, fingerprint = prepare_run(str(tmp_path / f"{on}"), urls, compile=on)
+        work = ScorerSpec(config, fingerprint).build("0")
+        work.commit(infos[0], work.score(infos[0], work.load(infos[0])), {})
+        scores.append(open_scores(RunFolder(config.out)).to_table()["score"].to_numpy())
+        fingerprints.append(fingerprint)
+        assert bool(programs) == on
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3, atol=1e-5 * np.abs(scores[0]).max())
+    assert set(programs) == {5}
+    assert fingerprints[0] == fingerprints[1]
 
 
 @pytest.mark.usefixtures("one_cpu")

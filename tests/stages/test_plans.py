@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from pipeline.config import parse_config
 from pipeline.data import sampling, spans
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.positions import Positions
@@ -16,9 +19,29 @@ from pipeline.engine.scorer_spec import ScorerSpec
 from pipeline.prepared import load_plan
 from pipeline.stages import plans
 from pipeline.stages.computing import ComputingJob
+from pipeline.stages.directions import directions_fingerprint
 from pipeline.store import storage
+from pipeline.store.fingerprint import Fingerprint
 from tests.engine.prepared_run import outside_ray, prepare_run
 from tests.helpers import write_shards
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        ({"batch_size": 7}, True),
+        ({"compile": True}, True),
+        ({"embeddings": True}, True),
+        ({"precision": "bf16"}, False),
+        ({"estimator": "moso"}, False),
+    ],
+)
+def test_directions_are_kept_where_only_speed_or_what_is_stored_changes(values: dict[str, Any], same: bool) -> None:
+    def fingerprint(**score: Any) -> Fingerprint:
+        config = parse_config({"out": "x", "data": {"shards": "y"}, "score": {"estimator": "tracin", **score}})
+        return directions_fingerprint(SimpleNamespace(config=config, inventory_digest="z"), ["w"])  # type: ignore[arg-type]
+
+    assert (fingerprint(**values) == fingerprint()) == same
 
 
 def test_a_target_of_remote_shards_is_walked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
