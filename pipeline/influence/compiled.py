@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map
@@ -68,6 +67,8 @@ class Programs:
         return tokens[:, : -(-longest // _TOKENS) * _TOKENS]
 
     def _compile(self, work: Pass, inputs: list[Any]) -> Callable[..., list[Features]]:
+        import torch._inductor  # takes a second
+
         try:
             with _captions_as_given(self.model):
                 graph = make_fx(lambda *given: work(*given))(*inputs)  # no bound method

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._inductor
 
 from pipeline.data.inventory import inspect_shard
 from pipeline.engine.failures import SampleError

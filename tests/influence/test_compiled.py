@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor
 
 from pipeline.errors import InputError
 from pipeline.influence import Batches, Scorer, Settings, prepare, prepare_run
