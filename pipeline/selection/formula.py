@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import ConfigError
+from pipeline.selection.parsing import parse
 from pipeline.selection.ranks import RankTable
 
 Array = npt.NDArray[Any]
@@ -81,7 +82,7 @@ def _tree(source: str, key: str) -> ast.expr:
     if len(source) > _MAX_LENGTH:
         raise ConfigError(f"expected a formula of at most {_MAX_LENGTH} characters", key=key)
     try:
-        return ast.parse(source.strip(), mode="eval").body
+        return parse(source.strip())
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ConfigError("expected a formula over score columns", key=key, found=source) from None
 

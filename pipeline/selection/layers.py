@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.selection.parsing import read_npy_header
 from pipeline.store import storage
 
 
@@ -27,15 +28,14 @@ def write(scratch: str, name: str, part: int, values: npt.NDArray[Any]) -> None:
 def read(scratch: str, name: str, part: int) -> npt.NDArray[Any]:
     """A whole part of a layer."""
     with storage.open_read(url(scratch, name, part)) as handle:
-        return np.asarray(np.lib.format.read_array(handle, allow_pickle=False))
+        shape, fortran, dtype = read_npy_header(handle)
+        return np.frombuffer(handle.read(), dtype=dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def read_rows(scratch: str, name: str, part: int, start: int, stop: int) -> npt.NDArray[Any]:
     """Rows `start` to `stop` of a one-dimensional part, without reading the others."""
     with storage.open_read(url(scratch, name, part)) as handle:
-        version = np.lib.format.read_magic(handle)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        _, _, dtype = read_header(handle)
+        _, _, dtype = read_npy_header(handle)
         handle.seek(start * dtype.itemsize, io.SEEK_CUR)
         return np.frombuffer(handle.read((stop - start) * dtype.itemsize), dtype=dtype)
 
