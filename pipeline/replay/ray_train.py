@@ -46,6 +46,9 @@ WORKER_POLL_SECONDS = 5.0
 #: Seconds that a process which is killed is waited for.
 KILLED_WITHIN = 10.0
 
+#: Seconds in which the driver says that workers which share a run are silent.
+SAID_WITHIN = 5.0
+
 
 @dataclass(frozen=True)
 class ProxyJob:
@@ -214,6 +217,7 @@ def _end_when_silent(job: ProxyJob) -> None:
     while not watch.silence.is_too_long():
         time.sleep(WORKER_POLL_SECONDS)
         watch.look()
+    time.sleep(SAID_WITHIN)  # the driver looks at the same files: it says so before anything ends
     os._exit(1)
 
 
