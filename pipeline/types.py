@@ -54,6 +54,11 @@ class PairBatch:
         return PairBatch(*(torch.cat([getattr(b, name) for b in batches]) for name in PairBatch.__slots__))
 
 
+def longest_caption(tokens: Tensor) -> int:
+    """Tokens `[n, context_length]` up to the end of the longest caption; 1 where there are no captions."""
+    return int(tokens.ne(0).any(0).nonzero().max()) + 1 if len(tokens) else 1
+
+
 class Features(NamedTuple):
     """What a two-tower model says of a batch.
 

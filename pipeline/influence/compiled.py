@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.errors import InputError
-from pipeline.types import Features, PairBatch, Tree
+from pipeline.types import Features, PairBatch, Tree, longest_caption
 
 #: A pass: state, one or several directions, images and tokens in; features and their derivatives out.
 Pass = Callable[[Tree, Any, Tensor, Tensor], list[Features]]
@@ -63,8 +63,7 @@ class Programs:
         """The tokens to the next multiple of 8 after the longest caption, where the model would cut them, too."""
         if not getattr(self.model, "cuts_captions", False):
             return tokens
-        longest = int(tokens.ne(0).any(0).nonzero().max()) + 1
-        return tokens[:, : -(-longest // _TOKENS) * _TOKENS]
+        return tokens[:, : -(-longest_caption(tokens) // _TOKENS) * _TOKENS]
 
     def _compile(self, work: Pass, inputs: list[Any]) -> Callable[..., list[Features]]:
         import torch._inductor  # takes a second

@@ -24,7 +24,7 @@ from timm.layers import DropPath  # type: ignore[attr-defined]
 
 from pipeline.data.decode import ImageSpec
 from pipeline.errors import InputError
-from pipeline.types import Features, Tree
+from pipeline.types import Features, Tree, longest_caption
 
 Tokenize = Callable[[list[str]], Tensor]
 
@@ -105,7 +105,7 @@ class _PairCLIP(PairModel, open_clip.CLIP):  # type: ignore[misc]
             whole: Tensor = super().encode_text(text, normalize)
             return whole
         if self.cuts_captions:
-            text = text[:, : int(text.ne(0).any(0).nonzero().max()) + 1 if len(text) else 1]
+            text = text[:, : longest_caption(text)]
         length = text.shape[1]
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
