@@ -40,9 +40,9 @@ def test_a_plan_names_every_stage_and_writes_nothing(tmp_path: Path, capsys: pyt
         "compressed": False, "cpus": 2, "gpus": 0, "workers": 2, "steps": 6, "checkpoints": 2, "runs": 1,
     }  # fmt: skip
     rates = found["rates"]
-    assert rates["checkpoint"] > rates["observe"] > 0
+    assert all(rates[name] > 0 for name in ("start", "count", "decode", "observe", "directions", "step"))
+    assert rates["checkpoint"] >= 0  # the difference of two measurements
     assert rates["parameters"] > rates["pixels"] > 0
-    assert rates["step"] > 0
     assert rates["embedding"] % 2 == 0
     assert not Path(config.out).exists()
 
