@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -9,9 +11,13 @@ import pyarrow.parquet as pq
 
 from pipeline.data.places import locate_members, write_places
 from pipeline.data.reader import read_shard
+from pipeline.data.shards import expand
 from pipeline.data.stream import describe
 from pipeline.errors import InputError
 from pipeline.store import storage
+
+#: Questions to storage at the same time.
+ASKED_AT_ONCE = 32
 
 _SCHEMA = pa.schema(
     [
@@ -69,6 +75,50 @@ def inspect_shard(index: int, url: str, places: str | None = None) -> ShardInfo:
     if places is not None and layout is not None and url.endswith(".tar"):
         write_places(places, url, size, etag, layout)
     return ShardInfo(index, url, storage.basename(url), samples, size, etag, end_error)
+
+
+def changed_shards(infos: Sequence[ShardInfo]) -> Iterator[tuple[ShardInfo, str]]:
+    """The shards that are not as they were counted, each with a sentence that says so.
+
+    Asks storage once for each shard. Raises `InputError` for one that is not there any more.
+    """
+    for info, (_, size, etag) in zip(infos, versions([info.url for info in infos]), strict=True):
+        if (size, etag) != (info.bytes, info.etag):
+            yield info, _changed(info, size, etag)
+
+
+def versions(urls: Sequence[str]) -> Iterator[tuple[str, int, str]]:
+    """File name, bytes and version (etag or time of change) of each file, in order.
+
+    Raises `InputError` for one that is not there.
+    """
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        for start in range(0, len(urls), ASKED_AT_ONCE * 16):
+            some = urls[start : start + ASKED_AT_ONCE * 16]
+            for url, (size, etag) in zip(some, pool.map(describe, some), strict=True):
+                yield storage.basename(url), size, etag
+
+
+def shard_versions(shards: str | list[str] | None, key: str) -> list[tuple[str, int, str]]:
+    """`versions` of the shards that a config names under `key`; none for None."""
+    return list(versions(expand(shards, key))) if shards is not None else []
+
+
+def check_unchanged(info: ShardInfo) -> None:
+    """Raises `InputError` when the shard is not as it was counted.
+
+    Of a local file only the size is looked at: a machine's own copy of it may have another time of change.
+    """
+    size, etag = describe(info.url)
+    if size != info.bytes or (etag != info.etag and not storage.is_local(info.url)):
+        raise InputError(_changed(info, size, etag))
+
+
+def _changed(info: ShardInfo, size: int, etag: str) -> str:
+    return (
+        f"{info.url}: expected the shard of the inventory ({info.bytes:,} bytes, version {info.etag or 'unknown'}), "
+        f"found another one ({size:,} bytes, version {etag or 'unknown'})"
+    )
 
 
 def write_inventory(url: str, infos: list[ShardInfo]) -> None:

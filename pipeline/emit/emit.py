@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.inventory import ShardInfo
+from pipeline.data.inventory import ShardInfo, changed_shards
 from pipeline.emit.card import render_card
 from pipeline.emit.keys import keys_repeat
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, build_manifest, write_manifest
@@ -26,7 +26,7 @@ from pipeline.emit.train_script import (
     shard_pattern,
 )
 from pipeline.emit.uids import read_uids, write_uids
-from pipeline.errors import StageError
+from pipeline.errors import InputError, StageError
 from pipeline.run import RunFolder
 from pipeline.selection.summary import SelectionSummary, read_summary
 from pipeline.store import marks, storage
@@ -94,6 +94,8 @@ def emit(
     selection = read_summary(run, config.select.name)
     if not selection.kept:
         raise StageError(f"selection {selection.name!r} keeps no pair: expected at least one to hand over")
+    if any(shard.shard >= len(inventory) for shard in selection.shards):
+        raise StageError(f"selection {selection.name!r} was made of more shards than there are now: select again")
     folder = SelectionFolder(run.selection(selection.name))
     fingerprint = emit_fingerprint(config, inventory, selection)
     earlier = marks.read_mark(folder.mark)
@@ -116,6 +118,8 @@ def emit(
         warnings=[],
     )
     if config.emit.materialize:
+        for _, problem in changed_shards([info for info, line in zip(inventory, lines, strict=True) if line.num_kept]):
+            raise InputError(problem)
         plan = make_plan(run, config, inventory, lines, fingerprint.digest, apart)
         stats = reshard(plan, map_tasks)
         summary = replace(

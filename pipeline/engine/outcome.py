@@ -45,13 +45,21 @@ def pending_shards(
     outcome: Outcome,
     retry_failed: bool,
 ) -> Sequence[int]:
-    """Places in `shards` that are left to do; counts the others into `outcome`."""
+    """Places in `shards` that are left to do; counts the others into `outcome`.
+
+    Scores of other settings that are to be done again count no more from here on, whatever becomes of their shards.
+    """
     places = {shard.index: place for place, shard in enumerate(shards)}
     settled = bytearray(len(shards))
-    for mark in commits.committed(run, shards, fingerprint, config.stale):
+    outdated = array("q")
+    for mark, current in commits.judged(run, shards, fingerprint, config.stale):
+        if not current:
+            outdated.append(mark.shard)
+            continue
         settled[places[mark.shard]] = 1
         outcome.done += 1
         outcome.statuses.update(mark.statuses)
+    commits.withdraw(run, outdated)
     for url in storage.list_files(storage.join(run.root, "failed"), ".json"):
         aside = read_aside(url)
         place = places.get(aside.item) if aside is not None else None

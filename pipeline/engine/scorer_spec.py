@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
+from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.scores import SCHEMA_VERSION
 
@@ -36,13 +37,19 @@ def score_fingerprint(config: Config, checkpoints: list[str], basis: dict[str, A
             **parts,
             "preprocessing": {
                 **images,
-                "model": config.proxy.model,
+                "model": model_identity(config),
                 "caption": config.data.caption,
                 **config.data.pixels,
                 "source": config.data.source,
             },
         }
     )
+
+
+def model_identity(config: Config) -> str:
+    """What names the proxy's architecture: open_clip's name, or the digest of the JSON file's content."""
+    model = config.proxy.model
+    return storage.file_checksum(model) if model.endswith(".json") else model
 
 
 @dataclass(frozen=True)

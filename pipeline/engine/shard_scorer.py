@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.data.decode import DecodedShard, Decoder
-from pipeline.data.inventory import ShardInfo
+from pipeline.data.inventory import ShardInfo, check_unchanged
 from pipeline.data.reader import Sample, read_shard
 from pipeline.data.reasons import Reason
 from pipeline.device import device_of_this_task
@@ -114,9 +114,10 @@ class ShardScorer:
     def load(self, shard: ShardInfo) -> _Loaded:
         """Read and decode every sample.
 
-        Raises `InputError` when the shard has not as many samples as the inventory says: it has changed since, or
-        the connection broke in the middle; `SampleError` when one sample could not be dealt with at all.
+        Raises `InputError` when the shard is another one than that of the inventory, or has not as many samples as
+        it had then: the connection broke in the middle; `SampleError` when one sample could not be dealt with at all.
         """
+        check_unchanged(shard)
         with read_shard(shard.url, caption=self.config.data.caption) as reader:
             seen = _LastSample()
             try:

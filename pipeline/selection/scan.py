@@ -39,14 +39,24 @@ class ScoreShard:
 def committed_shards(run: RunFolder) -> tuple[list[ScoreShard], str]:
     """The committed score files of a run in the order of their input shards, and one fingerprint of them all.
 
-    Raises `StageError` where there are none.
+    Raises `StageError` where there are none, or those of different settings.
     """
-    marks = sorted(read_marks(run), key=lambda mark: mark.shard)
-    if not marks:
+    found: list[tuple[ScoreShard, str]] = []
+    settings: dict[str, str] = {}
+    for mark in read_marks(run):
+        shard = ScoreShard(mark.shard, run.score_file(mark.shard), mark.url, mark.rows)
+        found.append((shard, f"{mark.shard} {mark.fingerprint} {mark.checksum}"))
+        settings.setdefault(mark.settings, shard.url)
+    if not found:
         raise StageError(f"{run.scores}: expected finished scores, found none; make them with `diffprune score`")
-    lines = "\n".join(f"{mark.shard} {mark.fingerprint} {mark.checksum}" for mark in marks)
-    shards = [ScoreShard(mark.shard, run.score_file(mark.shard), mark.url, mark.rows) for mark in marks]
-    return shards, storage.checksum(lines.encode())
+    if len(settings) > 1:
+        first, second, *_ = settings.values()
+        raise StageError(
+            f"{run.scores}: expected scores of one setting, found {len(settings)} ({first} and {second} differ); "
+            "finish them with `diffprune score`"
+        )
+    found.sort(key=lambda entry: entry[0].index)
+    return [shard for shard, _ in found], storage.checksum("\n".join(line for _, line in found).encode())
 
 
 def input_fingerprint(run: RunFolder, join: Mapping[str, str]) -> str:

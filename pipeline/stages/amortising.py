@@ -22,7 +22,7 @@ from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.stages.job import Job
 from pipeline.store import marks, storage
-from pipeline.store.commits import committed, shard_fingerprint
+from pipeline.store.commits import committed, judged, shard_fingerprint, withdraw
 from pipeline.store.fingerprint import Fingerprint
 
 #: Scored pairs that a regressor is fitted on at most.
@@ -44,7 +44,10 @@ def score_amortised(job: Job, sampled: Fingerprint, *, retry_failed: bool) -> Ou
     if not marks.is_current(folder.regressor_mark, mark, sampled, config.engine.stale):
         mark = None
     done: set[int] = set()
-    if mark is not None:
+    if mark is None:
+        there = judged(folder, job.inventory, sampled, config.engine.stale)
+        withdraw(folder, [score.shard for score, _ in there])  # computed in full, or predicted by another regressor
+    else:
         done = {score.shard for score in committed(folder, job.inventory, _final(sampled, mark), config.engine.stale)}
     first = score_shards(
         SampleSpec(config, sampled),

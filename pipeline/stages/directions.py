@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data.inventory import shard_versions
 from pipeline.device import gpus_for_a_task
+from pipeline.engine.scorer_spec import model_identity
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import StageError
 from pipeline.models.manifest import Manifest
@@ -17,14 +19,14 @@ from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
 
 #: Of what the directions' files hold.
-_VERSION = 3
+_VERSION = 4
 
 
 def compute_directions(job: Job) -> None:
     """Write `directions/`: the decoded batches, a plan per checkpoint, and last `manifest.json`."""
     manifest = _manifest(job)
     digests = [storage.file_checksum(entry.path) for entry in manifest.checkpoints]
-    fingerprint = directions_fingerprint(job, digests)
+    fingerprint = directions_fingerprint(job, digests, manifest.dataset_size)
     if job.is_current(job.folder.directions_mark, fingerprint):
         return
     storage.remove(job.folder.directions_mark)
@@ -45,7 +47,8 @@ def compute_directions(job: Job) -> None:
         patience=patience,
     )
     outcome.check("directions")
-    job.write_mark(job.folder.directions_mark, fingerprint, {"checkpoints": digests, "basis": drawn["basis"]})
+    content = {"checkpoints": digests, "dataset_size": manifest.dataset_size, "basis": drawn["basis"]}
+    job.write_mark(job.folder.directions_mark, fingerprint, content)
 
 
 def _manifest(job: Job) -> Manifest:
@@ -54,8 +57,14 @@ def _manifest(job: Job) -> Manifest:
     return Manifest.read(job.folder.checkpoint_manifest)
 
 
-def directions_fingerprint(job: Job, digests: list[str]) -> Fingerprint:
-    """What decides the directions; `digests` are of the checkpoints' contents, in manifest order."""
+def directions_fingerprint(job: Job, digests: list[str], dataset_size: int) -> Fingerprint:
+    """What decides the directions.
+
+    Args:
+        job: the run.
+        digests: of the checkpoints' contents, in manifest order.
+        dataset_size: the manifest's.
+    """
     config = job.config
     left_out = {"batch_size", "compile", "embeddings", "held_out", "sample", "min_correlation"}
     score = config.score.model_dump(mode="json", exclude=left_out)
@@ -64,10 +73,13 @@ def directions_fingerprint(job: Job, digests: list[str]) -> Fingerprint:
             "version": _VERSION,
             "inventory": job.inventory_digest,
             "checkpoints": digests,
+            "dataset_size": dataset_size,
+            "model": model_identity(config),
             "score": score,
             "loss": config.proxy.loss,
             "reference": config.reference.model_dump(mode="json"),
             "target": config.target.model_dump(mode="json"),
+            "target_versions": shard_versions(config.target.shards, "target.shards"),
             "caption": config.data.caption,
             **config.data.pixels,
             "seed": config.seed,

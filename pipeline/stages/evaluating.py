@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.data.inventory import shard_versions
 from pipeline.data.shards import expand
 from pipeline.device import gpus_for_a_task
 from pipeline.engine.progress import say
@@ -113,7 +114,7 @@ def _training(job: Job, pairs: WrittenSet) -> _Training:
     assert config.evaluate is not None
     fingerprint = Fingerprint(
         {
-            "shards": config.evaluate.shards,
+            "shards": shard_versions(config.evaluate.shards, "evaluate.shards"),
             "steps": config.evaluate.steps,
             "augment": config.evaluate.augment,
             "proxy": config.proxy.model_dump(mode="json", exclude=_OF_THE_PROXY_ALONE),

@@ -11,12 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
+from pipeline.data.inventory import (
+    ShardInfo,
+    changed_shards,
+    inspect_shard,
+    read_inventory,
+    versions,
+    write_inventory,
+)
 from pipeline.data.positions import Positions
 from pipeline.data.shards import expand
 from pipeline.engine.progress import Display, Tally
+from pipeline.engine.scorer_spec import model_identity
 from pipeline.engine.tasks import run_task, run_tasks
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, FingerprintError, InputError
+from pipeline.models.manifest import Manifest
 from pipeline.patience import Patience
 from pipeline.replay.ray_train import ProxyJob, train_runs
 from pipeline.replay.schedule import TrainingSettings, runs_to_hold_out
@@ -25,6 +34,7 @@ from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import Pulse
 from pipeline.store.task_marks import TaskMarks
+from pipeline.text import plural
 
 if TYPE_CHECKING:
     from pipeline.data.cache import PairCache
@@ -37,23 +47,24 @@ _VERSION = 2
 def take_inventory(job: Job) -> None:
     """Write `inventory.parquet`: one row per shard; shards counted by an interrupted call are not read again."""
     urls = expand(job.config.data.shards)
-    if storage.exists(job.folder.inventory) and [info.url for info in read_inventory(job.folder.inventory)] == urls:
+    found = _known_shards(job, urls)
+    left = [number for number in range(len(urls)) if number not in found]
+    if not left:
         return
-    found: dict[int, ShardInfo] = {}
 
     def keep(number: int, info: list[Any]) -> None:
-        found[number] = ShardInfo(*info)
+        found[left[number]] = ShardInfo(*info)
 
-    marks = TaskMarks(storage.join(job.folder.root, "scratch", "inventory"), Fingerprint({"urls": urls}))
+    marks = TaskMarks(storage.join(job.folder.root, "scratch", "inventory"), Fingerprint({"urls": urls, "left": left}))
     outcome = run_tasks(
         _inspect,
-        [(number, url, job.folder.places(number)) for number, url in enumerate(urls)],
+        [(number, urls[number], job.folder.places(number)) for number in left],
         run=job.folder,
         stage="inventory",
         config=job.config.engine,
         on_result=keep,
         name=lambda item: item[1],
-        marks=marks if len(urls) > 1 else None,
+        marks=marks if len(left) > 1 else None,
         unit="shards",
         patience=Patience(job.config.engine.shard_timeout),
     )
@@ -63,8 +74,29 @@ def take_inventory(job: Job) -> None:
         reason = f" ({first.end_error})" if first.end_error else ""
         raise InputError(f"{first.url}: expected image-text pairs, found none here{reason} or in any other shard")
     write_inventory(job.folder.inventory, [found[number] for number in range(len(urls))])
-    for number in range(len(urls)):
+    for number in range(len(left)):
         storage.remove(marks.url(number))
+
+
+def _known_shards(job: Job, urls: list[str]) -> dict[int, ShardInfo]:
+    """Shards of the inventory that need not be counted again: those of the same list that are as they were.
+
+    Raises `FingerprintError` where one has changed, with `engine.stale: refuse`.
+    """
+    if not storage.exists(job.folder.inventory):
+        return {}
+    known = read_inventory(job.folder.inventory)
+    if [info.url for info in known] != urls:
+        return {}
+    changed = list(changed_shards(known))
+    if changed and job.config.engine.stale == "refuse":
+        others = f", and so for {plural(len(changed) - 1, 'other shard')}" if len(changed) > 1 else ""
+        raise FingerprintError(
+            f"{changed[0][1]}{others}: put them back, use another run folder, or engine.stale=redo to replace what was "
+            "made of them"
+        )
+    numbers = {info.index for info, _ in changed}
+    return {info.index: info for info in known if info.index not in numbers}
 
 
 def _inspect(item: tuple[int, str, str]) -> list[Any]:
@@ -237,21 +269,30 @@ def _check_batch(job: Job, config: Config) -> None:
 
 
 def _take_over(job: Job) -> None:
-    proxy = job.config.proxy
-    sources = proxy.checkpoints or []
+    config, proxy = job.config, job.config.proxy
     fingerprint = Fingerprint(
         {
-            "sources": [[url, storage.size(url)] for url in sources],
+            "sources": _sources(proxy.checkpoints or []),
             "steps": proxy.checkpoint_steps,
             "rates": proxy.checkpoint_rates,
-            "model": proxy.model,
+            "model": model_identity(config),
+            "samples": job.samples,
         }
     )
     mark = storage.join(job.folder.checkpoints, "imported.json")
     if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
         return
-    run_task(_write_taken_over, job.config, stage="train", config=job.config.engine)
+    run_task(_write_taken_over, config, stage="train", config=config.engine)
     job.write_mark(mark, fingerprint, {})
+
+
+def _sources(urls: list[str]) -> list[Any]:
+    """Which version of each file is taken over; of a manifest, its content and the files that it lists."""
+    found: list[Any] = [[url, *version] for url, version in zip(urls, versions(urls), strict=True)]
+    if len(urls) == 1 and urls[0].endswith(".json"):
+        listed = [entry.path for entry in Manifest.read(urls[0]).checkpoints]
+        found += [storage.file_checksum(urls[0]), *versions(listed)]
+    return found
 
 
 def _write_taken_over(config: Config) -> None:

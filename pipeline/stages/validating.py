@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config
+from pipeline.data.inventory import shard_versions
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
 from pipeline.patience import Patience
 from pipeline.stages.job import Job
-from pipeline.stages.training import take_inventory
+from pipeline.stages.training import model_files, take_inventory
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import read_pulse, share_done
@@ -70,7 +71,16 @@ def validate(job: Job) -> None:
     folder = storage.join(job.folder.root, "validation")
     found: dict[int, dict[str, Any]] = {}
     decides = config.model_dump(mode="json", exclude=_OF_NO_SEED)
-    fingerprint = Fingerprint({"config": decides, "inventory": job.inventory_digest})
+    truth = config.evaluate.truth if config.evaluate is not None else None
+    fingerprint = Fingerprint(
+        {
+            "config": decides,
+            "inventory": job.inventory_digest,
+            **model_files(config),
+            "target": shard_versions(config.target.shards, "target.shards"),
+            "truth": storage.file_checksum(truth) if truth else "",
+        }
+    )
     outcome = run_tasks(
         _measure,
         [_Seed(config, seed) for seed in range(config.validation.seeds)],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.run import RunFolder
 from pipeline.store import marks, storage
@@ -98,6 +99,11 @@ class ScoreMark:
     parts: dict[str, Any] = field(repr=False)
 
     @property
+    def settings(self) -> str:
+        """Digest of all that decided the scores but for the shard: one for all marks of a run."""
+        return Fingerprint({name: value for name, value in self.parts.items() if name != "shard"}).digest
+
+    @property
     def statuses(self) -> dict[str, int]:
         """Rows by status."""
         return {"ok": self.ok, **self.reasons}
@@ -157,10 +163,12 @@ def commit_scores(
 
 
 def read_marks(run: RunFolder) -> Iterator[ScoreMark]:
-    """All commit marks of a run whose score file is there, by shard number; bounded memory.
+    """The commit marks of a run whose score file is there, by shard number; bounded memory.
 
-    Marks of another version of the format are left out: their shards are scored again.
+    Left out are marks of another version of the format, whose shards are scored again, and those of shards that are
+    not, or not like this, in the run's inventory.
     """
+    known = _inventory(run)
     names = {storage.basename(url) for url in storage.list_files(run.scores, ".parquet")}
     urls = [
         url
@@ -169,7 +177,22 @@ def read_marks(run: RunFolder) -> Iterator[ScoreMark]:
     ]
     for mark in _read_all(urls):
         if mark is not None and ScoreMark.__dataclass_fields__.keys() <= mark.keys():
-            yield ScoreMark.parse(mark)
+            found = ScoreMark.parse(mark)
+            if known is None or known.get(found.shard) == _identity(found.parts.get("shard", {})):
+                yield found
+
+
+def _inventory(run: RunFolder) -> dict[int, int] | None:
+    """Identity of each shard of the inventory by its number; None where there is no inventory."""
+    if not storage.exists(run.inventory):
+        return None
+    with storage.open_read(run.inventory) as handle:
+        table = pq.read_table(handle, columns=["index", "name", "bytes", "etag"])
+    return {row.pop("index"): _identity(row) for batch in table.to_batches(1024) for row in batch.to_pylist()}
+
+
+def _identity(shard: dict[str, Any]) -> int:
+    return hash((shard.get("name"), shard.get("bytes"), shard.get("etag")))
 
 
 def committed(run: RunFolder, shards: Sequence[Shard], fingerprint: Fingerprint, stale: str) -> Iterator[ScoreMark]:
@@ -177,14 +200,38 @@ def committed(run: RunFolder, shards: Sequence[Shard], fingerprint: Fingerprint,
 
     A mark with another fingerprint is left out with `stale="redo"` and a `FingerprintError` with `"refuse"`.
     """
+    return (mark for mark, current in judged(run, shards, fingerprint, stale) if current)
+
+
+def judged(
+    run: RunFolder, shards: Sequence[Shard], fingerprint: Fingerprint, stale: str
+) -> Iterator[tuple[ScoreMark, bool]]:
+    """The marks of `shards`, each with whether it has this fingerprint (the run's, without a shard).
+
+    A mark that has another one is a `FingerprintError` with `stale="refuse"`.
+    """
     by_index = {shard.index: place for place, shard in enumerate(shards)}
     for mark in read_marks(run):
         place = by_index.get(mark.shard)
         if place is None:
             continue
         mine = shard_fingerprint(fingerprint, shards[place])
-        if marks.is_current(run.score_mark(mark.shard), asdict(mark), mine, stale):
-            yield mark
+        yield mark, marks.is_current(run.score_mark(mark.shard), asdict(mark), mine, stale)
+
+
+def remove_strangers(run: RunFolder, shards: int) -> None:
+    """Remove scores of an input that had more shards than these, whose numbers are 0 to `shards` - 1."""
+    for ending in (".json", ".parquet"):  # first what vouches for the file
+        for url in storage.list_files(run.scores, ending):
+            number = storage.basename(url).removesuffix(ending)
+            if number.isdigit() and int(number) >= shards:
+                storage.remove(url)
+
+
+def withdraw(run: RunFolder, shards: Iterable[int]) -> None:
+    """Remove the marks of these shards (numbers): nothing vouches for their scores any more."""
+    for shard in shards:
+        storage.remove(run.score_mark(shard))
 
 
 def open_scores(run: RunFolder) -> pyarrow.dataset.Dataset:

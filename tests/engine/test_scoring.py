@@ -21,6 +21,8 @@ from pipeline.engine.metrics import DriverMetrics
 from pipeline.engine.scoring import score_shards
 from pipeline.errors import FingerprintError, StageError
 from pipeline.run import RunFolder
+from pipeline.selection.scan import committed_shards
+from pipeline.store import storage
 from pipeline.store.commits import open_scores, read_marks
 from pipeline.store.fingerprint import Fingerprint
 from tests.engine.fakes import FINGERPRINT, FakeSpec, ctrl_c, fake_table, shard_infos
@@ -186,6 +188,24 @@ def test_stale_results_are_refused_by_name_or_redone(tmp_path: Path, config: Eng
     assert score_shards(spec, shards, run, other, redo).done == 3
     assert {mark.fingerprint for mark in read_marks(run)} != {""}
     assert all(mark.parts["score"] == {"estimator": "other"} for mark in read_marks(run))
+
+
+def test_a_shard_that_fails_with_new_settings_keeps_no_old_scores(tmp_path: Path, config: EngineConfig) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(3)
+    score_shards(FakeSpec(run), shards, run, FINGERPRINT, config)
+    (tmp_path / "raise-1").touch()
+    other = Fingerprint({**FINGERPRINT.parts, "score": {"estimator": "other"}})
+    spec = FakeSpec(run, fingerprint=other, script=str(tmp_path))
+    redo = config.model_copy(update={"stale": "redo", "retries": 0})
+    outcome = score_shards(spec, shards, run, other, redo)
+    assert [aside.item for aside in outcome.failed] == [1]
+    assert [mark.shard for mark in read_marks(run)] == [0, 2]
+    committed_shards(run)
+    storage.write_json(run.score_mark(2), {**storage.read_json(run.score_mark(2)), "parts": FINGERPRINT.parts})
+    with pytest.raises(
+        StageError, match=r"expected scores of one setting, found 2 \(.*00000\.parquet and .*00002\.parquet "
+    ):
+        committed_shards(run)
 
 
 def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path: Path, config: EngineConfig) -> None:

@@ -49,7 +49,7 @@ def write_run(root: Path, shards: Sequence[Sequence[Row]], embedding_size: int =
         mark = {
             "shard": number, "url": f"/in/{number}.tar", "rows": len(rows), "ok": 0, "reasons": {}, "end_error": "",
             "bytes": 0, "checksum": storage.file_checksum(url), "seconds": {}, "finished": 0.0, "worker": "",
-            "fingerprint": "f", "parts": {},
+            "fingerprint": "f", "parts": {"shard": {"name": f"{number}.tar", "bytes": 1, "etag": "v"}},
         }  # fmt: skip
         storage.write_json(run.score_mark(number), mark)
     return run

@@ -23,6 +23,7 @@ from pipeline.engine.worker import WorkerSpec
 from pipeline.errors import FingerprintError, StageError
 from pipeline.evaluation.correlation import spearman
 from pipeline.models.clip import build_model
+from pipeline.models.manifest import Manifest
 from pipeline.prepared import load_batches, score_basis
 from pipeline.run import RunFolder
 from pipeline.selection.select import select
@@ -88,8 +89,9 @@ def make_job(folder: Path, shards: list[str] | None = None, **given: Any) -> Job
     digests = [storage.file_checksum(url) for url in storage.list_files(RunFolder(config.out).checkpoints, "tensors")]
     job = Job(config.model_copy(update={"engine": config.engine.model_copy(update={"retry_wait": 0.01})}))
     basis = score_basis(config, load_batches(config.out), build_model(config.proxy.model).image_spec)
-    mark = {"checkpoints": digests, "basis": basis}
-    job.write_mark(job.folder.directions_mark, directions_fingerprint(job, digests), mark)
+    size = Manifest.read(job.folder.checkpoint_manifest).dataset_size
+    mark = {"checkpoints": digests, "dataset_size": size, "basis": basis}
+    job.write_mark(job.folder.directions_mark, directions_fingerprint(job, digests, size), mark)
     return job
 
 

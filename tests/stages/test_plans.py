@@ -39,7 +39,7 @@ from tests.helpers import write_shards
 def test_directions_are_kept_where_only_speed_or_what_is_stored_changes(values: dict[str, Any], same: bool) -> None:
     def fingerprint(**score: Any) -> Fingerprint:
         config = parse_config({"out": "x", "data": {"shards": "y"}, "score": {"estimator": "tracin", **score}})
-        return directions_fingerprint(SimpleNamespace(config=config, inventory_digest="z"), ["w"])  # type: ignore[arg-type]
+        return directions_fingerprint(SimpleNamespace(config=config, inventory_digest="z"), ["w"], 9)  # type: ignore[arg-type]
 
     assert (fingerprint(**values) == fingerprint()) == same
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.inventory import write_inventory
 from pipeline.run import RunFolder
 from pipeline.store import commits, storage
 from pipeline.store.fingerprint import Fingerprint
@@ -119,6 +121,22 @@ def test_a_file_without_a_mark_and_a_mark_without_a_file_are_no_result(tmp_path:
     Path(run.score_file(1)).unlink()
     assert list(commits.read_marks(run)) == []
     assert commits.open_scores(run).count_rows() == 0
+
+
+def test_scores_of_a_shard_that_left_the_input_or_changed_do_not_count(tmp_path: Path) -> None:
+    run, shards = RunFolder(str(tmp_path)), shard_infos(3, samples=20)
+    for shard in shards:
+        commits.commit_scores(
+            run, shard, fake_table(shard), FINGERPRINT, estimator="fake", seconds={}, finished=0.0
+        )  # fmt: skip
+    write_inventory(run.inventory, shards)
+    assert [mark.shard for mark in commits.read_marks(run)] == [0, 1, 2]
+    write_inventory(run.inventory, [replace(shards[0], etag="another"), shards[1]])
+    assert [mark.shard for mark in commits.read_marks(run)] == [1]
+    commits.remove_strangers(run, 2)
+    assert [Path(url).name for url in storage.list_files(run.scores)] == [
+        "00000.json", "00000.parquet", "00001.json", "00001.parquet"
+    ]  # fmt: skip
 
 
 def test_replacing_results_of_other_settings_never_leaves_the_old_mark_over_new_files(
