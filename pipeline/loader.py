@@ -1,6 +1,7 @@
 """Training on the kept pairs without copying them: reads the original shards through a selection's keep lists.
 
-Three ways, all of which take a selection's folder (`RUN/pruned`, or `RUN/selections/NAME`):
+Three ways, all of which take a selection's folder (`RUN/pruned`, or `RUN/selections/NAME`) and give each pair the
+caption that it was scored with as `txt`:
 
 - a webdataset stage::
 
@@ -27,13 +28,14 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from pipeline.data.places import is_mappable, map_file, read_places
+from pipeline.emit.captions import caption_text, emitted_caption, with_caption
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, read_manifest
 from pipeline.emit.members import locate_samples, sample_in
 from pipeline.emit.plan import printable
 from pipeline.emit.train_script import consumer_url
 from pipeline.errors import ConfigError, DiffpruneError, InputError, StageError
 from pipeline.run import run_of
-from pipeline.store import storage
+from pipeline.store import marks, storage
 
 #: A sample as webdataset passes it on: `__key__`, `__url__`, and the bytes of each member by ending.
 RawSample = dict[str, Any]
@@ -51,15 +53,17 @@ class keep_only:  # noqa: N801 (a webdataset stage, named like webdataset's own)
     """A webdataset stage that passes the kept samples of the original shards on and drops the others.
 
     It goes behind `tarfile_to_samples`; shards are shared out among nodes and workers before that, as always. Samples
-    are known by shard and key; of a key that repeats within a shard the first is meant, as in scoring. Picklable, so
-    that workers may be spawned; each reads the keep lists of its own shards.
+    are known by shard and key; of a key that repeats within a shard the first is meant, as in scoring. Where captions
+    were scored as `json:KEY`, a sample's `txt` is set from there. Picklable, so that workers may be spawned; each reads
+    the keep lists of its own shards.
 
     Raises `StageError` where nothing was emitted in `folder`, and, when it meets one, `InputError` for a shard that is
-    not in the selection's manifest.
+    not in the selection's manifest, or that has changed since it was scored.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = SelectionFolder(folder)
+        self._caption = _read_caption(folder)
         self._lines: dict[str, ManifestLine] = {}
         for line in _read_lines(folder):
             self._lines[line.url] = self._lines[consumer_url(line.url)] = line
@@ -79,6 +83,8 @@ class keep_only:  # noqa: N801 (a webdataset stage, named like webdataset's own)
             key = printable(sample["__key__"])
             if key in left:
                 left.remove(key)
+                if self._caption != "txt":
+                    sample["txt"] = caption_text(sample.get("json"), self._caption, f"{url}: sample {key!r}")
                 yield sample
 
     def _line(self, url: str) -> ManifestLine:
@@ -108,6 +114,7 @@ class KeptPairs(Dataset[Any]):
     def __init__(self, folder: str, transform: Callable[[RawSample], Any] | None = None) -> None:
         self.transform = transform
         self._folder = SelectionFolder(folder)
+        self._caption = _read_caption(folder)
         self._lines = [line for line in _read_lines(folder) if line.num_kept]
         for line in self._lines:
             if not is_mappable(line.url):
@@ -134,6 +141,7 @@ class KeptPairs(Dataset[Any]):
         if printable(sample.key) != keys[row]:
             raise InputError(f"{url}: expected the key {keys[row]!r}, found {sample.key!r}: the shard has changed")
         item: RawSample = {"__key__": sample.key, "__url__": url, "uid": uids[row]}
+        sample = with_caption(sample, self._caption, url)
         item |= {ending[1:].lower(): bytes(content) for ending, content in sample.members}
         return item if self.transform is None else self.transform(item)
 
@@ -216,7 +224,19 @@ def _read_lines(folder: str) -> list[ManifestLine]:
     try:
         return read_manifest(url)
     except FileNotFoundError:
-        raise StageError(f"{url}: expected an emitted selection; make it with `diffprune emit`") from None
+        raise _not_emitted(url) from None
+
+
+def _read_caption(folder: str) -> str:
+    url = SelectionFolder(folder).mark
+    mark = marks.read_mark(url)
+    if mark is None:
+        raise _not_emitted(url)
+    return emitted_caption(mark)
+
+
+def _not_emitted(url: str) -> StageError:
+    return StageError(f"{url}: expected an emitted selection; make it with `diffprune emit`")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,23 @@ def write_shards(
     return paths
 
 
+def write_json_shards(folder: Path | str, shards: int = 2, samples: int = 8, txt: str | None = None) -> list[str]:
+    """Write shards whose captions are at `json:caption`, with a `txt` member of other text only where it is given."""
+    return [
+        write_tar(
+            Path(folder) / f"{shard:05d}.tar",
+            [
+                member
+                for number in range(shard * samples, (shard + 1) * samples)
+                for member in sample_members(
+                    f"{number:08d}", image_bytes(seed=number), txt, {"caption": caption_of(number)}
+                )
+            ],
+        )
+        for shard in range(shards)
+    ]
+
+
 class ByteTokenizer:
     """A tokenizer without a vocabulary file: start, the text's bytes shifted by 3, end, zeros; cut to the context."""
 

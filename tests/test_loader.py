@@ -13,7 +13,7 @@ from pipeline.emit.emit import emit
 from pipeline.errors import InputError, StageError
 from pipeline.loader import KeptPairs, keep_only, kept_shards
 from tests.emit.made_run import MadeRun, make_run
-from tests.helpers import sample_members, write_shards, write_tar
+from tests.helpers import caption_of, sample_members, write_json_shards, write_shards, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +150,44 @@ def test_a_shard_that_changed_is_named(tmp_path: Path) -> None:
     write_tar(shards[0], [m for n in range(8) for m in sample_members(f"other{n}", b"x", "c")])
     with pytest.raises(InputError, match="the shard has changed"):
         KeptPairs(made.folder.root)[0]
+
+
+@pytest.mark.parametrize("txt", [None, "other text"])
+def test_pairs_come_with_the_caption_that_they_were_scored_with(tmp_path: Path, txt: str | None) -> None:
+    """Whether open_clip's filter would find no caption otherwise, or another one."""
+    from pipeline.models import compat  # noqa: F401  isort: skip
+    from open_clip_train.data import filter_no_caption_or_no_image
+
+    made = make_run(tmp_path / "run", write_json_shards(tmp_path / "in", txt=txt), data={"caption": "json:caption"})
+    emit(made.run, made.config, made.inventory)
+    stage = webdataset.DataPipeline(
+        webdataset.SimpleShardList(kept_shards(made.folder.root)),
+        webdataset.tarfile_to_samples(),
+        keep_only(made.folder.root),
+        webdataset.select(filter_no_caption_or_no_image),
+    )
+    expected = [(key, caption_of(int(key))) for _, _, key, _ in made.kept()]
+    assert len(expected) == 8
+    for samples in (list(stage), list(KeptPairs(made.folder.root))):
+        assert [(sample["__key__"], sample["txt"].decode()) for sample in samples] == expected
+
+
+def test_a_caption_that_is_gone_is_named(tmp_path: Path) -> None:
+    shards = write_json_shards(tmp_path / "in", shards=1)
+    made = make_run(tmp_path / "run", shards, data={"caption": "json:caption"})
+    emit(made.run, made.config, made.inventory)
+    write_tar(shards[0], [m for n in range(8) for m in sample_members(f"{n:08d}", b"x", None, {"caption": 3})])
+    with pytest.raises(InputError, match=r"00000\.tar: sample .*json key 'caption'; the shard has changed"):
+        list(kept_pipeline(made.folder.root))
+    with pytest.raises(InputError, match=r"00000\.tar: sample .*json key 'caption'; the shard has changed"):
+        KeptPairs(made.folder.root)[0]
+
+
+def test_an_unfinished_hand_over_is_refused(tmp_path: Path) -> None:
+    """What says where captions are is written last."""
+    made = make_run(tmp_path / "run", write_shards(tmp_path / "in"))
+    emit(made.run, made.config, made.inventory)
+    Path(made.folder.mark).unlink()
+    for opened in (keep_only, KeptPairs):
+        with pytest.raises(StageError, match=r"emit\.json: expected an emitted selection"):
+            opened(made.folder.root)

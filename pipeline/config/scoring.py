@@ -16,7 +16,8 @@ class DataConfig(Section):
     """WebDataset tars: a brace pattern, a glob, a local folder, a list, a `.txt` file of URLs, `::`-joined patterns;
     paths or fsspec URLs."""
     caption: str = "txt"
-    """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json."""
+    """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json. What is handed over for training has
+    it as `txt`."""
     max_pixels: PositiveInt = 64_000_000
     """Images with more pixels than this are rejected before they are decoded (decompression bombs)."""
     draft: Annotated[float, Field(ge=1)] | None = None

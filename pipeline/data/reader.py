@@ -142,7 +142,7 @@ class SampleParser:
 
     def __init__(self, url: str, caption: str) -> None:
         self._name = storage.basename(url)
-        self._caption_key = caption.removeprefix("json:") if caption.startswith("json:") else None
+        self._caption_key = json_key(caption)
 
     def parse(self, index: int, group: Group) -> Sample:
         """Sample number `index` of the shard."""
@@ -175,10 +175,10 @@ class SampleParser:
                     problems.append((Reason.NO_CAPTION, "no member ends in txt"))
                 return None
         else:
-            value = (meta or {}).get(self._caption_key)
-            if not isinstance(value, str):
-                found = "none" if value is None else type(value).__name__
-                problems.append((Reason.NO_CAPTION, f"expected a string at json key {self._caption_key!r}: {found}"))
+            try:
+                value = caption_in(meta, self._caption_key)
+            except TypeError as error:
+                problems.append((Reason.NO_CAPTION, f"expected a string at json key {self._caption_key!r}: {error}"))
                 return None
             # JSON can escape halves of surrogate pairs, which no UTF-8 text contains.
             content = value.encode("utf-8", "surrogatepass")
@@ -196,6 +196,19 @@ class SampleParser:
         if isinstance(uid, str) and _UID.fullmatch(uid):
             return uid.lower()
         return hashlib.blake2b(f"{self._name}/".encode() + _encode(key), digest_size=16).hexdigest()
+
+
+def json_key(caption: str) -> str | None:
+    """KEY of `json:KEY`; None for `txt`."""
+    return caption.removeprefix("json:") if caption.startswith("json:") else None
+
+
+def caption_in(meta: dict[str, Any] | None, key: str) -> str:
+    """The caption at a key of a sample's json object. Raises `TypeError` with what is there instead of a string."""
+    value = (meta or {}).get(key)
+    if not isinstance(value, str):
+        raise TypeError("none" if value is None else type(value).__name__)
+    return value
 
 
 def read_shard(url: str, *, caption: str = "txt") -> ShardReader:

@@ -55,6 +55,7 @@ def render_card(
         scored_by=json.dumps(scored_by, indent=2, sort_keys=True),
         settings=yaml.safe_dump(settings, sort_keys=False).rstrip(),
         command=command,
+        caption=config.data.caption,
         **files,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, changed_shards
+from pipeline.emit.captions import caption_part
 from pipeline.emit.card import render_card
 from pipeline.emit.keys import keys_repeat
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, build_manifest, write_manifest
@@ -154,6 +155,7 @@ def emit_fingerprint(config: Config, inventory: Sequence[ShardInfo], selection: 
             "emit": config.emit.model_dump(mode="json"),
             "model": config.proxy.model,
             "seed": config.seed,
+            **caption_part(config.data.caption),
         }
     )
 
@@ -202,6 +204,7 @@ def make_plan(
         seed=config.seed if config.emit.shuffle else None,
         suffix_keys=apart(keys_repeat, [item.keep for item in inputs]),
         fingerprint=fingerprint,
+        caption=config.data.caption,
     )
 
 

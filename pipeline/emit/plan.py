@@ -47,6 +47,7 @@ class Plan:
         seed: of the global shuffle; None keeps the order of the inputs.
         suffix_keys: whether each key gets the number of its input shard, because keys repeat over the input.
         fingerprint: digest of all that decides the bytes.
+        caption: where the captions are that become `txt` members: `txt` itself, or `json:KEY`.
     """
 
     folder: str
@@ -55,6 +56,12 @@ class Plan:
     seed: int | None
     suffix_keys: bool
     fingerprint: str
+    caption: str = "txt"
+
+    @property
+    def copies_members(self) -> bool:
+        """Whether each member of a kept pair goes into the tars as it is."""
+        return self.caption == "txt"
 
     @property
     def pairs(self) -> int:

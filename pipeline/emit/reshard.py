@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.emit import shuffle
 from pipeline.emit.blocks import Block, read_block
+from pipeline.emit.captions import with_caption
 from pipeline.emit.files import OpenFiles, large_file
 from pipeline.emit.members import Sample
 from pipeline.emit.plan import Input, KeptRow, Plan, kept_samples, printable, read_keep
@@ -99,6 +100,7 @@ def write_shard(plan: Plan, shard: int) -> ShardStats:
                 row, sample = part
                 key = sample.key + plan.suffix(row.source)
                 owners, uids, source_keys, indices = [row.source], [row.uid], [row.key], [row.index]
+                sample = with_caption(sample, plan.caption, row.source.url)
                 keys, has_json = [printable(key)], [_add_sample(writer, key, sample, row.uid)]
             json_added += has_json.count(False)
             json_without_uid += sum(
@@ -132,7 +134,7 @@ def _in_order(plan: Plan, begin: int, end: int) -> Iterator[Block | tuple[KeptRo
         if start >= end:
             return
         kept = read_keep(plan.inputs[number], max(0, begin - start), end - start)
-        block = read_block(kept, plan.suffix(kept.source))
+        block = read_block(kept, plan.suffix(kept.source)) if plan.copies_members else None
         if block is None:
             yield from kept_samples(kept.rows())
         else:

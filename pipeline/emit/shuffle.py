@@ -35,7 +35,7 @@ def prepare(plan: Plan, number: int) -> None:
     start = int(plan.starts[number])
     places = plan.permutation.place(np.arange(start, start + source.kept))
     order = np.argsort(places)
-    found = locate(kept, plan.suffix(source))
+    found = locate(kept, plan.suffix(source)) if plan.copies_members else None
     columns: dict[str, Any] = {"place": places[order]}
     if found is not None:
         columns |= to_columns(found.of(order))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline.data.inventory import ShardInfo, read_inventory
+from pipeline.emit.captions import emitted_caption
 from pipeline.emit.manifest import SelectionFolder
 from pipeline.emit.summary import account
 from pipeline.emit.verify_scores import check_sample, check_scores
@@ -15,6 +16,7 @@ from pipeline.errors import DiffpruneError
 from pipeline.run import RunFolder
 from pipeline.selection.summary import begun_selections, read_summary
 from pipeline.store import marks, storage
+from pipeline.store.commits import read_marks
 
 
 def verify(run: RunFolder | str) -> list[str]:
@@ -37,6 +39,7 @@ def _problems(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
     yield from _leftovers(run)
     yield from check_scores(run, inventory)
     yield from check_sample(run, inventory)
+    scored_with = _scored_caption(run)
     for name in begun_selections(run):
         try:
             selection = read_summary(run, name)
@@ -48,8 +51,18 @@ def _problems(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
         folder = SelectionFolder(run.selection(name))
         mark = marks.read_mark(folder.mark)
         if mark is not None:
+            caption = emitted_caption(mark)
+            if scored_with not in (None, caption):
+                yield f"{folder.mark}: stale: its captions are at {caption}, expected {scored_with} as in the scores"
             yield from check_tars(folder, inventory, selection, mark)
     yield from _check_summary(run)
+
+
+def _scored_caption(run: RunFolder) -> str | None:
+    """Where the captions are that pairs were scored with; None where no scores say so."""
+    mark = next(read_marks(run), None)
+    found: str | None = None if mark is None else mark.parts.get("preprocessing", {}).get("caption")
+    return found
 
 
 def _leftovers(run: RunFolder) -> Iterator[str]:

@@ -86,9 +86,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "a stale fingerprint": (
         lambda run: edit_json(
-            run / "scores" / "00002.json", lambda mark: mark["parts"]["settings"].update(loss="row")
+            run / "scores" / "00002.json", lambda mark: mark["parts"]["score"].update(loss="row")
         ),
-        r"scores/00002\.json: stale: .*settings\.loss: \"row\" there, \"marginal\" now",
+        r"scores/00002\.json: stale: .*score\.loss: \"row\" there, \"marginal\" now",
     ),
     "a fingerprint that is not its parts'": (
         lambda run: edit_json(run / "scores" / "00002.json", set_value("fingerprint", "0" * 32)),
@@ -175,6 +175,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a hand-over of another selection": (
         lambda run: edit_json(run / "pruned" / "emit.json", lambda mark: mark["parts"].update(selection="0" * 32)),
         r"emit\.json: stale: made of another selection",
+    ),
+    "a hand-over with other captions than were scored": (
+        lambda run: edit_json(
+            run / "pruned" / "emit.json", lambda mark: mark["parts"].update(caption="json:caption")
+        ),
+        r"emit\.json: stale: its captions are at json:caption, expected txt as in the scores",
     ),
     "a manifest line off by one": (
         lambda run: (path := run / "pruned" / "manifest.jsonl").write_text(

@@ -20,7 +20,7 @@ from pipeline.store.commits import commit_scores
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.scores import score_schema, score_table
 
-FINGERPRINT = Fingerprint({"estimator": "tracin", "checkpoints": ["abc"], "settings": {"loss": "marginal"}})
+FINGERPRINT = Fingerprint({"score": {"estimator": "tracin", "loss": "marginal"}, "checkpoints": ["abc"]})
 
 
 @dataclass
@@ -50,12 +50,15 @@ class MadeRun:
 def make_run(folder: Path | str, shards: list[str], keep: float = 0.5, seed: int = 0, **sections: Any) -> MadeRun:
     """Score every readable sample of `shards` at random and keep the best `keep` of them, without any stage."""
     run = RunFolder(str(folder))
-    config = parse_config({"out": run.root, "data": {"shards": shards}, "select": {"keep": keep}, **sections})
+    data = {"shards": shards, **sections.pop("data", {})}
+    config = parse_config({"out": run.root, "data": data, "select": {"keep": keep}, **sections})
+    caption = config.data.caption
+    fingerprint = Fingerprint({**FINGERPRINT.parts, "preprocessing": {"caption": caption}})
     inventory = [inspect_shard(index, url, run.places(index)) for index, url in enumerate(shards)]
     write_inventory(run.inventory, inventory)
     rng = np.random.default_rng(seed)
     for info in inventory:
-        samples = list(read_shard(info.url))
+        samples = list(read_shard(info.url, caption=caption))
         utility = rng.normal(size=len(samples)).astype(np.float32)
         utility[[sample.status != "ok" for sample in samples]] = np.nan
         columns: dict[str, list[Any]] = {name: [None] * len(samples) for name in score_schema().names}
@@ -70,7 +73,7 @@ def make_run(folder: Path | str, shards: list[str], keep: float = 0.5, seed: int
             "predicted": [False] * len(samples),
         }
         commit_scores(
-            run, info, score_table(columns), FINGERPRINT, estimator="tracin", seconds={"decode": 0.1}, finished=1.0
+            run, info, score_table(columns), fingerprint, estimator="tracin", seconds={"decode": 0.1}, finished=1.0
         )
     select(run, config.select, seed=config.seed)
     return MadeRun(run, config, inventory)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.emit.emit import emit
 from tests.emit.made_run import MadeRun, make_run
-from tests.helpers import write_shards
+from tests.helpers import write_json_shards, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +100,22 @@ def test_open_clip_trains_on_the_original_shards_through_the_keep_lists(python: 
     emit(made.run, made.config, made.inventory)
     log = train(Path(made.folder.root), python, tmp_path / "logs")
     assert "in/{00000..00002}.tar" in log
+    assert "12/12 (100%)" in log
+
+
+@pytest.mark.parametrize("materialize", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_open_clip_trains_on_pairs_whose_captions_are_in_the_json(
+    python: Path, tmp_path: Path, materialize: bool
+) -> None:
+    made = make_run(
+        tmp_path / "run",
+        write_json_shards(tmp_path / "in", shards=3),
+        data={"caption": "json:caption"},
+        emit={"train_batch_size": 6, "train_epochs": 1, "materialize": materialize},
+        proxy={"model": "tiny-vit"},
+    )
+    emit(made.run, made.config, made.inventory)
+    log = train(Path(made.folder.root), python, tmp_path / "logs")
     assert "12/12 (100%)" in log
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tarfile
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -116,6 +117,20 @@ def test_an_unfinished_or_empty_selection_is_refused_in_one_line(tmp_path: Path)
     nothing = make_run(tmp_path / "none", [info.url for info in made.inventory], select={"keep": {"threshold": 1e9}})
     with pytest.raises(StageError, match="keeps no pair"):
         emit(nothing.run, nothing.config, nothing.inventory)
+
+
+def test_other_captions_are_handed_over_anew_and_the_usual_ones_have_no_part_in_the_fingerprint(tmp_path: Path) -> None:
+    meta = {"caption": "from the json"}
+    members = [m for n in range(6) for m in sample_members(f"{n}", b"x", "from the txt", meta)]
+    made, _ = emitted(tmp_path, [write_tar(tmp_path / "a.tar", members)])
+    assert "caption" not in json.loads(Path(made.folder.mark).read_text())["parts"]
+    tree = made.config.model_dump(mode="json")
+    tree["data"]["caption"] = "json:caption"
+    emit(made.run, parse_config(tree), made.inventory)
+    with tarfile.open(f"{made.folder.shards}/00000.tar") as tar:
+        texts = {tar.extractfile(info).read() for info in tar if info.name.endswith(".txt")}  # type: ignore[union-attr]
+    assert texts == {b"from the json"}
+    assert "`txt` members hold the captions at `json:caption`" in Path(made.folder.card).read_text()
 
 
 def test_keys_are_suffixed_only_if_they_repeat(tmp_path: Path) -> None:

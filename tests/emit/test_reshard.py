@@ -24,7 +24,7 @@ from pipeline.errors import InputError
 from pipeline.store import storage
 from tests.conftest import Bucket
 from tests.emit.made_run import MadeRun, make_run
-from tests.helpers import sample_members, write_shards, write_tar
+from tests.helpers import caption_of, image_bytes, sample_members, write_json_shards, write_shards, write_tar
 from tests.web import WebServer
 
 Pairs = list[dict[str, Any]]
@@ -175,6 +175,28 @@ def test_a_json_with_the_uid_is_added_where_there_is_none_and_no_json_is_changed
     assert json.loads(jsons["own.json"]) == {"uid": uid}
     assert jsons["other.json"] == b'{ "url":  "u" }'
     assert (stats.json_added, stats.json_without_uid) == (1, 1)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("txt", [None, "other text"])
+def test_the_caption_that_was_scored_becomes_the_txt(tmp_path: Path, seed: int | None, txt: str | None) -> None:
+    shards = write_json_shards(tmp_path / "in", txt=txt)
+    shards.append(write_tar(tmp_path / "in" / "00002.tar.gz", [
+        *sample_members("00000016", image_bytes(), None, {"caption": caption_of(16)}),
+        ("00000017.jpg", image_bytes()), ("00000017.TXT", b"old"),
+        ("00000017.json", json.dumps({"caption": caption_of(17)}).encode()),
+    ]))  # fmt: skip
+    made = make_run(tmp_path / "run", shards, keep=1.0, data={"caption": "json:caption"})
+    plan = plan_of(made, tmp_path / "out", seed=seed, pairs_per_shard=99, caption="json:caption")
+    (stats,) = reshard(plan)
+    assert stats.successes == 18
+    members = members_of(tmp_path / "out" / "00000.tar")
+    texts = {name[:8]: content.decode() for name, content in members if name.lower().endswith(".txt")}
+    assert texts == {f"{number:08d}": caption_of(number) for number in range(18)}
+    originals = {member for shard in shards for member in members_of(Path(shard))}
+    rest = [member for member in members if not member[0].lower().endswith(".txt")]
+    assert len(rest) == 36
+    assert set(rest) <= originals
 
 
 def test_a_second_call_writes_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
