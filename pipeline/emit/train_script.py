@@ -28,7 +28,7 @@ class TrainCommand:
 
     Attributes:
         module: the Python module that is run.
-        options: further arguments before open_clip's own.
+        options: further arguments before open_clip's own: those that name the keep lists, "" where there are tars.
         train_data: `--train-data`, as a bash word (quoted; `$here` is the folder of the script).
         num_samples: `--train-num-samples`.
         loaders: the most loading processes of all GPUs together that `most_loaders` allows.
@@ -62,9 +62,10 @@ class TrainCommand:
         """What a user should know before training."""
         if self.loaders >= WORKERS:
             return []
+        what = "emit.train_batch_size" if self.options else "emit.pairs_per_shard or emit.train_batch_size"
         return [
             f"train.sh starts at most {plural(self.loaders, 'worker')}, as more would not all fill batches of "
-            f"{self.batch_size} (for more, lower emit.pairs_per_shard or emit.train_batch_size)"
+            f"{self.batch_size} (for more, lower {what})"
         ]
 
 

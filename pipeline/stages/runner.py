@@ -29,6 +29,7 @@ from pipeline.stages.selecting import require_scores, select_pairs
 from pipeline.stages.training import check_checkpoints, check_held_out, take_inventory, train
 from pipeline.stages.validating import validate
 from pipeline.store import storage
+from pipeline.text import plural
 
 #: Stages that use the proxy, so that it is checked before them; for `score` complete directions vouch.
 _WITH_PROXY = {"train", "directions", "evaluate", "validate"}
@@ -131,7 +132,7 @@ def _emit(job: Job) -> None:
         apart=apart(job, "emit"),
         command=command_line(),
     )
-    written = f"{done.tars:,} tars" if config.emit.materialize else "keep lists"
+    written = plural(done.tars, "tar") if config.emit.materialize else "keep lists"
     say("emit", f"{written} in {job.folder.selection(config.select.name)}")
     for warning in done.warnings:
         say("emit", warning)

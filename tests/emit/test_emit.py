@@ -222,7 +222,10 @@ def test_the_script_passes_everything_on_and_shares_workers_out(
 
 
 def test_few_pairs_get_few_workers_and_a_warning() -> None:
-    assert "pairs_per_shard" in replace(COMMAND, loaders=2).warnings()[0]
+    (hint,) = replace(COMMAND, loaders=2).warnings()
+    assert hint.endswith("(for more, lower emit.pairs_per_shard or emit.train_batch_size)")
+    (hint,) = replace(COMMAND, loaders=2, options='--keep "$here"').warnings()
+    assert hint.endswith("(for more, lower emit.train_batch_size)")
     assert COMMAND.warnings() == []
 
 
