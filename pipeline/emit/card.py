@@ -12,6 +12,8 @@ import yaml
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo
 from pipeline.emit.templates import render
+from pipeline.selection.summary import SelectionSummary
+from pipeline.text import plural
 
 #: Input shards that the card lists; the manifest has them all.
 INPUTS_SHOWN = 50
@@ -25,9 +27,9 @@ _CATEGORIES = [
 def render_card(
     config: Config,
     inventory: Sequence[ShardInfo],
+    selection: SelectionSummary,
     *,
     counts: dict[str, Any],
-    scores: str,
     scored_by: dict[str, Any],
     command: str,
     files: dict[str, Any],
@@ -35,27 +37,30 @@ def render_card(
     """The card's Markdown.
 
     Args:
+        selection: what is handed over; its own settings are stated, whatever the config's.
         counts: `summary.account` of the selection.
-        scores: digest of all score files.
-        scored_by: what decided the scores (fingerprint parts): checkpoints' digests, estimator, settings.
+        scored_by: what decided the scores (fingerprint parts): checkpoints' digests, estimator and settings, ...
         command: the command line that made it, "" where unknown.
         files: `uids`, `tars`, `suffixed`, `json_added`, `json_without_uid` of `EmitSummary`.
     """
     tree = config.model_dump(mode="json")
+    tree["select"] = selection.config | ({} if selection.seed == config.seed else {"seed": selection.seed})
     settings = {"seed": config.seed, **{name: tree[name] for name in ("data", "target", "proxy", "select", "emit")}}
     return render(
         "card.md.j2",
         counts=counts,
-        estimator=scored_by.get("estimator", config.score.estimator),
+        by=selection.config["by"],
+        estimator=scored_by.get("score", {}).get("estimator"),
         version=version("diffprune"),
         size_category=size_category(counts["kept"]),
         inventory=inventory,
         inputs_shown=INPUTS_SHOWN,
-        scores=scores,
+        scores=selection.scores,
         scored_by=json.dumps(scored_by, indent=2, sort_keys=True),
         settings=yaml.safe_dump(settings, sort_keys=False).rstrip(),
         command=command,
         caption=config.data.caption,
+        plural=plural,
         **files,
     )
 

@@ -258,8 +258,8 @@ def _card(
     return render_card(
         config,
         inventory,
+        selection,
         counts=summary.counts,
-        scores=selection.scores,
         scored_by=scored_by,
         command=command,
         files={name: getattr(summary, name) for name in names},

@@ -12,7 +12,7 @@ from pipeline.data.inventory import ShardInfo
 from pipeline.run import RunFolder
 from pipeline.store import marks, storage
 from pipeline.store.commits import ScoreMark, ShardCounts, read_marks
-from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.fingerprint import Fingerprint, name_differences
 
 
 def check_scores(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
@@ -68,8 +68,7 @@ def _check_fingerprint(url: str, mark: ScoreMark, info: ShardInfo, common: dict[
     expected = Fingerprint(common).of_shard(info.name, info.bytes, info.etag)
     differences = expected.differences(mark.parts)
     if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        yield f"{url}: stale: made with other settings or input than the rest: {'; '.join(differences[:3])}{more}"
+        yield f"{url}: stale: made with other settings or input than the rest: {name_differences(differences)}"
 
 
 def _check_counts(url: str, mark: ScoreMark, info: ShardInfo) -> Iterator[str]:

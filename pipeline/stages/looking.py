@@ -11,6 +11,7 @@ from pipeline.run import RunFolder
 from pipeline.selection.compare import compare
 from pipeline.selection.select import select
 from pipeline.selection.tasks import thread_map
+from pipeline.stages.agreeing import say_other_scores
 from pipeline.stages.job import open_job
 from pipeline.stages.selecting import require_scores
 from pipeline.store import storage
@@ -24,6 +25,7 @@ def show_plan(config: Config) -> None:
     """Print what a selection would keep; write nothing."""
     job = open_job(config)
     require_scores(job)
+    say_other_scores(job, "select")
     plan = select(job.folder, config.select, seed=config.seed, dry_run=True, map_tasks=thread_map)
     console = Console()
     console.print(

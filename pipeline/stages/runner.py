@@ -20,6 +20,7 @@ from pipeline.engine.tasks import run_task
 from pipeline.errors import ConfigError, FingerprintError, NoWorkerError
 from pipeline.selection.summary import read_summary
 from pipeline.stages import summary
+from pipeline.stages.agreeing import say_other_scores, say_other_selection
 from pipeline.stages.directions import compute_directions
 from pipeline.stages.evaluating import evaluate
 from pipeline.stages.job import Job, demo_folder, is_demo, open_job, uses_demo
@@ -33,6 +34,8 @@ from pipeline.text import plural
 
 #: Stages that use the proxy, so that it is checked before them; for `score` complete directions vouch.
 _WITH_PROXY = {"train", "directions", "evaluate", "validate"}
+#: Stages that take the scores that are there.
+_OF_SCORES = {"select", "emit", "report"}
 
 
 def run_all(config: Config, *, retry_failed: bool = False) -> None:
@@ -81,6 +84,8 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
                 results = evaluate(job)
             summary.show(job, results)
         else:
+            if name in _OF_SCORES:
+                say_other_scores(job, name)
             _run(job, name)
 
 
@@ -124,6 +129,7 @@ def _select(job: Job) -> None:
 
 def _emit(job: Job) -> None:
     config = job.config
+    say_other_selection(job, "emit")
     done = emit(
         job.folder,
         config,
@@ -151,6 +157,7 @@ def command_line() -> str:
 
 
 def _report(job: Job) -> None:
+    say_other_selection(job, "report")
     summary.speak_of_selection(job)
     say("report", run_task(_write_report, job.config, stage="report", config=job.config.engine))
 

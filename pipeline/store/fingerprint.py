@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pipeline.store import storage
+
+#: How many differing values a message names.
+NAMED_DIFFERENCES = 3
 
 _ABSENT = "nothing"
 
@@ -17,7 +20,7 @@ _ABSENT = "nothing"
 class Fingerprint:
     """Named parts (nested dictionaries, lists and plain values) that together decide a result.
 
-    For scores the parts are `checkpoints` (digest of each file's content), `estimator` and its `settings`,
+    For scores the parts are `checkpoints` (digest of each file's content), `score` (the estimator and its settings),
     `reference` and `target` (digests of the pairs' ids), `preprocessing`, and `shard`, the identity of the input
     shard, which `of_shard` adds. Values are compared as JSON, so tuples equal lists.
     """
@@ -41,6 +44,12 @@ class Fingerprint:
             for key in sorted(now.keys() | there.keys())
             if now.get(key) != there.get(key)
         ]
+
+
+def name_differences(differences: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(differences) - NAMED_DIFFERENCES
+    return "; ".join(differences[:NAMED_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -6,10 +6,7 @@ from typing import Any
 
 from pipeline.errors import FingerprintError
 from pipeline.store import storage
-from pipeline.store.fingerprint import Fingerprint
-
-#: How many differing values a refusal names.
-NAMED_DIFFERENCES = 3
+from pipeline.store.fingerprint import Fingerprint, name_differences
 
 
 def write_mark(url: str, fingerprint: Fingerprint, content: dict[str, Any]) -> None:
@@ -44,9 +41,7 @@ def is_current(url: str, mark: dict[str, Any] | None, fingerprint: Fingerprint, 
         return False
     found = mark.get("parts")
     differences = fingerprint.differences(found) if isinstance(found, dict) and found else []
-    named = "; ".join(differences[:NAMED_DIFFERENCES]) or "its values are not recorded"
-    more = len(differences) - NAMED_DIFFERENCES
-    named += f"; and {more} more" if more > 0 else ""
+    named = name_differences(differences) or "its values are not recorded"
     raise FingerprintError(
         f"{url} was made with other settings ({named}): expected the same ones; use another run folder, or "
         "engine.stale=redo to replace it"

@@ -53,7 +53,7 @@ def make_run(folder: Path | str, shards: list[str], keep: float = 0.5, seed: int
     data = {"shards": shards, **sections.pop("data", {})}
     config = parse_config({"out": run.root, "data": data, "select": {"keep": keep}, **sections})
     caption = config.data.caption
-    fingerprint = Fingerprint({**FINGERPRINT.parts, "preprocessing": {"caption": caption}})
+    fingerprint = Fingerprint({"preprocessing": {"caption": caption}, **FINGERPRINT.parts})
     inventory = [inspect_shard(index, url, run.places(index)) for index, url in enumerate(shards)]
     write_inventory(run.inventory, inventory)
     rng = np.random.default_rng(seed)

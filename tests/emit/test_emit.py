@@ -180,6 +180,21 @@ def test_the_card_has_front_matter_counts_and_provenance(tmp_path: Path) -> None
     assert "\n\n\n" not in text
 
 
+def test_the_card_says_what_the_scores_and_the_selection_are_made_with_whatever_the_config_says(tmp_path: Path) -> None:
+    made, _ = emitted(tmp_path, select={"keep": 0.5, "by": "-utility"})
+    tree = made.config.model_dump(mode="json")
+    tree["select"] |= {"keep": 0.9, "by": "utility"}
+    tree |= {"score": {"estimator": "z0"}, "seed": 4}
+    emit(made.run, parse_config(tree), made.inventory)
+    text = Path(made.folder.card).read_text()
+    assert "the selection `default` keeps, ranked by `-utility`" in text
+    assert "an estimate by `tracin`" in text
+    settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    assert settings["select"] == made.config.select.model_dump(mode="json") | {"seed": 0}
+    assert settings["seed"] == 4
+    assert "z0" not in text
+
+
 COMMAND = TrainCommand("open_clip_train.main", "", '"$here/shards/{00000..00006}.tar"', 700, 7, "ViT-B-32", 64, 10, 3)
 
 
