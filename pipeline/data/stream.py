@@ -147,8 +147,6 @@ def describe(url: str) -> tuple[int, str]:
     Raises `InputError` when it is not there.
     """
     fs, path = storage.filesystem(url)
-    if not storage.is_local(url):
-        fs.invalidate_cache()
     info = patiently(url, lambda: fs.info(path))
     if info.get("type") == "directory":
         raise InputError(f"{url}: expected a tar, found a folder")
@@ -163,7 +161,6 @@ def _open(url: str) -> io.BufferedReader:
         except OSError as error:
             raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
     fs, path = storage.filesystem(url)
-    fs.invalidate_cache()
     info = patiently(url, lambda: fs.info(path))
     size = info.get("size")
     web = url.startswith(("http://", "https://"))

@@ -14,10 +14,9 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-import fsspec
 from fsspec.core import url_to_fs
 
 #: Prefix of files that are being written. Nothing with this prefix is ever read as a result.
@@ -45,17 +44,20 @@ def basename(url: str) -> str:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of `url` and the path within it."""
+    """The fsspec filesystem of `url` and the path within it; it answers nothing from an earlier listing.
+
+    Other processes write, replace and remove files all the time.
+    """
     fs, path = url_to_fs(url)
+    fs.invalidate_cache()
     return fs, path
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there; never answers from a listing cache."""
+    """Whether a file or folder is there."""
     if is_local(url):
         return os.path.exists(local_path(url))
     fs, path = filesystem(url)
-    fs.invalidate_cache()
     return bool(fs.exists(path))
 
 
@@ -71,7 +73,8 @@ def open_read(url: str) -> IO[bytes]:
     """Open for reading bytes, as stored (no decompression)."""
     if is_local(url):
         return open(local_path(url), "rb")
-    handle: IO[bytes] = fsspec.open(url, "rb").open()
+    fs, path = filesystem(url)
+    handle: IO[bytes] = fs.open(path, "rb")
     return handle
 
 
@@ -141,7 +144,6 @@ def list_files(folder: str, suffix: str = "") -> list[str]:
         found = [name for name in names if os.path.isfile(os.path.join(path, name))]
     else:
         fs, path = filesystem(folder)
-        fs.invalidate_cache()
         entries = fs.ls(path, detail=True) if fs.exists(path) else []
         found = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]
     return sorted(
@@ -162,7 +164,7 @@ def remove(url: str) -> None:
             os.unlink(local_path(url))
         return
     fs, path = filesystem(url)
-    if fs.exists(path):
+    with suppress(FileNotFoundError):
         fs.rm_file(path)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from pipeline.store import storage
+from tests.conftest import Bucket
 
 
 @pytest.fixture(params=["path", "file-url", "memory"])
@@ -113,3 +115,53 @@ def test_paths_are_joined_with_single_slashes() -> None:
     assert storage.join("s3://bucket/a/", "b", "c") == "s3://bucket/a/b/c"
     assert storage.join("/", "a") == "/a"
     assert storage.local_path("file:///a/b") == storage.local_path("/a/b") == "/a/b"
+
+
+def test_what_another_process_does_is_seen_after_a_listing(s3_bucket: Bucket) -> None:
+    import s3fs
+
+    other = s3fs.S3FileSystem(skip_instance_cache=True)
+    folder = f"{s3_bucket.url}/run"
+    old, new = (storage.join(folder, name) for name in ("old.json", "new.json"))
+    storage.write_json(old, 1)
+    assert storage.list_files(folder) == [old]
+    other.pipe_file(new, b"2")
+    assert storage.read_json(new) == 2
+    assert storage.list_files(folder) == [new, old]
+    other.pipe_file(old, b'"longer"')
+    assert storage.size(old) == 8
+    assert storage.list_files(folder) == [new, old]
+    other.pipe_file(old, b'"longer still"')
+    assert storage.read_json(old) == "longer still"
+    assert storage.list_files(folder) == [new, old]
+    other.pipe_file(old, b'"short"')
+    with storage.open_read(old) as handle:
+        assert handle.read() == b'"short"'
+    assert storage.list_files(folder) == [new, old]
+    third = storage.join(folder, "third.json")
+    other.pipe_file(third, b"3")
+    storage.remove(third)
+    other.invalidate_cache()
+    assert not other.exists(third)
+    other.rm_file(new)
+    with pytest.raises(FileNotFoundError):
+        storage.read_json(new)
+    storage.remove(new)
+
+
+def test_nothing_is_listed_to_read_or_remove_a_file(s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    url = storage.join(s3_bucket.url, "mark.json")
+    storage.write_json(url, 1)
+    asked: list[str] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def noted(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        asked.append(method)
+        return await call(self, method, *args, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
+    assert storage.read_json(url) == 1
+    storage.remove(url)
+    assert asked == ["head_object", "get_object", "delete_object"]
