@@ -78,16 +78,20 @@ def _matches(name: str, key: str) -> list[str]:
         return [name]
     fs, path = _filesystem(name, key)
     matches = patiently(name, lambda: fs.glob(path))
-    return sorted(fs.unstrip_protocol(match) for match in matches if match.endswith(SUFFIXES))
+    return sorted(_url_of(match, name, path) for match in matches if match.endswith(SUFFIXES))
+
+
+def _url_of(match: str, pattern: str, path: str) -> str:
+    """The URL of what a glob found: the host of `pattern` is no part of its `path` on every filesystem."""
+    same = next((n for n in range(len(path)) if pattern[-n - 1 :] != path[-n - 1 :]), len(path))
+    return pattern[: len(pattern) - same] + match[len(path) - same :]
 
 
 def _filesystem(url: str, key: str) -> tuple[Any, str]:
     try:
-        fs, path = storage.filesystem(url)
+        return storage.filesystem(url)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"expected a URL that can be read here: {error}", key=key, found=url) from None
-    fs.invalidate_cache()
-    return fs, path
 
 
 def _check(urls: list[str], pattern: str, key: str) -> None:
@@ -115,9 +119,9 @@ def _missing(urls: list[str], key: str) -> list[str]:
     listed: dict[str, set[str]] = {}
     for url in remote:
         fs, path = _filesystem(url, key)
-        folder = path.rpartition("/")[0]
+        folder = url.rpartition("/")[0]
         if folder not in listed:
-            listed[folder] = patiently(url, partial(_names, fs, folder))
+            listed[folder] = patiently(url, partial(_names, fs, path.rpartition("/")[0]))
         if path.strip("/") not in listed[folder]:
             missing.append(url)
     return missing

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 
+from pipeline.data import shards
 from pipeline.data.shards import expand
 from pipeline.errors import ConfigError
 from tests.conftest import Bucket
@@ -106,3 +111,53 @@ def test_errors_name_key_and_pattern_on_one_line(folder: Path, pattern: str, mes
         expand(pattern.format(folder=folder), key="target.shards")
     assert str(caught.value).startswith("target.shards: expected")
     assert "\n" not in str(caught.value)
+
+
+class Hosted(AbstractFileSystem):
+    """As HDFS has it: the host belongs to the filesystem, the paths in it do not name it."""
+
+    protocol = "hosted"
+    files: ClassVar = {"one:9000": "/in/0.tar", "two:9000": "/in/1.tar"}
+
+    def __init__(self, host: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self.host = host
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return urlsplit(path).path.rstrip("/") if "://" in path else path.rstrip("/")
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        return {"host": urlsplit(path).netloc}
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
+        file = self.files[self.host]
+        entries = {
+            "": {"name": "/in", "size": 0, "type": "directory"},
+            "/in": {"name": file, "size": 0, "type": "file"},
+        }
+        found = entries[path.rstrip("/")]
+        return [found if detail else found["name"]]
+
+
+def test_a_glob_keeps_the_host() -> None:
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    assert expand("hosted://one:9000/in/*.tar") == ["hosted://one:9000/in/0.tar"]
+    both = ["hosted://one:9000/in/0.tar", "hosted://two:9000/in/1.tar"]
+    assert expand(both) == expand("hosted://one:9000/i*/[0-9].tar::hosted://two:9000/in/*.tar") == both
+    with pytest.raises(ConfigError, match=r"1\.tar"):
+        expand(f"{both[0]}::hosted://one:9000/in/1.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "match", "url"),
+    [
+        ("s3://b/in/*.tar", "b/in/*.tar", "b/in/0.tar", "s3://b/in/0.tar"),
+        ("abfs://b@acc.host/in/*.tar", "b/in/*.tar", "b/in/0.tar", "abfs://b@acc.host/in/0.tar"),
+        ("hdfs://h:1/in/*.tar", "/in/*.tar", "/in/0.tar", "hdfs://h:1/in/0.tar"),
+        ("http://h/in/*.tar", "http://h/in/*.tar", "http://h/in/0.tar", "http://h/in/0.tar"),
+    ],
+)
+def test_the_url_of_a_match(pattern: str, path: str, match: str, url: str) -> None:
+    assert shards._url_of(match, pattern, path) == url
