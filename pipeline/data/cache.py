@@ -82,9 +82,10 @@ def build_cache(
         return open_cache(folder)
     shapes = _shapes(decoder)
     progress = _read(folder, "progress.json")
-    if progress.get("fingerprint") != fingerprint:
-        progress = {"fingerprint": fingerprint, "shards": 0, "rows": 0}
     storage.remove(storage.join(folder, "cache.json"))
+    if progress.get("fingerprint") != fingerprint:
+        storage.remove(storage.join(folder, "progress.json"))
+        progress = {"fingerprint": fingerprint, "shards": 0, "rows": 0}
     storage.make_folder(folder)
     files = {name: _open_at(folder, name, progress["rows"] * _row_bytes(name, shapes)) for name in _TYPES}
     try:

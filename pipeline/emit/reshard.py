@@ -83,10 +83,14 @@ def reshard(plan: Plan, map_tasks: MapTasks = map) -> list[ShardStats]:
 
 
 def write_shard(plan: Plan, shard: int) -> ShardStats:
-    """Write one tar, then its sources, then its mark; nothing if they are there already."""
+    """Write one tar, then its sources, then its mark; nothing if they are there already.
+
+    The mark of another tar of that number is removed before the tar is replaced.
+    """
     done = finished(plan, shard)
     if done is not None:
         return done
+    storage.remove(plan.stats(shard))
     begin, end = plan.bounds(shard)
     sources: dict[str, list[Any]] = {name: [] for name in SOURCE_SCHEMA.names}
     json_added = json_without_uid = 0
@@ -163,7 +167,7 @@ def finished(plan: Plan, shard: int) -> ShardStats | None:
 
 
 def _remove_strangers(plan: Plan) -> None:
-    """Remove `sizes.json`, files of tars that the plan has not, and the marks of tars of another plan."""
+    """Remove `sizes.json` and the files of tars that the plan has not."""
     storage.remove(plan.sizes)
     mine = {
         storage.basename(url)

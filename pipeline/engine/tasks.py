@@ -80,7 +80,7 @@ def run_tasks(
 
     Results reach `on_result(number, result)` in the driver as they come, in no particular order; those that `marks`
     has from an earlier call first, without running anything. A task writes its mark itself, right after its result
-    is known, so that a driver killed in between loses nothing.
+    is known, so that a driver killed in between loses nothing; a mark of other settings it removes before it begins.
 
     A task that raises, or whose process dies, is tried again after `config.retry_wait` seconds, doubled each time,
     `config.retries` times, then set aside in `failed/STAGE/NNNNN.json`. It is tried anew by the next call.
@@ -275,6 +275,8 @@ class _Done:
 def _call(function: Callable[[Any], Any], item: Any, number: int, marks: TaskMarks | None) -> _Done | Failure:
     """Runs in the task: an exception comes back as a value, since it may not survive pickling."""
     try:
+        if marks is not None:
+            marks.invalidate(number)
         result = function(item)
         if marks is not None:
             marks.write(number, result)

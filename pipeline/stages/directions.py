@@ -30,6 +30,8 @@ def compute_directions(job: Job) -> None:
     if job.is_current(job.folder.directions_mark, fingerprint):
         return
     storage.remove(job.folder.directions_mark)
+    marks = TaskMarks(storage.join(job.folder.directions, "marks"), fingerprint)
+    marks.invalidate_all()
     patience = Patience.of_computing(job.config.engine.task_timeout)
     drawn = run_task(_draw, job.config, stage="directions", config=job.config.engine, patience=patience)
     parts = drawn["parts"]
@@ -41,7 +43,7 @@ def compute_directions(job: Job) -> None:
         config=job.config.engine,
         on_result=lambda number, result: None,
         name=lambda part: f"checkpoint {', '.join(str(number) for number in part.numbers)}",
-        marks=TaskMarks(storage.join(job.folder.directions, "marks"), fingerprint),
+        marks=marks,
         unit="checkpoints" if len(parts) == len(manifest.checkpoints) else "runs",
         gpus=gpus_for_a_task(),
         patience=patience,

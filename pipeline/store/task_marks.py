@@ -30,6 +30,15 @@ class TaskMarks:
         """The mark of task number `task`."""
         return storage.join(self.folder, f"{task:05d}.json")
 
+    def invalidate(self, task: int) -> None:
+        """Before the files of `task` are replaced: remove its mark if it is of other settings."""
+        marks.invalidate(self.url(task), self.fingerprint)
+
+    def invalidate_all(self) -> None:
+        """The same for all marks: where other settings divide the files among the tasks in another way."""
+        for url in storage.list_files(self.folder, ".json"):
+            marks.invalidate(url, self.fingerprint)
+
     def write(self, task: int, result: Any) -> None:
         """Say that `task` is complete."""
         marks.write_mark(self.url(task), self.fingerprint, {"result": result})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +275,30 @@ def test_cache_of_something_else_is_built_anew(
     else:
         other = [inspect_shard(0, make_shards(shards=1, samples=3)[0])]
         assert len(build_cache(folder, other, make_decoder(), "txt")) == 3
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_rows_of_another_cache_that_broke_off_are_none_of_this_one(
+    inventory: list[ShardInfo], tmp_path: Path, finished: bool
+) -> None:
+    folder = str(tmp_path / "cache")
+
+    class Interrupted(Decoder):
+        def decode_shard(self, samples: object, threads: int = 1) -> object:  # type: ignore[override]
+            decoded = super().decode_shard(samples, threads)  # type: ignore[arg-type]
+            if any(row.key == key for row in decoded.rows):
+                raise KeyboardInterrupt
+            return decoded
+
+    broken = Interrupted(SPEC, ByteTokenizer(), 10_000)
+    key = "none" if finished else "011"
+    with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        build_cache(folder, inventory, broken, "txt")
+    key = "000"
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(folder, inventory, broken, "txt", positions=np.array([0]))
+    cache = build_cache(folder, inventory, make_decoder(), "txt")
+    assert same(cache.batch(np.arange(len(cache))), everything(inventory))
 
 
 def test_finished_cache_reads_no_shard(inventory: list[ShardInfo], tmp_path: Path) -> None:

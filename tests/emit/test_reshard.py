@@ -342,3 +342,22 @@ def test_a_permutation_looks_random() -> None:
     assert abs(np.corrcoef(np.arange(size), places)[0, 1]) < bound
     assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < bound
     assert (places == Permutation(size, 1).place(np.arange(size))).sum() < 20
+
+
+def test_a_tar_of_another_plan_that_broke_off_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path / "run", write_shards(tmp_path / "in", shards=3))
+    plan = plan_of(made, tmp_path / "out", pairs_per_shard=99)
+    reshard(plan)
+    before = files_of(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.emit.reshard.pq.write_table", _killed)
+        with pytest.raises(OSError, match="killed"):
+            reshard(replace(plan, seed=3, fingerprint="f2"))
+    assert files_of(tmp_path / "out")["00000.tar"] != before["00000.tar"]
+    assert len(files_of(tmp_path / "out")["00000.tar"]) == len(before["00000.tar"])
+    reshard(plan)
+    assert files_of(tmp_path / "out")["00000.tar"] == before["00000.tar"]
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise OSError("killed")

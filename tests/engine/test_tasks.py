@@ -300,3 +300,33 @@ def _refuse(number: int) -> int:
 
 def _gone(number: int) -> int:
     raise FileNotFoundError("gone")
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Writes `text` to the file that an item names, then raises if it is told to."""
+
+    text: str
+    fails: bool = False
+
+    def __call__(self, file: str) -> str:
+        Path(file).write_text(self.text)
+        if self.fails:
+            raise ValueError("after its file was written")
+        return self.text
+
+
+def test_a_task_that_broke_off_leaves_no_mark_of_other_settings_over_its_files(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+
+    def work(function: Writes) -> str:
+        run, marks = (
+            RunFolder(str(tmp_path / "run")),
+            TaskMarks(str(tmp_path / "marks"), Fingerprint({"a": function.text})),
+        )
+        run_tasks(function, [str(file)], run=run, stage="writes", config=CONFIG, on_result=lambda *_: None, marks=marks)
+        return file.read_text()
+
+    assert work(Writes("one")) == "one"
+    assert work(Writes("two", fails=True)) == "two"
+    assert work(Writes("one")) == "one"

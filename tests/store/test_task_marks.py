@@ -40,3 +40,16 @@ def test_marks_of_other_settings_are_redone_or_refused(tmp_path: Path, stale: st
         assert list(marks.finished(1)) == []
         marks.write(0, "new")
         assert list(marks.finished(1)) == [(0, "new")]
+
+
+def test_only_marks_of_other_settings_are_removed_before_files_are_replaced(tmp_path: Path) -> None:
+    old, new = (TaskMarks(str(tmp_path), Fingerprint({"steps": steps})) for steps in (1, 2))
+    for task in (0, 1, 7):
+        old.write(task, "old")
+    new.write(2, "new")
+    for task in (0, 2, 3):
+        new.invalidate(task)
+    assert [number for number, _ in old.finished(9)] == [1, 7]
+    new.invalidate_all()
+    assert list(old.finished(9)) == []
+    assert list(new.finished(9)) == [(2, "new")]
