@@ -22,6 +22,9 @@ def import_checkpoints(
 ) -> Manifest:
     """Take over existing checkpoints: each is checked against the model and written to `folder` in our form.
 
+    What vouches for checkpoints that were there before, the list of them and the records of runs that were trained
+    here, is removed before they are replaced.
+
     Args:
         sources: files of open_clip's trainer or safetensors, or one `manifest.json`.
         model: what they are checkpoints of.
@@ -41,18 +44,23 @@ def import_checkpoints(
             load_checkpoint(source, model, step=steps[i] if steps else None, lr=rates[i] if rates else None)
             for i, source in enumerate(sources)
         )
+    manifest_url = storage.join(folder, "manifest.json")
+    storage.remove(manifest_url)
     entries: dict[tuple[int, int], ManifestEntry] = {}
     optimizers = set()
     for checkpoint in checkpoints:
         key = (checkpoint.run, checkpoint.step)
         if key in entries:
             raise InputError(f"expected one checkpoint per step, found two of step {checkpoint.step}")
-        path = storage.join(folder, f"run-{checkpoint.run:03d}", f"step-{checkpoint.step:08d}.safetensors")
+        run_folder = storage.join(folder, f"run-{checkpoint.run:03d}")
+        for url in storage.list_files(run_folder, ".json"):
+            storage.remove(url)
+        path = storage.join(run_folder, f"step-{checkpoint.step:08d}.safetensors")
         save_checkpoint(path, checkpoint)
         entries[key] = ManifestEntry(path, checkpoint.step, checkpoint.lr, checkpoint.run)
         optimizers.add("adamw" if checkpoint.adam is not None else "sgd")
     if len(optimizers) > 1:
         raise InputError("expected Adam's state in all checkpoints or in none, found it in some")
     manifest = Manifest(dataset_size, optimizers.pop(), by_run_and_step(entries.values()))
-    manifest.write(storage.join(folder, "manifest.json"))
+    manifest.write(manifest_url)
     return manifest

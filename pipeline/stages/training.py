@@ -195,7 +195,7 @@ def train(job: Job) -> None:
     mark = storage.join(job.folder.checkpoints, "trained.json")
     if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
         return
-    storage.remove(mark)
+    _remove_marks(job)
     pairs, training = training_pairs(job)
     _check_batch(job, training)
     proxy_job = ProxyJob(training, partial(build_proxy, config), pairs, job.folder, identity=_identity(job))
@@ -282,8 +282,15 @@ def _take_over(job: Job) -> None:
     mark = storage.join(job.folder.checkpoints, "imported.json")
     if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
         return
+    _remove_marks(job)
     run_task(_write_taken_over, config, stage="train", config=config.engine)
     job.write_mark(mark, fingerprint, {})
+
+
+def _remove_marks(job: Job) -> None:
+    """Before checkpoints are written: those that were trained and those taken over lie in the same places."""
+    for name in ("trained.json", "imported.json"):
+        storage.remove(storage.join(job.folder.checkpoints, name))
 
 
 def _sources(urls: list[str]) -> list[Any]:

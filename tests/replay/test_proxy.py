@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,6 +23,7 @@ from pipeline.errors import FingerprintError, InputError, StageError
 from pipeline.influence.losses import batch_loss
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.manifest import Manifest
+from pipeline.models.takeover import import_checkpoints
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.proxy import train_proxy
 from pipeline.replay.record import Record, trained_ids
@@ -307,3 +309,17 @@ def test_a_run_on_an_object_store_has_the_same_bytes(tmp_path: Path, factory: Fa
     for name, data in contents(tmp_path).items():
         assert storage.read_bytes(f"{s3_bucket.url}/run/{name}") == data, name
     assert load_checkpoint(record.checkpoints[0].path).step == 3
+
+
+def test_checkpoints_taken_over_in_its_place_end_a_record(tmp_path: Path, factory: Factory) -> None:
+    """Else the record would vouch for the weights of others, and a replay start from them."""
+    train(tmp_path, config_of(), factory)
+    before = contents(tmp_path)
+    plain = str(tmp_path / "plain.safetensors")
+    safetensors.torch.save_file(factory(1).state_dict(), plain)
+    import_checkpoints([plain], factory(0), str(tmp_path / "checkpoints"), 9, steps=[12], rates=[0.1])
+    assert contents(tmp_path) != before
+    with pytest.raises(StageError, match="checkpoints of other programs have none"):
+        Record.read(RunFolder(str(tmp_path)))
+    train(tmp_path, config_of(), factory)
+    assert contents(tmp_path) == before

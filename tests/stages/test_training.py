@@ -1,0 +1,81 @@
+"""Checkpoints trained and taken over lie in the same places: no mark of the one vouches for files of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.models.clip import build_model
+from pipeline.models.manifest import Manifest
+from pipeline.stages import training
+from pipeline.stages.job import Job
+from pipeline.stages.training import train
+from pipeline.store import storage
+from tests.engine.prepared_run import prepare_run
+from tests.helpers import write_shards
+
+
+def call(function: Callable[[Any], Any], item: Any, **_: Any) -> Any:
+    """`run_task` in this process."""
+    return function(item)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(training, "run_task", call)
+    config, _, _ = prepare_run(str(tmp_path / "run"), write_shards(tmp_path / "in", shards=1, samples=20), pairs=4)
+    engine = config.engine.model_copy(update={"stale": "redo"})
+    for number in range(4):
+        state = build_model(config.proxy.model, seed=number).state_dict()
+        safetensors.torch.save_file(state, tmp_path / f"{number}.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"{}")
+    return config.model_copy(update={"engine": engine})
+
+
+def taking_over(config: Config, folder: Path, *names: object) -> Job:
+    update = {
+        "checkpoints": [str(folder / f"{name}.safetensors") for name in names],
+        "checkpoint_steps": [1, 2],
+        "checkpoint_rates": [0.1, 0.1],
+    }
+    return Job(config.model_copy(update={"proxy": config.proxy.model_copy(update=update)}))
+
+
+def checksums(job: Job) -> list[str]:
+    return [storage.file_checksum(entry.path) for entry in Manifest.read(job.folder.checkpoint_manifest).checkpoints]
+
+
+def test_files_of_a_take_over_that_broke_off_are_replaced(config: Config, tmp_path: Path) -> None:
+    job = taking_over(config, tmp_path, 0, 1)
+    train(job)
+    before = checksums(job)
+    with pytest.raises(InputError):
+        train(taking_over(config, tmp_path, 2, "broken"))
+    assert not storage.exists(job.folder.checkpoint_manifest)
+    train(job)
+    assert checksums(job) == before
+
+
+def test_training_and_taking_over_end_each_others_marks(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*_: object) -> list[int]:
+        training.run_task(training._write_taken_over, other.config)
+        return [2]
+
+    other = taking_over(config, tmp_path, 2, 3)
+    monkeypatch.setattr(training, "train_runs", trained)
+    proxy = config.proxy.model_copy(update={"steps": 2, "batch_size": 4})
+    jobs = [taking_over(config, tmp_path, 0, 1), Job(config.model_copy(update={"proxy": proxy}))]
+    found = []
+    for job in jobs * 2:
+        train(job)
+        found.append(checksums(job))
+    assert found[:2] == found[2:]
+    assert found[0] != found[1]
