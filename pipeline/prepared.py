@@ -13,7 +13,7 @@ from pipeline.influence.plan import ProbePlan
 from pipeline.influence.regressor import Regressor
 from pipeline.influence.settings import Batches, Settings
 from pipeline.run import RunFolder
-from pipeline.store import storage
+from pipeline.store import marks, storage
 from pipeline.store.tensors import parse_tensors
 from pipeline.types import PairBatch
 
@@ -112,7 +112,8 @@ def save_regressor(root: str, regressor: Regressor) -> str:
     return storage.checksum(data)
 
 
-def load_regressor(root: str) -> Regressor:
-    """The inverse of `save_regressor`."""
-    tensors, metadata = parse_tensors(storage.read_bytes(RunFolder(root).regressor))
+def load_regressor(root: str, checksum: str) -> Regressor:
+    """The inverse of `save_regressor`, which returned `checksum`. Raises as `marks.read_committed`."""
+    run = RunFolder(root)
+    tensors, metadata = parse_tensors(marks.read_committed(run.regressor, run.regressor_mark, checksum))
     return Regressor.from_tensors(tensors, metadata[_METADATA_KEY])

@@ -85,7 +85,10 @@ def _check_file(url: str, mark: ScoreMark) -> Iterator[str]:
         yield f"{url}: missing, though its commit mark is there"
         return
     if storage.checksum(data) != mark.checksum:
-        yield f"{url}: changed since it was committed: its checksum is not {mark.checksum}"
+        yield (
+            f"{url}: changed since it was committed: its checksum is not {mark.checksum}; without its mark "
+            "`diffprune score` makes it anew"
+        )
     try:
         table = pq.read_table(pa.BufferReader(data), columns=["status", "index"])
     except (pa.ArrowException, OSError) as error:

@@ -34,7 +34,8 @@ def build_predictor(
 ) -> ShardPredictor:
     """Load the regressor; the arguments are those of `pipeline.engine.scorer_spec.PredictorSpec`."""
     torch.set_num_threads(1)
-    return ShardPredictor(config, fingerprint, sampled, np.array(runs), error, load_regressor(config.out), worker)
+    regressor = load_regressor(config.out, fingerprint.parts["regressor"])
+    return ShardPredictor(config, fingerprint, sampled, np.array(runs), error, regressor, worker)
 
 
 class ShardPredictor:

@@ -18,7 +18,7 @@ from pipeline.influence import Observed
 from pipeline.influence.hashing import uniform
 from pipeline.run import RunFolder
 from pipeline.selection.standardise import terms_matrix
-from pipeline.store import marks, storage
+from pipeline.store import marks
 from pipeline.store.fingerprint import Fingerprint
 
 #: Offset to the run's seed, so that the sample is independent of the `random` estimator.
@@ -38,20 +38,17 @@ def in_sample(ids: Tensor, config: Config) -> Tensor:
 def read_sampled(run: RunFolder, shard: ShardInfo, fingerprint: Fingerprint) -> tuple[pa.Table, str]:
     """The table that the first pass left of a shard, and how its tar ended.
 
-    Raises `InputError` where it is missing, of other settings, or damaged.
+    Raises `InputError` where it is missing, of other settings, or damaged; what is damaged has no mark from then on.
     """
     folder = RunFolder(run.sample)
-    mark = marks.read_mark(folder.score_mark(shard.index))
-    url = folder.score_file(shard.index)
+    url, mark_url = folder.score_file(shard.index), folder.score_mark(shard.index)
+    mark = marks.read_mark(mark_url)
     if mark is None or mark["fingerprint"] != fingerprint.of_shard(shard.name, shard.bytes, shard.etag).digest:
-        raise InputError(f"{url}: expected the finished sample of {shard.url}, found none with the present settings")
-    try:
-        data = storage.read_bytes(url)
-    except FileNotFoundError:
-        raise InputError(f"{url}: missing, though its commit mark is there") from None
-    if storage.checksum(data) != mark["checksum"]:
-        raise InputError(f"{url}: changed since it was committed: its checksum is not {mark['checksum']}")
-    return pq.read_table(io.BytesIO(data)), str(mark["end_error"])
+        raise InputError(
+            f"{url}: expected the finished sample of {shard.url}, found none with the present settings; the same "
+            "command makes it"
+        )
+    return pq.read_table(io.BytesIO(marks.read_committed(url, mark_url, mark["checksum"]))), str(mark["end_error"])
 
 
 def observed(table: pa.Table, places: NDArray[np.int64], runs: NDArray[np.int64]) -> Observed:

@@ -49,6 +49,7 @@ def score_amortised(job: Job, sampled: Fingerprint, *, retry_failed: bool) -> Ou
         withdraw(folder, [score.shard for score, _ in there])  # computed in full, or predicted by another regressor
     else:
         done = {score.shard for score in committed(folder, job.inventory, _final(sampled, mark), config.engine.stale)}
+    _forget_lost_samples(folder)
     first = score_shards(
         SampleSpec(config, sampled),
         [shard for shard in job.inventory if shard.index not in done],
@@ -83,6 +84,14 @@ def _final(sampled: Fingerprint, mark: dict[str, Any]) -> Fingerprint:
     return Fingerprint({**sampled.parts, "regressor": mark["regressor"]})
 
 
+def _forget_lost_samples(folder: RunFolder) -> None:
+    """A shard that was set aside and whose sample has no mark gets a new one: the second pass takes it up again."""
+    for url in storage.list_files(storage.join(folder.root, "failed"), ".json"):
+        aside = read_aside(url)
+        if aside is not None and marks.read_mark(RunFolder(folder.sample).score_mark(aside.item)) is None:
+            storage.remove(url)
+
+
 def _hand_on_failures(job: Job, first: Outcome, final: Fingerprint, retry_failed: bool) -> None:
     """A shard without a sample is set aside for the second pass too, for the same reason."""
     if retry_failed:
@@ -113,6 +122,7 @@ def _fit(job: Job, sampled: Fingerprint) -> dict[str, Any]:
     there = {mark.shard for mark in committed(RunFolder(job.folder.sample), job.inventory, sampled, "redo")}
     shards = [shard for shard in job.inventory if shard.index in there]
     found: dict[int, dict[str, Any]] = {}
+    storage.remove(job.folder.regressor_mark)
     outcome = run_tasks(
         _fit_regressor,
         [(job.config, sampled, _runs(job), tuple(_spread(shards, MOST_PAIRS / job.config.score.sample)))],

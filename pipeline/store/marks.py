@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.errors import FingerprintError
+from pipeline.errors import FingerprintError, InputError
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint, name_differences
 
@@ -25,6 +25,24 @@ def read_mark(url: str) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return mark if isinstance(mark, dict) and "fingerprint" in mark else None
+
+
+def read_committed(url: str, mark_url: str, checksum: str) -> bytes:
+    """The whole file at `url`, for which the mark at `mark_url` vouches.
+
+    Raises `InputError` where it is missing or has another checksum. The mark is removed then, so that the work counts
+    as not done.
+    """
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        found = "missing, though its commit mark is there"
+    else:
+        if storage.checksum(data) == checksum:
+            return data
+        found = f"changed since it was committed: its checksum is not {checksum}"
+    storage.remove(mark_url)
+    raise InputError(f"{url}: {found}; the mark is removed now, so the same command makes the file anew")
 
 
 def is_current(url: str, mark: dict[str, Any] | None, fingerprint: Fingerprint, stale: str) -> bool:
@@ -52,7 +70,8 @@ def invalidate(url: str, fingerprint: Fingerprint) -> None:
     """Before the files under a mark are replaced: remove the mark if it has another fingerprint.
 
     Otherwise a crash in between would leave new files under a mark that vouches for the old ones. An equal mark
-    stays: a second writer of the same work writes the same bytes.
+    stays: a second writer of the same work writes the same bytes, or, on another kind of GPU, a file that
+    `read_committed` tells from the one that the mark is of.
     """
     mark = read_mark(url)
     if mark is not None and mark["fingerprint"] != fingerprint.digest:

@@ -19,10 +19,11 @@ from pipeline.engine.sample import in_sample, observed, read_sampled
 from pipeline.engine.scorer_spec import PredictorSpec, SampleSpec, ScorerSpec
 from pipeline.engine.worker import WorkerSpec
 from pipeline.errors import InputError
-from pipeline.influence import fit
+from pipeline.influence import Regressor, fit
 from pipeline.prepared import save_regressor
 from pipeline.run import RunFolder
 from pipeline.selection.standardise import terms_matrix
+from pipeline.store import marks, storage
 from pipeline.store.commits import open_scores
 from pipeline.store.fingerprint import Fingerprint
 from tests.engine.prepared_run import outside_ray, prepare_run
@@ -56,6 +57,11 @@ def both(folder: Path, **score: object) -> tuple[Config, list[ShardInfo], Finger
     return config, infos, fingerprint
 
 
+def save(config: Config, sampled: Fingerprint, regressor: Regressor) -> Fingerprint:
+    """Write the regressor; the fingerprint of what it completes."""
+    return Fingerprint({**sampled.parts, "regressor": save_regressor(config.out, regressor)})
+
+
 def test_computed_rows_are_those_of_full_scoring_and_the_rest_is_predicted(tmp_path: Path) -> None:
     config, infos, sampled = both(tmp_path)
     run = RunFolder(config.out)
@@ -65,7 +71,7 @@ def test_computed_rows_are_those_of_full_scoring_and_the_rest_is_predicted(tmp_p
     assert 3 <= len(known) <= 13
     terms = torch.from_numpy(terms_matrix(first["terms"].combine_chunks(), RUNS)[known])
     regressor = fit(observed(first, known, RUNS), terms, [0, 0, 1, 1])
-    final = Fingerprint({**sampled.parts, "regressor": save_regressor(config.out, regressor)})
+    final = save(config, sampled, regressor)
     work_through(PredictorSpec(config, final, sampled, (0, 0, 1, 1), error=0.25), infos)
 
     full = open_scores(RunFolder(str(tmp_path / "full"))).to_table()
@@ -102,8 +108,8 @@ def test_the_second_pass_copies_computed_rows_to_the_bit_and_reads_only_sound_sa
     first, _ = read_sampled(run, infos[1], sampled)
     known = np.flatnonzero(pc.is_valid(first["score"]).to_numpy())
     terms = torch.from_numpy(terms_matrix(first["terms"].combine_chunks(), RUNS)[known])
-    save_regressor(config.out, fit(observed(first, known, RUNS), terms, [0, 0, 1, 1]))
-    work = PredictorSpec(config, sampled, sampled, (0, 0, 1, 1), error=0.0).build("0")
+    final = save(config, sampled, fit(observed(first, known, RUNS), terms, [0, 0, 1, 1]))
+    work = PredictorSpec(config, final, sampled, (0, 0, 1, 1), error=0.0).build("0")
     work.commit(infos[1], work.score(infos[1], work.load(infos[1])), {})
     scores = pq.read_table(run.score_file(1))
     for name in ("score", "utility", "utility_std", "terms"):
@@ -113,11 +119,28 @@ def test_the_second_pass_copies_computed_rows_to_the_bit_and_reads_only_sound_sa
         read_sampled(run, infos[1], Fingerprint({"other": 1}))
     path = Path(RunFolder(run.sample).score_file(1))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match="changed since it was committed"):
+    with pytest.raises(InputError, match=r"changed since it was committed.*the same command makes the file anew"):
         work.load(infos[1])
-    path.unlink()
+    with pytest.raises(InputError, match=r"expected the finished sample .* the same command makes it"):
+        work.load(infos[1])
+    assert not storage.exists(RunFolder(run.sample).score_mark(1))
+    Path(RunFolder(run.sample).score_file(0)).unlink()
     with pytest.raises(InputError, match="missing, though its commit mark is there"):
-        work.load(infos[1])
+        work.load(infos[0])
+    assert not storage.exists(RunFolder(run.sample).score_mark(0))
+
+
+def test_another_regressor_than_the_marks_is_not_predicted_with(tmp_path: Path) -> None:
+    config, _, sampled = both(tmp_path)
+    run = RunFolder(config.out)
+    for damage in (lambda path: path.write_bytes(b"another"), Path.unlink):
+        storage.write_bytes(run.regressor, b"fitted")
+        marks.write_mark(run.regressor_mark, sampled, {})
+        damage(Path(run.regressor))
+        final = Fingerprint({**sampled.parts, "regressor": storage.checksum(b"fitted")})
+        with pytest.raises(InputError, match=r"regressor\.safetensors: .*the same command makes the file anew"):
+            PredictorSpec(config, final, sampled, (0, 0, 1, 1), error=0.0).build("0")
+        assert not storage.exists(run.regressor_mark)
 
 
 def test_a_prediction_that_is_not_finite_is_a_reason(tmp_path: Path) -> None:
@@ -127,8 +150,8 @@ def test_a_prediction_that_is_not_finite_is_a_reason(tmp_path: Path) -> None:
     terms = torch.from_numpy(terms_matrix(first["terms"].combine_chunks(), RUNS)[known])
     regressor = fit(observed(first, known, RUNS), terms, [0, 0, 1, 1])
     regressor.parts[1]["bias"] = regressor.parts[1]["bias"] * torch.nan
-    save_regressor(config.out, regressor)
-    work = PredictorSpec(config, sampled, sampled, (0, 0, 1, 1), error=0.0).build("0")
+    final = save(config, sampled, regressor)
+    work = PredictorSpec(config, final, sampled, (0, 0, 1, 1), error=0.0).build("0")
     table, _ = work.score(infos[0], work.load(infos[0]))
     spoilt = pc.equal(table["status"], "not-finite").to_numpy()
     assert spoilt.sum() == len(table) - len(known)
@@ -153,8 +176,8 @@ def test_only_runs_that_hold_a_pair_out_predict_it(tmp_path: Path, monkeypatch: 
     first, _ = read_sampled(RunFolder(config.out), infos[0], sampled)
     known = np.flatnonzero(pc.is_valid(first["score"]).to_numpy())
     terms = torch.from_numpy(terms_matrix(first["terms"].combine_chunks(), RUNS)[known])
-    save_regressor(config.out, fit(observed(first, known, RUNS), terms, [0, 0, 1, 1]))
-    work_through(PredictorSpec(config, sampled, sampled, (0, 0, 1, 1), error=0.1), infos)
+    final = save(config, sampled, fit(observed(first, known, RUNS), terms, [0, 0, 1, 1]))
+    work_through(PredictorSpec(config, final, sampled, (0, 0, 1, 1), error=0.1), infos)
 
     expected, found = (pq.read_table(RunFolder(c.out).score_file(0)) for c in (full, config))
     assert found["status"].equals(expected["status"])

@@ -243,3 +243,40 @@ def test_over_ray_the_files_are_those_of_one_process(made: Job, tmp_path: Path) 
     assert (outcome.done, outcome.failed, outcome.statuses) == (3, [], {"ok": PAIRS})
     assert contents(job.folder.scores) == contents(made.folder.scores)
     assert Path(job.folder.regressor).read_bytes() == Path(made.folder.regressor).read_bytes()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_sample_of_two_writers_is_made_anew_by_the_same_command(finished: Job, tmp_path: Path) -> None:
+    """Two kinds of GPU give other last digits: the mark of one may lie over the file of the other."""
+    run = finished.folder
+    sample = RunFolder(run.sample)
+    whole = contents(run.scores)
+    file = Path(sample.score_file(1))
+    bytes_of_one = file.read_bytes()
+    file.write_bytes(bytes_of_one + b"0")
+    Path(run.score_mark(1)).unlink()
+    with pytest.raises(StageError, match=r"1 of 3 shards failed.*changed since it was committed"):
+        score(finished)
+    outcome = score(finished)
+    assert (outcome.done, outcome.failed) == (3, [])
+    assert (contents(run.scores), file.read_bytes()) == (whole, bytes_of_one)
+    assert not storage.list_files(f"{run.root}/failed")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_fit_that_broke_off_leaves_no_mark_over_its_regressor(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished.folder
+    engine = finished.config.engine.model_copy(update={"stale": "redo"})
+    redo = finished.config.model_copy(update={"engine": engine})
+    whole = Path(run.regressor).read_bytes()
+    more = redo.score.model_copy(update={"sample": 0.6})
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "write_mark", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            score(Job(redo.model_copy(update={"score": more})))
+    assert Path(run.regressor).read_bytes() != whole
+    assert marks.read_mark(run.regressor_mark) is None
+
+
+def broken_off(*_: object) -> None:
+    raise KeyboardInterrupt
