@@ -21,7 +21,8 @@ import numpy.typing as npt
 from pipeline.selection.clusters import unit
 from pipeline.selection.keys import parse_uids
 from pipeline.selection.recipe import DUPLICATE, Judged, OpenShard, Recipe
-from pipeline.selection.regroup import Int64, Rows, best_first, bring_back, evaluate_buckets, place_rows, regroup
+from pipeline.selection.regroup import best_first, bring_back, evaluate_buckets, place_rows, regroup
+from pipeline.selection.runs import Int64, Rows
 from pipeline.selection.scan import Bool, ScoreShard
 from pipeline.selection.tasks import MapTasks
 

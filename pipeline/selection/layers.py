@@ -43,7 +43,7 @@ def read_rows(scratch: str, name: str, part: int, start: int, stop: int) -> npt.
 def remove_all(scratch: str) -> None:
     """Remove the scratch folder and everything in it, and the folder it lies in when that is empty."""
     if storage.exists(scratch):
+        storage.remove_folder(scratch)
         fs, path = storage.filesystem(scratch)
-        fs.rm(path, recursive=True)
         with suppress(OSError):
             fs.rmdir(os.path.dirname(path))

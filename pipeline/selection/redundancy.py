@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.selection.recipe import HELPFUL, TIE
-from pipeline.selection.regroup import Rows, best_first
+from pipeline.selection.regroup import best_first
+from pipeline.selection.runs import Rows
 
 #: Nearest neighbours of a pair in the graph of a part.
 NEIGHBOURS = 10

@@ -24,7 +24,8 @@ from pipeline.selection.cuts import take_census
 from pipeline.selection.grouping import frequent_captions
 from pipeline.selection.prepare import Progress
 from pipeline.selection.recipe import HARMFUL, NEAR_DUPLICATE, Judged, OpenShard, Recipe
-from pipeline.selection.regroup import Int64, Rows, bring_back, evaluate_buckets, place_rows, regroup
+from pipeline.selection.regroup import bring_back, evaluate_buckets, place_rows, regroup
+from pipeline.selection.runs import Int64, Rows
 from pipeline.selection.scan import ScoreShard
 from pipeline.selection.standardise import Moments
 from pipeline.selection.tasks import MapTasks, chunks

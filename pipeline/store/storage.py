@@ -168,6 +168,18 @@ def remove(url: str) -> None:
         fs.rm_file(path)
 
 
+def remove_folder(url: str) -> None:
+    """Remove a folder, if it is there, with everything in it: on an object store many files per request."""
+    if is_local(url):
+        if os.path.isdir(local_path(url)):
+            shutil.rmtree(local_path(url))
+        return
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
 def remove_temporary(folder: str, *, below: bool = True) -> None:
     """Remove what writers that were killed left in a local `folder`; object stores keep no partial objects.
 

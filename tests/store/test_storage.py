@@ -97,6 +97,17 @@ def test_lists_hold_files_of_one_folder_sorted(root: str) -> None:
     assert storage.list_files(folder) == [f"{folder}/a.json", f"{folder}/b.json", f"{folder}/c.txt"]
 
 
+def test_a_folder_goes_with_everything_in_it(root: str) -> None:
+    folder = storage.join(root, "a")
+    for name in ("b.json", "below/c.json"):
+        storage.write_bytes(storage.join(folder, name), b"")
+    storage.write_bytes(storage.join(root, "ab.json"), b"")
+    storage.remove_folder(folder)
+    storage.remove_folder(folder)
+    assert not storage.exists(folder)
+    assert storage.list_files(root) == [storage.join(root, "ab.json")]
+
+
 @pytest.mark.parametrize(
     ("url", "local", "last"),
     [
