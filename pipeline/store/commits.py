@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,15 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.run import RunFolder
-from pipeline.store import marks, storage
+from pipeline.store import ahead, marks, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.scores import score_schema, serialise
 
 if TYPE_CHECKING:
     import pyarrow.dataset
-
-#: Marks read at the same time: each is a round trip on an object store.
-READERS = 16
 
 
 class Shard(Protocol):
@@ -169,13 +164,11 @@ def read_marks(run: RunFolder) -> Iterator[ScoreMark]:
     not, or not like this, in the run's inventory.
     """
     known = _inventory(run)
-    names = {storage.basename(url) for url in storage.list_files(run.scores, ".parquet")}
-    urls = [
-        url
-        for url in storage.list_files(run.scores, ".json")
-        if f"{os.path.splitext(storage.basename(url))[0]}.parquet" in names
-    ]
-    for mark in _read_all(urls):
+    files = storage.list_files(run.scores)
+    scored = {url.removesuffix(".parquet") for url in files if url.endswith(".parquet")}
+    urls = [url for url in files if url.endswith(".json") and url.removesuffix(".json") in scored]
+    del files, scored
+    for mark in ahead.in_order(marks.read_mark, urls):
         if mark is not None and ScoreMark.__dataclass_fields__.keys() <= mark.keys():
             found = ScoreMark.parse(mark)
             if known is None or known.get(found.shard) == _identity(found.parts.get("shard", {})):
@@ -244,10 +237,3 @@ def open_scores(run: RunFolder) -> pyarrow.dataset.Dataset:
     fs, _ = storage.filesystem(run.scores)
     paths = [storage.filesystem(file)[1] for file in files]
     return pyarrow.dataset.dataset(paths, format="parquet", filesystem=fs)
-
-
-def _read_all(urls: list[str]) -> Iterator[dict[str, Any] | None]:
-    """Read marks ahead with a few threads, a bounded number at a time, in order."""
-    with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(urls), READERS * 16):
-            yield from pool.map(marks.read_mark, urls[start : start + READERS * 16])

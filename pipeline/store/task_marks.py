@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.store import marks, storage
+from pipeline.store import ahead, marks, storage
 from pipeline.store.fingerprint import Fingerprint
-
-#: Marks read at the same time.
-READERS = 16
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,9 @@ class TaskMarks:
         """Number and result of the tasks below `count` that are complete, in order."""
         there = set(storage.list_files(self.folder, ".json"))
         tasks = [task for task in range(count) if self.url(task) in there]
-        with ThreadPoolExecutor(READERS) as pool:
-            for start in range(0, len(tasks), READERS * 16):
-                block = tasks[start : start + READERS * 16]
-                for task, mark in zip(block, pool.map(marks.read_mark, map(self.url, block)), strict=True):
-                    if mark is not None and marks.is_current(self.url(task), mark, self.fingerprint, self.stale):
-                        yield task, mark["result"]
+        for task, mark in zip(tasks, ahead.in_order(self._read, tasks), strict=True):
+            if mark is not None and marks.is_current(self.url(task), mark, self.fingerprint, self.stale):
+                yield task, mark["result"]
+
+    def _read(self, task: int) -> dict[str, Any] | None:
+        return marks.read_mark(self.url(task))
