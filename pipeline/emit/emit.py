@@ -162,10 +162,10 @@ def emit_fingerprint(config: Config, inventory: Sequence[ShardInfo], selection: 
 
 def selection_digests(inventory: Sequence[ShardInfo], selection: SelectionSummary) -> dict[str, str]:
     """The parts of the fingerprint that can be checked without the config: which pairs, of which shards."""
-    chosen = {name: value for name, value in asdict(selection).items() if name not in ("seconds", "folder")}
+    chosen = {name: value for name, value in vars(selection).items() if name not in ("seconds", "folder")}
     shards = [[info.url, info.bytes, info.etag] for info in inventory]
     return {
-        "selection": storage.checksum(json.dumps(chosen, sort_keys=True).encode()),
+        "selection": storage.checksum(json.dumps(chosen, sort_keys=True, default=vars).encode()),
         "inventory": storage.checksum(json.dumps(shards).encode()),
     }
 
@@ -237,11 +237,10 @@ def train_command(config: Config, folder: SelectionFolder, lines: Sequence[Manif
 
 def _complete(folder: SelectionFolder, mark: dict[str, Any]) -> bool:
     """Whether the files that a mark speaks of are still there."""
+    tars = [storage.join(folder.shards, f"{number:05d}.tar") for number in range(mark.get("tars", 0))]
+    needed = {*tars, storage.join(folder.shards, "sizes.json")} if tars else set()
     files = [folder.manifest, folder.uids, folder.train_script, folder.card]
-    tars = range(mark.get("tars", 0))
-    files += [storage.join(folder.shards, "sizes.json")] if tars else []
-    files += [storage.join(folder.shards, f"{number:05d}.tar") for number in tars]
-    return all(storage.exists(url) for url in files)
+    return all(storage.exists(url) for url in files) and needed.issubset(storage.list_files(folder.shards))
 
 
 def _card(

@@ -22,7 +22,7 @@ from pipeline.emit.files import OpenFiles, large_file
 from pipeline.emit.members import Sample
 from pipeline.emit.plan import Input, KeptRow, Plan, kept_samples, printable, read_keep
 from pipeline.emit.tar import TarWriter, json_of
-from pipeline.store import storage
+from pipeline.store import ahead, storage
 
 #: Raised whenever the same inputs would give other bytes.
 FORMAT = 1
@@ -69,7 +69,7 @@ def reshard(plan: Plan, map_tasks: MapTasks = map) -> list[ShardStats]:
     """
     _remove_strangers(plan)
     if plan.seed is not None:
-        missing = [shard for shard in range(plan.shards) if finished(plan, shard) is None]
+        missing = any(stats is None for stats in ahead.in_order(partial(finished, plan), range(plan.shards)))
         if missing:
             storage.make_folder(plan.parts)
             for _ in map_tasks(partial(shuffle.prepare, plan), range(len(plan.inputs))):

@@ -41,12 +41,13 @@ def check_selection(run: RunFolder, inventory: Sequence[ShardInfo], selection: S
     if sum(listed.values()) != selection.kept:
         yield f"{folder.root}: expected {selection.kept} kept pairs, found {sum(listed.values())} over the shards"
     mine = {folder.keep(index) for index in listed}
-    for url in storage.list_files(storage.join(folder.root, "keep")):
+    there = storage.list_files(storage.join(folder.root, "keep"))
+    for url in there:
         if url not in mine:
             yield f"{url}: belongs to no shard of the selection"
     if storage.exists(folder.mark):
         yield from _check_manifest(folder, inventory, selection)
-        yield from check_uids(folder.uids, [url for url in sorted(mine) if storage.exists(url)], "the keep lists")
+        yield from check_uids(folder.uids, [url for url in there if url in mine], "the keep lists")
     elif storage.exists(folder.manifest):
         yield f"{folder.mark}: missing: the hand-over was begun and not finished; run `diffprune emit`"
 

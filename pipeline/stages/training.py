@@ -74,8 +74,7 @@ def take_inventory(job: Job) -> None:
         reason = f" ({first.end_error})" if first.end_error else ""
         raise InputError(f"{first.url}: expected image-text pairs, found none here{reason} or in any other shard")
     write_inventory(job.folder.inventory, [found[number] for number in range(len(urls))])
-    for number in range(len(left)):
-        storage.remove(marks.url(number))
+    storage.remove_folder(marks.folder)
 
 
 def _known_shards(job: Job, urls: list[str]) -> dict[int, ShardInfo]:

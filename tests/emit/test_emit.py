@@ -20,6 +20,7 @@ from pipeline.emit.keys import key_words, keys_repeat
 from pipeline.emit.manifest import read_manifest
 from pipeline.emit.train_script import TrainCommand, consumer_url, join_urls, most_loaders, shard_pattern
 from pipeline.errors import StageError
+from pipeline.store import storage
 from tests.emit.made_run import MadeRun, make_run
 from tests.helpers import sample_members, write_shards, write_tar
 
@@ -74,6 +75,26 @@ def test_a_second_call_writes_nothing(tmp_path: Path) -> None:
     before = files_of(made.folder.root)
     assert emit(made.run, made.config, made.inventory) == summary
     assert files_of(made.folder.root) == before
+
+
+def test_whether_the_tars_are_there_is_asked_of_one_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, summary = emitted(tmp_path)
+    asked: list[str] = []
+    exists = storage.exists
+    monkeypatch.setattr(storage, "exists", lambda url: asked.append(url) or exists(url))
+    assert emit(made.run, made.config, made.inventory) == summary
+    assert asked
+    assert not [url for url in asked if url.startswith(made.folder.shards)]
+
+
+@pytest.mark.parametrize("name", ["00002.tar", "sizes.json"])
+def test_a_hand_over_that_lacks_a_file_is_not_complete(tmp_path: Path, name: str) -> None:
+    made, _ = emitted(tmp_path)
+    path = Path(made.folder.shards) / name
+    content = path.read_bytes()
+    path.unlink()
+    emit(made.run, made.config, made.inventory)
+    assert path.read_bytes() == content
 
 
 def test_what_is_gone_is_made_again_and_the_rest_left_alone(tmp_path: Path) -> None:
