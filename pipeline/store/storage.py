@@ -146,6 +146,7 @@ def list_files(folder: str, suffix: str = "") -> list[str]:
         fs, path = filesystem(folder)
         entries = fs.ls(path, detail=True) if fs.exists(path) else []
         found = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]
+        fs.invalidate_cache()  # it keeps more than a kilobyte per file
     return sorted(
         join(folder, name) for name in found if name.endswith(suffix) and not name.startswith(TEMPORARY_PREFIX)
     )

@@ -97,6 +97,15 @@ def test_lists_hold_files_of_one_folder_sorted(root: str) -> None:
     assert storage.list_files(folder) == [f"{folder}/a.json", f"{folder}/b.json", f"{folder}/c.txt"]
 
 
+def test_a_list_of_an_object_store_is_not_kept(s3_bucket: Bucket) -> None:
+    url = storage.join(s3_bucket.url, "a", "b.json")
+    storage.write_bytes(url, b"")
+    assert storage.list_files(storage.join(s3_bucket.url, "a")) == [url]
+    assert not len(storage.filesystem(url)[0].dircache)
+    storage.remove_folder(storage.join(s3_bucket.url, "a"))
+    assert not storage.exists(url)
+
+
 def test_a_folder_goes_with_everything_in_it(root: str) -> None:
     folder = storage.join(root, "a")
     for name in ("b.json", "below/c.json"):
