@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,10 +13,7 @@ from pipeline.data.reader import read_shard
 from pipeline.data.shards import expand
 from pipeline.data.stream import describe
 from pipeline.errors import InputError
-from pipeline.store import storage
-
-#: Questions to storage at the same time.
-ASKED_AT_ONCE = 32
+from pipeline.store import ahead, storage
 
 _SCHEMA = pa.schema(
     [
@@ -92,11 +88,8 @@ def versions(urls: Sequence[str]) -> Iterator[tuple[str, int, str]]:
 
     Raises `InputError` for one that is not there.
     """
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        for start in range(0, len(urls), ASKED_AT_ONCE * 16):
-            some = urls[start : start + ASKED_AT_ONCE * 16]
-            for url, (size, etag) in zip(some, pool.map(describe, some), strict=True):
-                yield storage.basename(url), size, etag
+    for url, (size, etag) in zip(urls, ahead.in_order(describe, urls), strict=True):
+        yield storage.basename(url), size, etag
 
 
 def shard_versions(shards: str | list[str] | None, key: str) -> list[tuple[str, int, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -215,16 +215,18 @@ def judged(
 def remove_strangers(run: RunFolder, shards: int) -> None:
     """Remove scores of an input that had more shards than these, whose numbers are 0 to `shards` - 1."""
     for ending in (".json", ".parquet"):  # first what vouches for the file
-        for url in storage.list_files(run.scores, ending):
-            number = storage.basename(url).removesuffix(ending)
-            if number.isdigit() and int(number) >= shards:
-                storage.remove(url)
+        numbers = {url: storage.basename(url).removesuffix(ending) for url in storage.list_files(run.scores, ending)}
+        _remove([url for url, number in numbers.items() if number.isdigit() and int(number) >= shards])
 
 
-def withdraw(run: RunFolder, shards: Iterable[int]) -> None:
+def withdraw(run: RunFolder, shards: Sequence[int]) -> None:
     """Remove the marks of these shards (numbers): nothing vouches for their scores any more."""
-    for shard in shards:
-        storage.remove(run.score_mark(shard))
+    _remove([run.score_mark(shard) for shard in shards])
+
+
+def _remove(urls: Sequence[str]) -> None:
+    for _ in ahead.in_order(storage.remove, urls):
+        pass
 
 
 def open_scores(run: RunFolder) -> pyarrow.dataset.Dataset:
