@@ -99,12 +99,12 @@ class Sample:
 
     def add(self, rows: ShardRows) -> None:
         """Offer the scored pairs of a shard."""
+        if not rows.scored.any():  # it says nothing of how many terms there are
+            return
         draws = np.random.default_rng([self.seed, rows.shard]).integers(0, 1 << 63, len(rows), dtype=np.uint64)
         terms = rows.terms()
-        if self.number_of_terms is None:
-            self.number_of_terms = terms.shape[1]
-        elif len(terms):
-            self.number_of_terms = min(self.number_of_terms, terms.shape[1])
+        width = terms.shape[1]
+        self.number_of_terms = width if self.number_of_terms is None else min(self.number_of_terms, width)
         values = np.column_stack([rows.floats(name)[rows.scored] for name in self.names] + [terms])
         self.parts.append((draws[rows.scored], values, rows.kept[0][rows.scored]))
         self.held += len(values)
@@ -122,7 +122,10 @@ class Sample:
 
     def finish(self) -> Sample:
         """Bring the parts together; call once, after the last `add`."""
-        self._trim()
+        if self.parts:
+            self._trim()
+        else:
+            self.parts = [(np.empty(0, np.uint64), np.empty((0, len(self.names))), np.empty(0, bool))]
         return self
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from scipy.stats import spearmanr
 
-from pipeline.report.collect import TAIL, Findings, _edges, collect
+from pipeline.report.collect import TAIL, Findings, Sample, _edges, collect
 from pipeline.report.figures import agreement_figures, correlation_label, spearman, utility_figure, variance_shares
 from pipeline.report.groups import GroupCounter, wilson
 from pipeline.report.rows import ShardRows, selections
@@ -73,6 +73,39 @@ def test_sample_is_the_same_for_any_order_of_shards(made: Made) -> None:
     assert len(forward) == 60
     np.testing.assert_array_equal(np.sort(forward["utility"]), np.sort(backward["utility"]))
     assert set(forward["utility"]) != set(other["utility"])
+
+
+def rows_of(shard: int, status: list[str]) -> ShardRows:
+    """Rows with two terms where the status is ok."""
+    ok = [each == "ok" for each in status]
+    table = pa.table(
+        {
+            "index": pa.array(range(len(ok)), pa.int32()),
+            "status": pa.array(status, pa.string()),
+            "utility": pa.array([float(shard) if each else None for each in ok], pa.float32()),
+            "terms": pa.array([[1.0, 2.0] if each else None for each in ok], pa.list_(pa.float32())),
+        }
+    )
+    return ShardRows(shard, table, [np.arange(len(ok))])
+
+
+@pytest.mark.parametrize("bad", [["corrupt-image"] * 5, []])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1)])
+def test_a_shard_without_a_scored_pair_takes_no_terms_from_the_others(bad: list[str], order: tuple[int, ...]) -> None:
+    shards = [rows_of(0, ["ok", "no-caption", "ok"]), rows_of(1, bad), rows_of(2, ["ok"])]
+    sample = Sample(10, seed=0)
+    for shard in order:
+        sample.add(shards[shard])
+    sample.finish()
+    assert sample.terms.tolist() == [[1, 2]] * 3
+    assert sorted(sample["utility"]) == [0, 0, 2]
+
+
+def test_a_sample_of_no_pair_is_empty() -> None:
+    sample = Sample(10, seed=0)
+    sample.add(rows_of(0, ["corrupt-image"]))
+    sample.finish()
+    assert (len(sample), sample.terms.shape, sample["utility"].tolist(), sample.kept.tolist()) == (0, (0, 0), [], [])
 
 
 def test_groups_match_plain_counts(made: Made, found: Findings) -> None:
