@@ -41,9 +41,9 @@ def power_of_ten(exponent: int) -> str:
     return "10" + str(exponent).translate(_SUPERSCRIPTS)
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage; a small one is not rounded to nothing."""
-    if not math.isfinite(share):
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a percentage; a small one is not rounded to nothing; an en dash for a missing one."""
+    if share is None or not math.isfinite(share):
         return "\u2013"
     if 0 < abs(share) < 0.5 * 10 ** (-digits - 2):
         return f"<{NARROW}{10**-digits:g}{NARROW}%"

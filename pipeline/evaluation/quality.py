@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Detection:
     pairs: int
 
     def to_dict(self) -> dict[str, float]:
-        """Plain numbers for JSON."""
+        """The attributes by name; NaN where one kind of pairs is missing."""
         return asdict(self)
 
 
@@ -84,5 +85,21 @@ def read_truth(url: str) -> dict[str, bool]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{url}: expected a CSV with columns {', '.join(_TRUTH_COLUMNS)}: {error}") from None
     if missing := set(_TRUTH_COLUMNS) - set(rows.fieldnames or ()):
-        raise InputError(f"{url}: expected columns {', '.join(_TRUTH_COLUMNS)}, {', '.join(sorted(missing))} missing")
+        raise InputError(f"{url}: expected columns {', '.join(_TRUTH_COLUMNS)}; missing: {', '.join(sorted(missing))}")
     return {row["uid"]: row["clean"] != row["caption_class"] for row in rows}
+
+
+def match_truth(url: str, uids: Sequence[str]) -> tuple[Bools, Bools]:
+    """Of a run's pairs, which the truth at `url` knows, and which have a wrong caption: bool `[uids]` each.
+
+    A uid is empty where nothing is known of the pair. Raises `InputError` as `read_truth` does, and where the truth
+    knows none of them.
+    """
+    truth = read_truth(url)
+    known = np.array([uid in truth for uid in uids], dtype=bool)
+    if not known.any():
+        pairs = sum(1 for uid in uids if uid)
+        raise InputError(
+            f"{url}: expected the uids of this run's pairs, none of its {len(truth):,} is among the run's {pairs:,}"
+        )
+    return known, np.array([truth.get(uid, False) for uid in uids], dtype=bool)

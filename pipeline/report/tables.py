@@ -99,22 +99,16 @@ def quality_table(quality: Mapping[str, Any]) -> Table | None:
         return None
     rows = [
         (_RANKED_BY.get(name, plain(name)), _auroc(value), number(value.get("average_precision"), 3), _precision(value),
-         _rate(value, "base_rate"))
+         percent(value.get("base_rate")))
         for name, value in entries.items()
     ]  # fmt: skip
     heads = ("ranked by", "AUROC", "average precision", "wrong among the pairs ranked lowest", "wrong among all")
     return Table("How well low values point at the pairs known to be wrong (95\u202f% intervals)", heads, rows)
 
 
-def _rate(value: Mapping[str, Any], name: str) -> str:
-    found = value.get(name)
-    return percent(float(found)) if isinstance(found, int | float) else number(None)
-
-
 def _auroc(value: Mapping[str, Any]) -> str:
-    area = float(value["auroc"])
-    pairs, rate = value.get("pairs"), value.get("base_rate")
-    if not pairs or not rate or not math.isfinite(area):
+    area, pairs, rate = value["auroc"], value.get("pairs"), value.get("base_rate")
+    if area is None or not pairs or not rate:
         return number(area)
     wrong, right = rate * pairs, (1 - rate) * pairs
     # Hanley & McNeil 1982, the standard error of an area under a ROC curve
@@ -125,12 +119,10 @@ def _auroc(value: Mapping[str, Any]) -> str:
 
 def _precision(value: Mapping[str, Any]) -> str:
     share, suspects = value.get("precision"), value.get("suspects")
-    if not isinstance(share, int | float):
-        return number(None)
-    if not suspects:
-        return percent(float(share))
+    if share is None or not suspects:
+        return percent(share)
     low, high = wilson(round(share * suspects), int(suspects))
-    return f"{percent(float(share))} ({percent(low)}\u00a0to\u00a0{percent(high)}) of\u00a0{count(suspects)}"
+    return f"{percent(share)} ({percent(low)}\u00a0to\u00a0{percent(high)}) of\u00a0{count(suspects)}"
 
 
 def comparison_table(comparison: Comparison, selection: str) -> Table:

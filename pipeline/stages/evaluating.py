@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.inventory import shard_versions
@@ -88,7 +87,7 @@ def evaluate(job: Job) -> list[Result]:
         results.append(Result.of(name, series, mine[0]["size"], mine[0]["metric"], [mark["value"] for mark in mine]))
     storage.write_json(
         storage.join(job.folder.root, "evaluation", "results.json"),
-        {"rows": [_without_nan(asdict(result)) for result in results]},
+        {"rows": [storage.without_nan(asdict(result)) for result in results]},
     )
     return results
 
@@ -103,10 +102,6 @@ def _warn_of_shared_shards(config: Config) -> None:
         if shared:
             named = f"{plural(len(shared), 'shard')} of evaluate.shards, {min(shared)} first, also named by {key}"
             say("evaluate", f"{named}: what is measured on them is not what unused pairs would give")
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
 
 
 def _training(job: Job, pairs: WrittenSet) -> _Training:

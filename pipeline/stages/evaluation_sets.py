@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Config, SelectConfig
 from pipeline.data.positions import Positions, offsets
-from pipeline.evaluation.quality import read_truth
+from pipeline.evaluation.quality import match_truth
 from pipeline.selection.kept import chosen_positions, kept_positions
 from pipeline.selection.summary import read_summary
 from pipeline.selection.tasks import thread_map
@@ -136,9 +136,8 @@ def _right(job: Job, scored: Positions) -> Positions:
     """The scored pairs whose caption is known to be right."""
     assert job.config.evaluate is not None
     assert job.config.evaluate.truth is not None  # the config asks for it
-    truth = read_truth(job.config.evaluate.truth)
-    right = np.array([not truth.get(uid, True) for uid in uids(job)], dtype=bool)
-    return np.asarray(scored[right[scored]], np.int64)
+    known, wrong = match_truth(job.config.evaluate.truth, uids(job))
+    return np.asarray(scored[(known & ~wrong)[scored]], np.int64)
 
 
 def score_column(job: Job, name: str) -> NDArray[np.float64]:

@@ -9,11 +9,14 @@ import numpy as np
 
 from pipeline.config import Config, SelectConfig
 from pipeline.engine.tasks import run_task
-from pipeline.evaluation.quality import Detection, detect, read_truth
+from pipeline.evaluation.quality import Detection, detect, match_truth
 from pipeline.selection.kept import kept_positions, ranked_values
+from pipeline.selection.summary import summary_file
 from pipeline.selection.tasks import thread_map
 from pipeline.stages.evaluation_sets import uids
 from pipeline.stages.job import Job
+from pipeline.store import storage
+from pipeline.store.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,21 @@ class Judgement:
     wrong: int
 
 
+def judged_from(job: Job) -> str | None:
+    """Digest of what decides a judgement: truth, finished selection and rankings; None where no truth is given."""
+    config = job.config
+    if config.evaluate is None or config.evaluate.truth is None:
+        return None
+    return Fingerprint(
+        {
+            "truth": storage.file_checksum(config.evaluate.truth),
+            "selection": storage.file_checksum(summary_file(job.folder, config.select.name)),
+            "select": config.select.model_dump(mode="json"),
+            "compare": config.evaluate.compare,
+        }
+    ).digest
+
+
 def judge(job: Job) -> Judgement | None:
     """Judge the selection and the rankings; None where no truth is given."""
     config = job.config
@@ -45,10 +63,7 @@ def _judge(config: Config) -> Judgement:
     job = Job(config)
     assert config.evaluate is not None
     assert config.evaluate.truth is not None
-    truth = read_truth(config.evaluate.truth)
-    names = uids(job)
-    known = np.array([uid in truth for uid in names], dtype=bool)
-    wrong = np.array([truth.get(uid, False) for uid in names], dtype=bool)
+    known, wrong = match_truth(config.evaluate.truth, uids(job))
     out = np.ones(job.samples, dtype=bool)
     out[kept_positions(job.folder.selection(config.select.name), job.inventory)] = False
     rankings: dict[str, dict[str, Any]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -199,9 +198,9 @@ def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> l
     storage.write_json(
         storage.join(folder, "table.json"),
         {
-            "lines": [_plain(asdict(line)) for line in lines],
-            "runs": [_plain(asdict(line)) for line in runs],
-            "cleaning": {name: _plain(found.to_dict()) for name, found in cleaning.items()},
+            "lines": [storage.without_nan(asdict(line)) for line in lines],
+            "runs": [storage.without_nan(asdict(line)) for line in runs],
+            "cleaning": storage.without_nan({name: found.to_dict() for name, found in cleaning.items()}),
             "target_loss": [seed["losses"] for seed in seeds],
             "eta_lambda_max": [seed["steepness"] for seed in seeds],
             "stability_limit": seeds[0]["stability_limit"],
@@ -222,13 +221,6 @@ _SCHEMA = pa.schema(
         ("distance", pa.float64()),
     ]
 )
-
-
-def _plain(row: Any) -> Any:
-    """Numbers that JSON has: what is not finite becomes null."""
-    if isinstance(row, dict):
-        return {key: _plain(value) for key, value in row.items()}
-    return None if isinstance(row, float) and not math.isfinite(row) else row
 
 
 def _cleaning(measured: Measured, wrong: Bools | None) -> dict[str, Detection]:

@@ -22,7 +22,7 @@ from pipeline.run import RunFolder
 from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.summary import read_summary, summary_file
 from pipeline.stages.job import Job
-from pipeline.stages.judging import judge
+from pipeline.stages.judging import judge, judged_from
 from pipeline.stages.scoring import known_fingerprint
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
@@ -68,8 +68,9 @@ def timed(job: Job, stage: str) -> Iterator[None]:
 
 
 def _note(job: Job, values: dict[str, Any]) -> None:
-    """Put values into `summary.json`, in place of earlier ones of the same name."""
-    storage.write_json(job.folder.summary, {**_read(job), **values})
+    """Put values into `summary.json`, in place of earlier ones of the same name; None takes those away."""
+    noted = {name: value for name, value in {**_read(job), **values}.items() if value is not None}
+    storage.write_json(job.folder.summary, noted)
 
 
 def _read(job: Job) -> dict[str, Any]:
@@ -122,23 +123,29 @@ def _add(seconds: dict[str, float], more: dict[str, float]) -> None:
 
 def note_selection(job: Job) -> None:
     """Note the counts of the selection, and how well it found the wrong captions where the truth is known."""
-    values: dict[str, Any] = {"counts": account(read_summary(job.folder, job.config.select.name))}
+    counts = account(read_summary(job.folder, job.config.select.name))
     judged = judge(job)
-    if judged is not None:
-        values["quality"] = {
-            "auroc": judged.by["utility"].auroc,
-            "precision": judged.wrong / judged.pruned if judged.pruned else None,
-            "base_rate": judged.by["utility"].base_rate,
-            "by": {name: found.to_dict() for name, found in judged.by.items()},
-        }
-    _note(job, values)
+    if judged is None:
+        _note(job, {"counts": counts, "quality": None})
+        return
+    quality = {
+        "judged_from": judged_from(job),
+        "auroc": judged.by["utility"].auroc,
+        "precision": judged.wrong / judged.pruned if judged.pruned else None,
+        "base_rate": judged.by["utility"].base_rate,
+        "by": {name: found.to_dict() for name, found in judged.by.items()},
+    }
+    _note(job, {"counts": counts, "quality": storage.without_nan(quality)})
 
 
 def speak_of_selection(job: Job) -> None:
-    """Note this job's selection again where the summary speaks of another one, made since."""
+    """Note this job's selection again where the summary speaks of another one, or judges it by something else."""
     name = job.config.select.name
-    noted = _read(job).get("counts", {}).get("selection")
-    if noted != name and storage.exists(summary_file(job.folder, name)):
+    if not storage.exists(summary_file(job.folder, name)):
+        return
+    noted = _read(job)
+    spoken_of, judged = noted.get("counts", {}).get("selection"), noted.get("quality", {}).get("judged_from")
+    if spoken_of != name or judged != judged_from(job):
         note_selection(job)
 
 
@@ -184,9 +191,14 @@ def _add_quality(table: Table, job: Job, summary: dict[str, Any]) -> None:
     for place, (name, found) in enumerate(quality["by"].items()):
         table.add_row(
             "found by" if place == 0 else "",
-            f"{names.get(name, name)}: AUROC {found['auroc']:.3f}, average precision {found['average_precision']:.3f}, "
-            f"precision {found['precision']:.3f} at the true number",
+            f"{names.get(name, name)}: AUROC {_rounded(found['auroc'])}, "
+            f"average precision {_rounded(found['average_precision'])}, "
+            f"precision {_rounded(found['precision'])} at the true number",
         )
+
+
+def _rounded(value: float | None) -> str:
+    return text.number(None) if value is None else f"{value:.3f}"
 
 
 def _add_results(table: Table, results: list[Result]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import posixpath
 import shutil
@@ -102,6 +103,13 @@ def write_bytes(url: str, data: bytes) -> None:
 def write_json(url: str, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically; key order is kept."""
     write_bytes(url, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def without_nan(value: Any) -> Any:
+    """`value` as JSON can have it: null for numbers that are not finite, in dictionaries within dictionaries, too."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

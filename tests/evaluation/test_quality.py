@@ -38,7 +38,7 @@ def test_a_caption_is_wrong_where_it_names_another_class(tmp_path: Path) -> None
 def test_a_truth_file_without_its_columns_is_named(tmp_path: Path) -> None:
     path = tmp_path / "truth.csv"
     path.write_text("uid,clean\na,cat\n")
-    with pytest.raises(InputError, match=r"truth.csv: expected columns .*, caption_class missing"):
+    with pytest.raises(InputError, match=r"truth.csv: expected columns .*; missing: caption_class"):
         read_truth(str(path))
     with pytest.raises(InputError, match=r"nowhere.csv: expected a CSV"):
         read_truth(str(tmp_path / "nowhere.csv"))
