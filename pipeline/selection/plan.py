@@ -70,14 +70,15 @@ def plan_selection(
     """Work out which pairs of a run a selection keeps, with memory that does not grow with their number.
 
     Passes that later ones need per row go to files under `scratch`, which the caller removes.
-    Raises `ConfigError` for a config that does not fit the scores (before any pass), `StageError` without scores or
-    when a count cannot be met, `InputError` for joined runs over other pairs.
+    Raises `ConfigError` for a config that does not fit the scores (before any pass) or that rules out every pair,
+    `StageError` without scores or when a count cannot be met, `InputError` for joined runs over other pairs.
     """
     tell = progress or (lambda _: None)
     shards, _ = committed_shards(run)
     recipe = prepare.make_recipe(config, shards[0], seed, scratch)
     fingerprint = input_fingerprint(run, config.join)
     recipe = prepare.work_out(run, recipe, shards, tell, map_tasks)
+    prepare.check_some_can_be_kept(recipe, shards)
     recipe, clusters = structure.find_structure(config, recipe, shards, tell, map_tasks)
     tell("counting")
     single = config.keep if isinstance(config.keep, float | int) else None

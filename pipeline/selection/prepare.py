@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.config import SelectConfig, Threshold
 from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.run import RunFolder
-from pipeline.selection.formula import parse_formula
+from pipeline.selection.formula import Formula, parse_formula
 from pipeline.selection.ranks import RankSketch, merged
 from pipeline.selection.recipe import OpenShard, Recipe
 from pipeline.selection.scan import ScoreFile, ScoreShard
@@ -80,11 +80,39 @@ def work_out(
         tasks = list(map_tasks(partial(_sketches, recipe, ranked), chunks(shards)))
         sketches = [merged(task[place] for task in tasks) for place in range(len(ranked))]
         recipe = replace(recipe, tables={source: s.table() for source, s in zip(ranked, sketches, strict=True)})
-    if recipe.spread is not None and not _has_spread(recipe, shards):
+    if recipe.spread is not None and not _has_value(recipe, recipe.spread, shards):
         raise StageError(
             f"select.policy: significant needs {recipe.spread.source}, which is empty; it takes proxy.runs of 2 or more"
         )
     return recipe
+
+
+def check_some_can_be_kept(recipe: Recipe, shards: Sequence[ScoreShard]) -> None:
+    """Some pair that was scored has a value to be ranked by, and meets the condition. Raises `ConfigError`.
+
+    It reads no further than the first such pair.
+    """
+    scored = not_finite = 0
+    for shard in shards:
+        with OpenShard(recipe, shard) as opened:
+            for judged in opened.judged():
+                if len(judged.value):
+                    return
+                scored += judged.scored
+                not_finite += judged.rejected["not-finite"]
+    if scored:
+        assert recipe.where is not None  # nothing else rules out pairs before layers are written
+        raise ConfigError("expected a condition that some pair meets", key="select.where", found=recipe.where.source)
+    if not_finite:
+        columns = [parse_formula(name, "select.by", {name}) for name in sorted(recipe.by.columns)]
+        empty = [column.source for column in columns if not _has_value(recipe, column, shards)]
+        because = f" ({', '.join(map(_emptiness, empty))})" if empty else ""
+        raise ConfigError(f"expected a finite value of some pair{because}", key="select.by", found=recipe.by.source)
+
+
+def _emptiness(column: str) -> str:
+    takes = ": it takes proxy.runs of 2 or more" if column.endswith(("utility_std", "zterms_std")) else ""
+    return f"{column} is empty throughout{takes}"
 
 
 def _check_columns(config: SelectConfig, schemas: dict[str, pa.Schema]) -> None:
@@ -149,11 +177,10 @@ def _terms_width(shard: ScoreShard) -> int:
     return 0
 
 
-def _has_spread(recipe: Recipe, shards: Sequence[ScoreShard]) -> bool:
-    assert recipe.spread is not None
+def _has_value(recipe: Recipe, formula: Formula, shards: Sequence[ScoreShard]) -> bool:
     for shard in shards:
         with OpenShard(recipe, shard) as opened:
-            if any(np.isfinite(opened.evaluate(recipe.spread, span)).any() for span in opened.spans()):
+            if any(np.isfinite(opened.evaluate(formula, span)).any() for span in opened.spans()):
                 return True
     return False
 

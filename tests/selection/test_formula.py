@@ -181,6 +181,35 @@ def test_significant_without_a_spread_is_refused(tmp_path):
         select(run, SelectConfig(policy="significant"), seed=0)
 
 
+RUNS = r"is empty throughout: it takes proxy\.runs of 2 or more"
+NOBODY = [
+    ({"by": "utility - utility_std"}, rf"select\.by: .* value of some pair \(utility_std {RUNS}\), found 'utility"),
+    ({"by": "rank(b.utility_std) + b.loss", "join": {}}, rf"\(b\.loss is empty throughout, b\.utility_std {RUNS}\)"),
+    ({"by": "log(-similarity)"}, r"select\.by: expected a finite value of some pair, found 'log\(-similarity\)'"),
+    ({"by": "zterms_std"}, rf"zterms_std {RUNS}"),
+    ({"where": "width > 64"}, r"select\.where: expected a condition that some pair meets, found 'width > 64'"),
+    ({"where": "width > 64", "policy": "infomax"}, r"select\.where: expected a condition that some pair meets"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "line"), NOBODY)
+def test_what_no_pair_can_meet_is_refused_with_the_reason(tmp_path, section, line):
+    shards = [[row(1, 1.0, loss=None), row(2, None, loss=None, status="corrupt-image")], [row(3, 3.0, loss=None)]]
+    run = write_run(tmp_path / "a", shards, embedding_size=4)
+    other = write_run(tmp_path / "b", shards)
+    section = section | ({"join": {"b": other.root}} if "join" in section else {})
+    with pytest.raises(ConfigError, match=line):
+        select(run, SelectConfig.model_validate(section), seed=0)
+    assert not storage.exists(run.selection())
+    assert not (tmp_path / "a" / "scratch").exists()
+
+
+def test_a_run_of_rejected_pairs_keeps_none(tmp_path):
+    run = write_run(tmp_path, [[row(1, None, status="corrupt-image")], []])
+    done = select(run, SelectConfig(where="width > 64"), seed=0)
+    assert (done.kept, done.rejected) == (0, {"corrupt-image": 1})
+
+
 REFUSED = [
     ({"join": {"no-name": "there"}}, r"select\.join: expected a name of letters"),
     ({"keep": {"threshold": 0.5}, "policy": "significant"}, r"select\.keep: expected a fraction or a count"),
