@@ -120,7 +120,7 @@ class EmitConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Training on what was kept, against baselines of the same size."""
+    """Training on what was kept, against baselines of the same size; pairs held out as the target are in no set."""
 
     seeds: PositiveInt = 3
     """Training runs per set; mean and standard deviation are reported."""

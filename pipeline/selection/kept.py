@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import SelectConfig
 from pipeline.data.inventory import ShardInfo
-from pipeline.data.positions import Positions, offsets
+from pipeline.data.positions import Positions, by_shard, offsets
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.selection import layers
@@ -50,16 +50,24 @@ def kept_positions(folder: str, inventory: Sequence[ShardInfo]) -> Positions:
 
 
 def chosen_positions(
-    run: RunFolder, config: SelectConfig, inventory: Sequence[ShardInfo], *, seed: int, map_tasks: MapTasks = map
+    run: RunFolder,
+    config: SelectConfig,
+    inventory: Sequence[ShardInfo],
+    *,
+    seed: int,
+    map_tasks: MapTasks = map,
+    without: Positions | None = None,
 ) -> Positions:
     """Global positions of the pairs that a selection would keep, ascending; it leaves nothing on storage.
 
-    Raises as `plan_selection` does.
+    It chooses as if the pairs at the positions `without` had not scored. Raises as `plan_selection` does.
     """
     starts = offsets(inventory)
     parts = [np.empty(0, np.int64)]
+    barred = np.empty(0, np.int64) if without is None else np.sort(without)
+    left_out = {info.index: rows for info, _, rows in by_shard(inventory, barred)}
     with _scratch(run, config) as scratch:
-        plan = plan_selection(run, config, seed=seed, scratch=scratch, map_tasks=map_tasks)
+        plan = plan_selection(run, config, seed=seed, scratch=scratch, map_tasks=map_tasks, left_out=left_out)
         for shard in plan.shards:
             with OpenShard(plan.recipe, shard) as opened:
                 for judged in opened.judged():

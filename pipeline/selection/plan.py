@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from pipeline.config import Band, SelectConfig, Threshold
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.selection import grouping, prepare, structure
-from pipeline.selection.boundaries import Boundaries
+from pipeline.selection.boundaries import Boundaries, Int64
 from pipeline.selection.bracket import guess
 from pipeline.selection.clusters import Clusters
 from pipeline.selection.cuts import COLLECT, Census, count_taken, find_boundaries, take_census
@@ -66,16 +66,18 @@ def plan_selection(
     scratch: str,
     progress: Progress | None = None,
     map_tasks: MapTasks = map,
+    left_out: Mapping[int, Int64] | None = None,
 ) -> SelectionPlan:
     """Work out which pairs of a run a selection keeps, with memory that does not grow with their number.
 
+    Rows `left_out`, by the number of their shard, count as not scored.
     Passes that later ones need per row go to files under `scratch`, which the caller removes.
     Raises `ConfigError` for a config that does not fit the scores (before any pass) or that rules out every pair,
     `StageError` without scores or when a count cannot be met, `InputError` for joined runs over other pairs.
     """
     tell = progress or (lambda _: None)
     shards, _ = committed_shards(run)
-    recipe = prepare.make_recipe(config, shards[0], seed, scratch)
+    recipe = replace(prepare.make_recipe(config, shards[0], seed, scratch), left_out=left_out or {})
     fingerprint = input_fingerprint(run, config.join)
     recipe = prepare.work_out(run, recipe, shards, tell, map_tasks)
     prepare.check_some_can_be_kept(recipe, shards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ Int32 = npt.NDArray[np.int32]
 
 #: Layers that rule out pairs where they are not 0, named after the reason.
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
+#: Why rows of `Recipe.left_out` count as rejected.
+LEFT_OUT = "left-out"
 #: Tiers of `significant`, in the order in which a quota is filled.
 HELPFUL, TIE, HARMFUL = 0, 1, 2
 
@@ -35,8 +37,8 @@ class Recipe:
 
     `tables` are the ranks the formulas need; `zterms` how the per-checkpoint terms are standardised; `join` folders
     of other runs by name, `embeddings` the one of them whose embeddings are used; `captions` the sorted caption ids
-    that are groups of their own; `scratch` where the layers (values per row that earlier passes worked out) lie, and
-    `layers` which there are.
+    that are groups of their own; `left_out` the rows of each shard, by its number, that count as not scored; `scratch`
+    where the layers (values per row that earlier passes worked out) lie, and `layers` which there are.
     """
 
     by: Formula
@@ -52,6 +54,7 @@ class Recipe:
     grouping: Literal["none", "caption", "cluster"] = "none"
     captions: npt.NDArray[np.int64] | None = None
     clusters: int = 0
+    left_out: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     scratch: str = ""
     layers: frozenset[str] = frozenset()
 
@@ -205,6 +208,7 @@ class OpenShard:
         rejected: Counter[str] = Counter()
         pruned: Counter[str] = Counter()
         value, mask = self.scored(span, rejected)
+        mask = self._without_left_out(span, mask, rejected)
         scored = span.rows if mask is None else int(mask.sum())
         if recipe.where is not None:
             meets = self.evaluate(recipe.where, span)
@@ -220,6 +224,15 @@ class OpenShard:
         tier = self._tiers(span, rows, value)
         keys = self._keys(span, rows, value, tier)
         return Judged(span, rows, value, keys, self._strata(span, rows, tier), scored, rejected, pruned)
+
+    def _without_left_out(self, span: Span, scored: Bool | None, rejected: Counter[str]) -> Bool | None:
+        rows = self.recipe.left_out.get(self.shard.index)
+        if rows is None:
+            return scored
+        stays = np.ones(span.rows, dtype=bool)
+        stays[rows[(rows >= span.start) & (rows < span.start + span.rows)] - span.start] = False
+        rejected[LEFT_OUT] += int((~stays if scored is None else ~stays & scored).sum())
+        return stays if scored is None else stays & scored
 
     def judged(self, rows: int = SPAN_ROWS) -> Iterator[Judged]:
         """`judge` for every span of the shard, of about `rows` rows."""

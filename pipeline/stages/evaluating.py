@@ -82,14 +82,19 @@ def evaluate(job: Job) -> list[Result]:
     )
     outcome.check("evaluate")
     results = []
-    for (series, name), group in groupby(trainings, key=lambda training: (training.pairs.series, training.pairs.name)):
+    for (series, name, share), group in groupby(trainings, key=_set_of):
         mine = [storage.read_json(training.mark) for training in group]
-        results.append(Result.of(name, series, mine[0]["size"], mine[0]["metric"], [mark["value"] for mark in mine]))
+        values = [mark["value"] for mark in mine]
+        results.append(Result.of(name, series, share, mine[0]["size"], mine[0]["metric"], values))
     storage.write_json(
         storage.join(job.folder.root, "evaluation", "results.json"),
         {"rows": [storage.without_nan(asdict(result)) for result in results]},
     )
     return results
+
+
+def _set_of(training: _Training) -> tuple[str, str, float | None]:
+    return training.pairs.series, training.pairs.name, training.pairs.share
 
 
 def _warn_of_shared_shards(config: Config) -> None:

@@ -32,12 +32,14 @@ class TrainingSet:
 
     Attributes:
         series: what chose it, the same for all sizes.
-        name: the series and, where it is a choice, the share of the scored pairs.
+        name: the series and, where it is a choice, the share.
+        share: of the scored pairs that models may be trained on, what a choice keeps; None for sets of their own size.
         positions: global positions of its pairs by the number of the seed (only `random` draws anew for each).
     """
 
     series: str
     name: str
+    share: float | None
     positions: Callable[[int], Positions]
 
 
@@ -46,7 +48,7 @@ class WrittenSet:
     """A training set for one seed, as numbers that the driver may hold.
 
     Attributes:
-        series, name: as in `TrainingSet`.
+        series, name, share: as in `TrainingSet`.
         seed: number of the seed.
         file: where the positions are (npy).
         checksum: of the positions.
@@ -54,6 +56,7 @@ class WrittenSet:
 
     series: str
     name: str
+    share: float | None
     seed: int
     file: str
     checksum: str
@@ -73,21 +76,24 @@ def write_sets(config: Config) -> list[WrittenSet]:
                 buffer = io.BytesIO()
                 np.save(buffer, positions, allow_pickle=False)
                 storage.write_bytes(file, buffer.getvalue())
-            written.append(WrittenSet(each.series, each.name, seed, file, checksum))
+            written.append(WrittenSet(each.series, each.name, each.share, seed, file, checksum))
     return written
 
 
 def training_sets(job: Job) -> Iterator[TrainingSet]:
-    """Every set that `evaluate` asks for, smaller shares first, then those without a share."""
+    """Every set that `evaluate` asks for, smaller shares first, then those without a share.
+
+    The target held out is in none of them: it is what the pairs were chosen for.
+    """
     config = job.config
     assert config.evaluate is not None
     baselines = config.evaluate.baselines
-    scored = np.flatnonzero(np.isfinite(score_column(job, "utility")))
+    scored = np.setdiff1d(np.flatnonzero(np.isfinite(score_column(job, "utility"))), job.held_out_positions)
     for ours in _ours(job):
-        share = f"{round(100 * len(ours) / len(scored))} %"
+        share = len(ours) / len(scored)
 
-        def of(series: str, positions: Callable[[int], Positions], share: str = share) -> TrainingSet:
-            return TrainingSet(series, f"{series} {share}", positions)
+        def of(series: str, positions: Callable[[int], Positions], share: float = share) -> TrainingSet:
+            return TrainingSet(series, f"{series} {round(100 * share)} %", share, positions)
 
         yield of("kept", partial(_always, ours))
         same_size: dict[str, object] = {"keep": len(ours)}
@@ -99,9 +105,9 @@ def training_sets(job: Job) -> Iterator[TrainingSet]:
         if "random" in baselines:
             yield of("random", partial(_drawn, scored, len(ours), config.seed + Job.BASELINE_SEED))
     if "right-only" in baselines:
-        yield TrainingSet("right-only", "only right captions", partial(_always, _right(job, scored)))
+        yield TrainingSet("right-only", "only right captions", None, partial(_always, _right(job, scored)))
     if "full" in baselines:
-        yield TrainingSet("full", "everything", partial(_always, scored))
+        yield TrainingSet("full", "everything", None, partial(_always, scored))
 
 
 def _ours(job: Job) -> Iterator[Positions]:
@@ -110,17 +116,25 @@ def _ours(job: Job) -> Iterator[Positions]:
     assert config.evaluate is not None
     read_summary(job.folder, config.select.name)
     if config.evaluate.keeps is None:
-        yield kept_positions(job.folder.selection(config.select.name), job.inventory)
+        kept = kept_positions(job.folder.selection(config.select.name), job.inventory)
+        yield np.setdiff1d(kept, job.held_out_positions)
         return
     for keep in sorted(config.evaluate.keeps):
         yield _choose(job, {"keep": keep})
 
 
 def _choose(job: Job, changes: dict[str, object]) -> Positions:
-    """What the selection would keep with some of its keys changed."""
+    """What the selection would keep with some of its keys changed, and without the target held out."""
     changed = job.config.select.model_dump() | changes
     select = SelectConfig.model_validate(changed)
-    return chosen_positions(job.folder, select, job.inventory, seed=job.config.seed, map_tasks=thread_map)
+    return chosen_positions(
+        job.folder,
+        select,
+        job.inventory,
+        seed=job.config.seed,
+        map_tasks=thread_map,
+        without=job.held_out_positions,
+    )
 
 
 def _always(positions: Positions, seed: int) -> Positions:

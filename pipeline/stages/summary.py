@@ -210,12 +210,11 @@ def _add_results(table: Table, results: list[Result]) -> None:
             f"{result.mean:.3f}{spread}  {result.set} ({result.size:,} pairs, {seeds})",
         )
     kept = [result for result in results if result.series == "kept"]
-    sizes = {result.size for result in kept}
     for mine in kept:
         name = "what was kept" if len(kept) == 1 else mine.set
         for other in results:
-            # Of a curve, sets of the same size; what has none of these sizes (everything) stands beside each.
-            if other.series != "kept" and (other.size == mine.size or other.size not in sizes):
+            # Of a curve, sets of the same share; what has a size of its own (everything) stands beside each.
+            if other.series != "kept" and other.share in (mine.share, None):
                 _add_verdict(table, name, mine, other)
 
 

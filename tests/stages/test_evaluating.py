@@ -40,8 +40,9 @@ def verdicts(results: list[Result]) -> list[str]:
 
 
 def test_the_kept_set_is_held_against_sets_of_its_size_and_everything() -> None:
-    def result(series: str, size: int, *values: float) -> Result:
-        return Result.of(f"{series} {size}", series, size, "accuracy", list(values))
+    def result(series: str, percent: int, *values: float) -> Result:
+        share = None if series == "full" else percent / 100
+        return Result.of(f"{series} {percent}", series, share, percent, "accuracy", list(values))
 
     kept, random, full = result("kept", 50, 0.5, 0.6), result("random", 50, 0.3, 0.31), result("full", 100, 0.52, 0.54)
     assert verdicts([kept, random, full]) == [
@@ -56,3 +57,13 @@ def test_the_kept_set_is_held_against_sets_of_its_size_and_everything() -> None:
         "kept 70 trains worse than full 100 (-0.325)",
     ]
     assert verdicts([result("kept", 50, 0.5), full]) == []
+
+
+def test_sets_are_held_against_each_other_by_their_share_though_pairs_are_lost() -> None:
+    sizes = {0.3: 9, 0.7: 20}
+    kept = [Result.of(f"kept {share}", "kept", share, size, "accuracy", [0.5, 0.5]) for share, size in sizes.items()]
+    random = [Result.of(f"random {share}", "random", share, 9, "accuracy", [0.4, 0.4]) for share in (0.3, 0.7)]
+    assert verdicts([*kept, *random]) == [
+        "kept 0.3 trains better than random 0.3 (+0.100)",
+        "kept 0.7 trains better than random 0.7 (+0.100)",
+    ]
