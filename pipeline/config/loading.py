@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.problems import first_problem
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError
 
@@ -51,18 +52,9 @@ def parse_config(tree: dict[str, Any], file: str = "") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        # A key that is needed may be missing because it is misspelt: unknown ones are named first.
-        problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-")))
-        if problem["type"] == "extra_forbidden":
-            raise ConfigError(f"expected a known key{_close_match(key)}", file=file, key=key) from None
-        expected = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ")
-        if problem["type"] == "missing":
-            expected = "expected a value, this key is needed"
-        elif not expected.startswith("expected"):
-            expected = f"expected {expected[0].lower()}{expected[1:]}"
-        found = None if problem["type"] == "missing" else problem["input"]
-        raise ConfigError(expected, file=file, key=key, found=found) from None
+        problem = first_problem(error, tree)
+        hint = _close_match(problem.key) if problem.unknown else ""
+        raise ConfigError(f"{problem.expected}{hint}", file=file, key=problem.key, found=problem.found) from None
 
 
 def dump_config(config: Config) -> str:

@@ -71,9 +71,9 @@ class TargetConfig(Section):
     @model_validator(mode="after")
     def _shards_given(self) -> TargetConfig:
         if (self.kind == "shards") != (self.shards is not None):
-            raise ValueError("target.shards is needed with, and only with, target.kind: shards")
+            raise ValueError("expected target.shards with, and only with, target.kind: shards")
         if self.kind != "shards" and (self.caption is not None or self.prompt != "{}"):
-            raise ValueError("target.caption and target.prompt go with target.kind: shards")
+            raise ValueError("expected target.caption and target.prompt only with target.kind: shards")
         if "{}" not in self.prompt:
             raise ValueError("expected a {} in target.prompt, where the caption goes")
         return self

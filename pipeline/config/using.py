@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from pipeline.config.base import EstimatorName, Fraction, PositiveInt, Section, Shards
+from pipeline.config.problems import first_problem
 
 
 class Threshold(Section):
@@ -28,8 +29,24 @@ class Band(Section):
     @model_validator(mode="after")
     def _something_left(self) -> Band:
         if self.drop_lowest + self.drop_highest >= 1:
-            raise ValueError("drop_lowest and drop_highest together must be below 1")
+            raise ValueError("expected drop_lowest and drop_highest together below 1")
         return self
+
+
+def _form_of_keep(value: Any) -> str:
+    """Which of its forms a `keep` has, so that what is wrong with it is told of that one."""
+    if isinstance(value, Threshold) or (isinstance(value, dict) and "threshold" in value):
+        return "a threshold"
+    return "a count" if isinstance(value, int) else "a fraction" if isinstance(value, float) else "a band"
+
+
+Keep = Annotated[
+    Annotated[float, Tag("a fraction")]
+    | Annotated[int, Tag("a count")]
+    | Annotated[Threshold, Tag("a threshold")]
+    | Annotated[Band, Tag("a band")],
+    Discriminator(_form_of_keep),
+]
 
 
 class DedupConfig(Section):
@@ -59,7 +76,7 @@ class SelectConfig(Section):
 
     name: str = "default"
     """Name of this selection; several live side by side under one run."""
-    keep: float | int | Threshold | Band = 0.7
+    keep: Keep = 0.7
     """A fraction in (0, 1] (float), a count (integer), `{threshold: x}`, or `{drop_lowest: a, drop_highest: b}`."""
     by: str = "utility"
     """The value that is ranked, higher is kept: a column or a formula such as `0.7 * rank(utility) + 0.3 *
@@ -88,7 +105,7 @@ class SelectConfig(Section):
     @field_validator("keep", mode="before")
     @classmethod
     def _valid_keep(cls, value: Any) -> Any:
-        if isinstance(value, bool | str):
+        if isinstance(value, bool) or not isinstance(value, float | int | dict | Section):
             raise ValueError("expected a fraction in (0, 1], a positive count, {threshold: x} or a band")
         if isinstance(value, float) and not 0 < value <= 1:
             raise ValueError("expected a fraction in (0, 1]")
@@ -149,10 +166,9 @@ class EvaluateConfig(Section):
             try:
                 SelectConfig.model_validate(changes)
             except ValidationError as error:
-                problem = error.errors(include_url=False)[0]
-                key = ".".join(str(part) for part in problem["loc"])
-                expected = "no key of select" if problem["type"] == "extra_forbidden" else problem["msg"]
-                raise ValueError(f"expected keys of select, {name}.{key}: {expected}") from None
+                problem = first_problem(error, changes)
+                expected = "no key of select" if problem.unknown else problem.expected
+                raise ValueError(f"expected keys of select, {name}.{problem.key}: {expected}") from None
         return value
 
     @model_validator(mode="after")

@@ -37,10 +37,20 @@ def write(tmp_path: Path, text: str) -> str:
             "score: expected precision: fp32 with method: forward, whose differences tf32 rounds away",
         ),
         ("data: {}", "data.shards: expected a value, this key is needed"),
-        ("data: {shards: a.tar}\ntarget: {kind: shards}", "target: expected target.shards is needed with"),
+        (
+            "data: {shards: a.tar}\nselect: {keep: {drop_lowest: 0.6, drop_highest: 0.5}}",
+            "select.keep: expected drop_lowest and drop_highest together below 1, found {'drop_lowest': 0.6",
+        ),
+        ("data: {shards: a.tar}\nselect: {keep: {threshold: 0, foo: 1}}", "select.keep.foo: expected a known key"),
+        ("data: {shards: a.tar}\nselect: {keep: {foo: 1}}", "select.keep.foo: expected a known key"),
+        ("data: {shards: a.tar}\nselect: {keep: {threshold: x}}", "select.keep.threshold: expected a valid number"),
+        ("data: {shards: a.tar}\nselect: {keep: }", "select.keep: expected a fraction in (0, 1], a positive count"),
+        ("data: {shards: 3}", "data.shards: expected a valid string, found 3"),
+        ("data: a.tar", "data: expected a section, a mapping of its keys, found 'a.tar'"),
+        ("data: {shards: a.tar}\ntarget: {kind: shards}", "target: expected target.shards with, and only with, target"),
         (
             "data: {shards: a.tar}\ntarget: {prompt: 'a {}'}",
-            "target: expected target.caption and target.prompt go with",
+            "target: expected target.caption and target.prompt only with",
         ),
         (
             "data: {shards: a.tar}\ntarget: {kind: shards, shards: b.tar, prompt: a photo}",
@@ -51,6 +61,14 @@ def write(tmp_path: Path, text: str) -> str:
         (
             "data: {shards: a.tar}\nevaluate: {compare: {mine: {buy: utility}}}",
             "evaluate.compare: expected keys of select, mine.buy: no key of select",
+        ),
+        (
+            "data: {shards: a.tar}\nevaluate: {compare: {mine: {keep: {threshold: 1, foo: 1}}}}",
+            "evaluate.compare: expected keys of select, mine.keep.foo: no key of select",
+        ),
+        (
+            "data: {shards: a.tar}\nevaluate: {compare: {mine: {keep: 1.5}}}",
+            "evaluate.compare: expected keys of select, mine.keep: expected a fraction in (0, 1], found {'mine'",
         ),
         ("data: {shards: a.tar}\nevaluate: {baselines: [right-only]}", "expected truth with the baseline right-only"),
         ("data: {shard: a.tar}", "data.shard: expected a known key (did you mean 'shards'?)"),
