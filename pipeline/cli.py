@@ -15,14 +15,15 @@ BEFORE, JOB, STAGES, AFTER, TRUST = (
     "Before a run", "The job", "Its stages, one at a time", "During and after a run", "Trust"
 )  # fmt: skip
 
-#: The exit status after Ctrl-C.
+#: The exit status where Ctrl-C ends a command at once; where it lets shards and tasks in hand finish, that is 1.
 INTERRUPTED = 130
 
 app = typer.Typer(
     name="diffprune",
     help="Find out which image-text pairs help a CLIP model, and train on those alone.",
     epilog="Start with `diffprune init SHARDS`, then `diffprune run my.yaml`. `diffprune COMMAND --help` has examples. "
-    "Exit status: 0 when everything asked for is complete, 2 for a config or usage error, 1 for anything else.",
+    "Exit status: 0 when everything asked for is complete, 2 for a config or usage error, 130 when stopped at once by "
+    "Ctrl-C, 1 for anything else.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -310,7 +311,7 @@ def main() -> None:
 
 
 def invoke(arguments: list[str]) -> int:
-    """Run one command line and return its exit status (contract: 0 complete, 2 config or usage, 1 anything else)."""
+    """Run one command line and return its exit status (contract: 0 complete, 2 config or usage, 130 Ctrl-C, 1 else)."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         result: Any = app(arguments, prog_name="diffprune", standalone_mode=False)

@@ -179,7 +179,8 @@ def print_inspection(found: Inspection, console: Console | None = None, *, max_p
 def _print_problems(found: Inspection, console: Console) -> None:
     bad = found.looked_at - found.status["ok"]
     if not bad and not found.broken:
-        console.print(Text("No problems found.", style="green"))
+        if found.looked_at:
+            console.print(Text("No problems found.", style="green"))
         return
     share = f": {plural(bad, 'pair')}, {percent(bad / found.looked_at)}" if bad else ""
     problems = Table(title=f"Problems{share}", title_justify="left")

@@ -129,7 +129,8 @@ def configuration_reference() -> str:
         "",
         "A config is a YAML file. `--set a.b=c` overrides a key; an unknown key is an error.",
     ]
-    lines += ["`diffprune init SHARDS` writes a commented one.", ""]
+    lines += ["`diffprune init SHARDS` writes a commented one. What may be written in `select.by`, `select.where` and"]
+    lines += ["`select.spread` is under [formulas](concepts.md#formulas-for-a-selection).", ""]
     lines += _settings_table("Top level", "", Config)
     for name, field in Config.model_fields.items():
         section = section_of(field.annotation)

@@ -51,6 +51,13 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     assert err.startswith(line)
 
 
+def test_exit_statuses_are_in_the_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["--help"]) == 0
+    page = " ".join(capfd.readouterr().out.split())
+    assert "Exit status: 0 when everything asked for is complete, 2 for" in page
+    assert "130 when stopped at once by Ctrl-C, 1 for anything else." in page
+
+
 def test_help_groups_all_commands_and_each_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
     assert invoke(["--help"]) == 0
     page = capfd.readouterr().out

@@ -27,7 +27,9 @@ from pipeline.estimators import markdown_table
 from pipeline.influence import UTILITY
 from pipeline.reference import PAGES
 from pipeline.run import RunFolder
+from pipeline.selection.formula import _FUNCTIONS, parse_formula
 from pipeline.selection.select import select
+from pipeline.store.scores import score_schema
 from tests.report.synthetic import make_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +224,17 @@ def test_tables_of_estimators_are_up_to_date() -> None:
     for name, form in UTILITY.items():
         (line,) = re.findall(rf"^\| `{name}` \|.*$", concepts, re.MULTILINE)
         assert line.endswith(f"| {form.replace('|', chr(92) + '|')} |")
+
+
+def test_formulas_are_those_of_the_grammar() -> None:
+    page = (ROOT / "docs" / "concepts.md").read_text()
+    section = page.partition("## Formulas for a selection\n")[2].partition("\n## ")[0]
+    examples = re.findall(r"^\| .* \| `([^`]+)` \|$", section, re.MULTILINE)
+    assert len(examples) == 6
+    for example in examples:
+        parse_formula(example, "select.by", {*score_schema(0).names, "zterms", "zterms_std"})
+    for name in _FUNCTIONS:
+        assert f"`{name}(" in section
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

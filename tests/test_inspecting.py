@@ -69,6 +69,12 @@ def test_broken_tar_is_named(tmp_path: Path) -> None:
     assert "a.tar: the tar breaks off" in text
 
 
+def test_nothing_is_said_of_the_pairs_of_an_empty_tar(tmp_path: Path) -> None:
+    found = inspect_shards(write_tar(tmp_path / "a.tar", []))
+    assert "No problems found." not in printed(lambda console: print_inspection(found, console))
+    assert "no pair can be used: it has no samples" in str(first_problem(found))
+
+
 def test_many_shards_are_estimated_from_a_few(
     make_shards: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
