@@ -8,12 +8,12 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import SelectConfig, Threshold
+from pipeline.config import SelectConfig
 from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.run import RunFolder
+from pipeline.selection.checks import check_section, joined_schemas, schema_of
 from pipeline.selection.formula import Formula, parse_formula
 from pipeline.selection.ranks import RankSketch, merged
 from pipeline.selection.recipe import OpenShard, Recipe
@@ -31,24 +31,12 @@ def make_recipe(config: SelectConfig, first: ScoreShard, seed: int, scratch: str
 
     Raises `ConfigError` before anything is read but these schemas.
     """
-    known = _known_columns(first.url)
-    schemas = {"": _schema(first.url)}
-    for name, root in config.join.items():
-        if not name.isidentifier():
-            raise ConfigError("expected a name of letters, digits and '_'", key="select.join", found=name)
-        url = RunFolder(root).score_file(first.index)
-        if not storage.exists(url):
-            raise ConfigError(
-                "expected the folder of a run with finished scores", key=f"select.join.{name}", found=root
-            )
-        schemas[name] = _schema(url)
-        known |= {f"{name}.{column}" for column in _numeric(schemas[name])}
-    significant = config.policy == "significant"
-    spread = config.spread or ("zterms_std" if config.by == "zterms" else "utility_std")
-    recipe = Recipe(
-        by=parse_formula(config.by, "select.by", known),
-        where=parse_formula(config.where, "select.where", known, condition=True) if config.where else None,
-        spread=parse_formula(spread, "select.spread", known) if significant else None,
+    schemas = {"": schema_of(first.url), **joined_schemas(config.join, first.index)}
+    formulas = check_section(config, schemas)
+    return Recipe(
+        by=formulas.by,
+        where=formulas.where,
+        spread=formulas.spread,
         significance=config.significance,
         fill=config.fill,
         seed=seed,
@@ -56,8 +44,6 @@ def make_recipe(config: SelectConfig, first: ScoreShard, seed: int, scratch: str
         embeddings=config.embeddings or "",
         scratch=scratch,
     )
-    _check_columns(config, schemas)
-    return recipe
 
 
 def work_out(
@@ -113,46 +99,6 @@ def check_some_can_be_kept(recipe: Recipe, shards: Sequence[ScoreShard]) -> None
 def _emptiness(column: str) -> str:
     takes = ": it takes proxy.runs of 2 or more" if column.endswith(("utility_std", "zterms_std")) else ""
     return f"{column} is empty throughout{takes}"
-
-
-def _check_columns(config: SelectConfig, schemas: dict[str, pa.Schema]) -> None:
-    if isinstance(config.keep, Threshold) and (config.policy != "rank" or config.balance.by != "none"):
-        raise ConfigError("expected a fraction or a count with a policy or a balance", key="select.keep")
-    if config.embeddings is not None and config.embeddings not in schemas:
-        raise ConfigError("expected the name of a joined run", key="select.embeddings", found=config.embeddings)
-    needs = {
-        "select.dedup.exact": config.dedup.exact and "content",
-        "select.balance.by": config.balance.by == "caption" and "caption_id",
-    }
-    for key, column in needs.items():
-        if column and column not in schemas[""].names:
-            raise ConfigError(f"expected scores with a column {column!r}, found none", key=key)
-    if config.balance.quota == "complexity" and config.balance.by != "cluster":
-        raise ConfigError("expected balance.by: cluster with complexity", key="select.balance", found=config.balance.by)
-    embedded = {
-        "select.dedup.cosine": config.dedup.cosine is not None,
-        "select.balance.by": config.balance.by == "cluster",
-        "select.policy": config.policy == "infomax",
-        "select.fill": config.policy == "significant" and config.fill in ("representative", "diverse"),
-    }
-    for key, wanted in embedded.items():
-        if wanted and "embedding" not in schemas[config.embeddings or ""].names:
-            raise ConfigError("expected scores with embeddings (score.embeddings: true), found none", key=key)
-
-
-def _schema(url: str) -> pa.Schema:
-    with ScoreFile(url) as file:
-        return file.schema
-
-
-def _numeric(schema: pa.Schema) -> set[str]:
-    kinds = (pa.types.is_integer, pa.types.is_floating)
-    return {item.name for item in schema if any(kind(item.type) for kind in kinds)}
-
-
-def _known_columns(url: str) -> set[str]:
-    schema = _schema(url)
-    return _numeric(schema) | ({"zterms", "zterms_std"} if "terms" in schema.names else set())
 
 
 def _runs_of_terms(run: RunFolder, shards: Sequence[ScoreShard]) -> npt.NDArray[np.int64]:

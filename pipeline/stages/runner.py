@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, FingerprintError, NoWorkerError
 from pipeline.selection.summary import read_summary
 from pipeline.stages import summary
 from pipeline.stages.agreeing import say_other_scores, say_other_selection
+from pipeline.stages.choices import check_choices
 from pipeline.stages.directions import compute_directions
 from pipeline.stages.evaluating import evaluate
 from pipeline.stages.job import Job, demo_folder, is_demo, open_job, uses_demo
@@ -32,6 +33,9 @@ from pipeline.stages.validating import validate
 from pipeline.store import storage
 from pipeline.text import plural
 
+#: Stages up to the scores: what is chosen from these is checked before them, against the config alone.
+_SCORING = ("inventory", "train", "directions", "score")
+
 #: Stages that use the proxy, so that it is checked before them; for `score` complete directions vouch.
 _WITH_PROXY = {"train", "directions", "evaluate", "validate"}
 #: Stages that take the scores that are there.
@@ -41,6 +45,7 @@ _OF_SCORES = {"select", "emit", "report"}
 def run_all(config: Config, *, retry_failed: bool = False) -> None:
     """All stages of a run; those that are complete are passed over. Ends with a table of what came out."""
     check(config)
+    check_choices(config)
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=True)
@@ -65,6 +70,8 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
 def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     """One stage; refuses with a `StageError` when the stage before it has not finished."""
     check(config)
+    if name in _SCORING:
+        check_choices(config)
     if name == "evaluate" and (config.evaluate is None or config.evaluate.shards is None):
         raise ConfigError("expected pairs to measure on, which nothing else has used", key="evaluate.shards")
     job = open_job(config)
