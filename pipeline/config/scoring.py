@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -154,6 +155,13 @@ class ProxyConfig(Section):
     resume_every: PositiveInt = 200
     """Steps between the resume points of an interrupted proxy run."""
 
+    @field_validator("checkpoints", "checkpoint_at")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("expected at least one entry")
+        return value
+
     @model_validator(mode="after")
     def _whole_gpus(self) -> ProxyConfig:
         if self.workers > 1 and self.gpus_per_worker is not None and self.gpus_per_worker % 1:
@@ -182,7 +190,7 @@ class ScoreConfig(Section):
     loss: Literal["marginal", "row"] = "marginal"
     """The loss of one pair against R: with what it does to the others as a negative, or without."""
     parameters: str = "all"
-    """Parameters that directions live on: `all`, `projections`, or `last-K-blocks`."""
+    """Parameters that directions live on: `all`, `projections`, or `last-K-blocks` with K from 1."""
     precondition: Literal["auto", "adam", "none"] = "auto"
     """AdamW's preconditioner in Eq. 9; `auto` uses it where the checkpoint carries Adam's state."""
     held_out: bool = False
@@ -214,6 +222,13 @@ class ScoreConfig(Section):
     min_correlation: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """With `sample` below 1: the least rank correlation of predicted with computed scores, on pairs that were not
     fitted on; below it the stage is refused."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _known_parameters(cls, value: str) -> str:
+        if not re.fullmatch(r"all|projections|last-0*[1-9]\d*-blocks", value, re.ASCII):
+            raise ValueError("expected 'all', 'projections' or 'last-K-blocks'")
+        return value
 
     @model_validator(mode="after")
     def _precise_differences(self) -> ScoreConfig:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config import Config, ProxyConfig
 from pipeline.errors import ConfigError
 
 Rows = NDArray[np.int64]
@@ -78,8 +78,7 @@ class TrainingSettings:
                 key="proxy.batch_size",
                 found=proxy.batch_size,
             )
-        if proxy.batch_size % proxy.workers:
-            raise ConfigError("expected a divisor of proxy.batch_size", key="proxy.workers", found=proxy.workers)
+        _check_workers(proxy)
         steps = proxy.steps or max(1, round(proxy.epochs * (pairs // proxy.batch_size)))
         return TrainingSettings(
             steps=steps,
@@ -162,18 +161,34 @@ def data_order(rows: Rows, settings: TrainingSettings) -> Rows:
 def recorded_steps(config: Config, settings: TrainingSettings) -> list[int]:
     """The steps after which a checkpoint is recorded, ascending, from 1 to `steps`. Raises `ConfigError`."""
     proxy, steps = config.proxy, settings.steps
+    _check_recorded(proxy, steps)
     if isinstance(proxy.checkpoint_at, list):
-        if max(proxy.checkpoint_at, default=0) > steps or len(set(proxy.checkpoint_at)) < len(proxy.checkpoint_at):
-            raise ConfigError(
-                f"expected different steps up to the run's {steps}",
-                key="proxy.checkpoint_at",
-                found=proxy.checkpoint_at,
-            )
         return sorted(proxy.checkpoint_at)
     count = proxy.num_checkpoints
-    if count > steps:
-        raise ConfigError(f"expected at most the run's {steps} steps", key="proxy.num_checkpoints", found=count)
     if proxy.checkpoint_at == "random":
         drawn = generator(settings.seed, settings.run, CHECKPOINTS).choice(steps, count, replace=False)
         return sorted(int(step) + 1 for step in drawn)
     return [round(steps * (i + 1) / count) for i in range(count)]
+
+
+def check_schedule(proxy: ProxyConfig) -> None:
+    """What of a schedule can be known to be wrong before the pairs are counted. Raises `ConfigError`."""
+    _check_workers(proxy)
+    if proxy.steps is not None:
+        _check_recorded(proxy, proxy.steps)
+
+
+def _check_workers(proxy: ProxyConfig) -> None:
+    if proxy.batch_size % proxy.workers:
+        raise ConfigError("expected a divisor of proxy.batch_size", key="proxy.workers", found=proxy.workers)
+
+
+def _check_recorded(proxy: ProxyConfig, steps: int) -> None:
+    at = proxy.checkpoint_at
+    if isinstance(at, list):
+        if max(at) > steps or len(set(at)) < len(at):
+            raise ConfigError(f"expected different steps up to the run's {steps}", key="proxy.checkpoint_at", found=at)
+    elif proxy.num_checkpoints > steps:
+        raise ConfigError(
+            f"expected at most the run's {steps} steps", key="proxy.num_checkpoints", found=proxy.num_checkpoints
+        )

@@ -18,6 +18,7 @@ from pipeline.engine.connect import connect
 from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task
 from pipeline.errors import ConfigError, FingerprintError, NoWorkerError
+from pipeline.replay.schedule import check_schedule
 from pipeline.selection.summary import read_summary
 from pipeline.stages import summary
 from pipeline.stages.agreeing import say_other_scores, say_other_selection
@@ -45,7 +46,7 @@ _OF_SCORES = {"select", "emit", "report"}
 def run_all(config: Config, *, retry_failed: bool = False) -> None:
     """All stages of a run; those that are complete are passed over. Ends with a table of what came out."""
     check(config)
-    check_choices(config)
+    _check_ahead(config)
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=True)
@@ -71,7 +72,7 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     """One stage; refuses with a `StageError` when the stage before it has not finished."""
     check(config)
     if name in _SCORING:
-        check_choices(config)
+        _check_ahead(config)
     if name == "evaluate" and (config.evaluate is None or config.evaluate.shards is None):
         raise ConfigError("expected pairs to measure on, which nothing else has used", key="evaluate.shards")
     job = open_job(config)
@@ -199,6 +200,13 @@ def check(config: Config) -> None:
         raise ConfigError("expected a CSV file", key="evaluate.truth", found=truth)
     check_checkpoints(config)
     check_held_out(config)
+
+
+def _check_ahead(config: Config) -> None:
+    """What of a config can be known to be wrong before there are scores. Raises `ConfigError`."""
+    if config.proxy.checkpoints is None:
+        check_schedule(config.proxy)
+    check_choices(config)
 
 
 def _prepare(config: Config, *, proxy: bool) -> None:

@@ -36,6 +36,22 @@ def write(tmp_path: Path, text: str) -> str:
             "data: {shards: a.tar}\nscore: {method: forward, precision: tf32}",
             "score: expected precision: fp32 with method: forward, whose differences tf32 rounds away",
         ),
+        (
+            "data: {shards: a.tar}\nscore: {parameters: foo}",
+            "score.parameters: expected 'all', 'projections' or 'last-K-blocks', found 'foo'",
+        ),
+        (
+            "data: {shards: a.tar}\nscore: {parameters: last-0-blocks}",
+            "score.parameters: expected 'all', 'projections' or 'last-K-blocks', found 'last-0-blocks'",
+        ),
+        (
+            "data: {shards: a.tar}\nproxy: {checkpoints: []}",
+            "proxy.checkpoints: expected at least one entry, found []",
+        ),
+        (
+            "data: {shards: a.tar}\nproxy: {checkpoint_at: []}",
+            "proxy.checkpoint_at: expected at least one entry, found []",
+        ),
         ("data: {}", "data.shards: expected a value, this key is needed"),
         (
             "data: {shards: a.tar}\nselect: {keep: {drop_lowest: 0.6, drop_highest: 0.5}}",
@@ -116,6 +132,27 @@ def test_held_out_scores_need_a_run_that_did_not_see_the_pair(
 ) -> None:
     proxy = proxy.replace("%s", tiny_shards[0])
     path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\nproxy: {proxy}\nscore: {{held_out: true}}\n")
+    assert invoke(["run", path, "--out", str(tmp_path / "run")]) == 2
+    assert line in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("proxy", "line"),
+    [
+        (
+            "{steps: 4, checkpoint_at: [10]}",
+            "proxy.checkpoint_at: expected different steps up to the run's 4, found [10]",
+        ),
+        ("{steps: 4, checkpoint_at: [2, 2]}", "proxy.checkpoint_at: expected different steps up to the run's 4"),
+        ("{steps: 4, num_checkpoints: 5}", "proxy.num_checkpoints: expected at most the run's 4 steps, found 5"),
+        ("{batch_size: 8, workers: 3}", "proxy.workers: expected a divisor of proxy.batch_size, found 3"),
+    ],
+)
+def test_a_schedule_that_no_run_can_have_is_refused_before_the_inventory(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_shards: list[str], proxy: str, line: str
+) -> None:
+    path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\nproxy: {proxy}\n")
     assert invoke(["run", path, "--out", str(tmp_path / "run")]) == 2
     assert line in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
