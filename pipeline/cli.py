@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from pipeline.config import Config, load_config, parse_config
-from pipeline.errors import DiffpruneError
+from pipeline.errors import ConfigError, DiffpruneError
 
 BEFORE, JOB, STAGES, AFTER, TRUST = (
     "Before a run", "The job", "Its stages, one at a time", "During and after a run", "Trust"
@@ -45,8 +47,14 @@ Shards = Annotated[
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up shards that were set aside.")]
 
 
-def _load(config: str, overrides: list[str] | None, out: str | None) -> Config:
-    return load_config(config, overrides, out)
+@contextmanager
+def _loaded(file: str, overrides: list[str] | None, out: str | None) -> Iterator[Config]:
+    """The config of a command. What is found wrong with it later names its file, too."""
+    config = load_config(file, overrides, out)
+    try:
+        yield config
+    except ConfigError as error:
+        raise error.in_file(file) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -115,13 +123,14 @@ def plan(
 ) -> None:
     """Say what a run will take: time, GPU hours, memory and storage of each stage, after a short calibration here.
 
-    Nothing is written to the run's folder (but for the demo data, where the config asks for it).
+    Nothing is written to the run's folder.
 
     Example: `diffprune plan my.yaml --set score.sample=0.05`
     """
     from pipeline.stages.planning import show_plan
 
-    show_plan(_load(config, set_, out), as_json=json)
+    with _loaded(config, set_, out) as loaded:
+        show_plan(loaded, as_json=json)
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -168,14 +177,16 @@ def run(config: ConfigPath, set_: Overrides = None, out: Out = None, retry_faile
     """
     from pipeline.stages import runner
 
-    runner.run_all(_load(config, set_, out), retry_failed=retry_failed)
+    with _loaded(config, set_, out) as loaded:
+        runner.run_all(loaded, retry_failed=retry_failed)
 
 
 def _stage_command(name: str, description: str, panel: str = STAGES) -> None:
     def command(config: ConfigPath, set_: Overrides = None, out: Out = None) -> None:
         from pipeline.stages import runner
 
-        runner.run_stage(name, _load(config, set_, out))
+        with _loaded(config, set_, out) as loaded:
+            runner.run_stage(name, loaded)
 
     app.command(name, help=description, rich_help_panel=panel)(command)
 
@@ -199,7 +210,8 @@ def score(config: ConfigPath, set_: Overrides = None, out: Out = None, retry_fai
     """
     from pipeline.stages import runner
 
-    runner.run_stage("score", _load(config, set_, out), retry_failed=retry_failed)
+    with _loaded(config, set_, out) as loaded:
+        runner.run_stage("score", loaded, retry_failed=retry_failed)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -213,15 +225,13 @@ def select(
 
     Example: `diffprune select my.yaml --set select.name=half --set select.keep=0.5 --dry-run`
     """
-    loaded = _load(config, set_, out)
-    if dry_run:
-        from pipeline.stages.looking import show_plan
+    from pipeline.stages import looking, runner
 
-        show_plan(loaded)
-    else:
-        from pipeline.stages import runner
-
-        runner.run_stage("select", loaded)
+    with _loaded(config, set_, out) as loaded:
+        if dry_run:
+            looking.show_plan(loaded)
+        else:
+            runner.run_stage("select", loaded)
 
 
 _stage_command(

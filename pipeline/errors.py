@@ -29,6 +29,15 @@ class ConfigError(DiffpruneError):
             message += f", found {found!r}"
         super().__init__(" ".join(message.split()))
         self.key = key
+        self.file = file
+
+    def in_file(self, file: str) -> ConfigError:
+        """The error with the name of the config's file, where it is about a key and names no file yet."""
+        if self.file or not self.key:
+            return self
+        named = ConfigError(str(self), file=file)
+        named.key = self.key
+        return named
 
 
 class InputError(DiffpruneError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from pipeline.config import Config
+from pipeline.config import Config, ProxyConfig
 from pipeline.data.decode import Decoder
 from pipeline.errors import ConfigError, InputError
 from pipeline.models.clip import PairModel, build_model
@@ -31,11 +31,21 @@ class ComputingJob(Job):
 
 
 def check_proxy(config: Config) -> None:
-    """Raises `ConfigError` when the proxy of a config cannot be built."""
+    """Raises `ConfigError` when the proxy of a config cannot be built, or does not take the weights given."""
     try:
         ComputingJob(config).model()
     except InputError as error:
-        raise ConfigError(str(error), key="proxy.model") from None
+        weights = config.proxy.pretrained is not None and _can_be_built(config.proxy)
+        raise ConfigError(str(error), key="proxy.pretrained" if weights else "proxy.model") from None
+
+
+def _can_be_built(proxy: ProxyConfig) -> bool:
+    """Whether there is such a model, apart from its weights."""
+    try:
+        build_model(proxy.model, loss=proxy.loss)
+    except InputError:
+        return False
+    return True
 
 
 def take_over_checkpoints(config: Config) -> None:

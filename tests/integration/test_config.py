@@ -101,7 +101,7 @@ def test_a_bad_config_is_one_line_and_status_2(
     assert invoke(["run", path, "--out", str(tmp_path / "run")]) == 2
     printed = capfd.readouterr().err.strip().splitlines()
     assert len(printed) == 1, printed
-    assert printed[0].startswith("error: ")
+    assert printed[0].startswith(f"error: {path}: ")
     assert line in printed[0]
     assert not (tmp_path / "run").exists()
 
@@ -115,7 +115,7 @@ def test_a_missing_config_and_an_unknown_model_are_status_2(
     assert capfd.readouterr().err.strip().endswith("expected a config file, found a folder")
     path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\nproxy: {{model: ViT-Z-99}}\nout: {tmp_path / 'run'}\n")
     assert invoke(["run", path]) == 2
-    assert "proxy.model: ViT-Z-99: expected an open_clip model name" in capfd.readouterr().err
+    assert f"error: {path}: proxy.model: ViT-Z-99: expected an open_clip model name" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
