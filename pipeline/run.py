@@ -15,7 +15,7 @@ class RunFolder:
 
     @property
     def config(self) -> str:
-        """The resolved config, versions, git revision and fingerprint (YAML)."""
+        """The resolved config that made the scores, versions, the git revision of diffprune and fingerprint (YAML)."""
         return storage.join(self.root, "config.yaml")
 
     @property

@@ -27,6 +27,7 @@ from pipeline.stages.directions import compute_directions
 from pipeline.stages.evaluating import evaluate
 from pipeline.stages.job import Job, demo_folder, is_demo, open_job, uses_demo
 from pipeline.stages.mapping import apart, ordered_map
+from pipeline.stages.record import begin_record, record_config
 from pipeline.stages.scoring import score
 from pipeline.stages.selecting import require_scores, select_pairs
 from pipeline.stages.training import check_checkpoints, check_held_out, take_inventory, train
@@ -50,14 +51,10 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=True)
-        if not storage.exists(job.folder.config):
-            summary.record_config(job)
+        begin_record(job)
         for stage in ("inventory", "train", "directions"):
             _run(job, stage)
-        summary.record_config(job)
-        with _stage(job, "score"):
-            outcome = score(job, retry_failed=retry_failed)
-        summary.note_scores(job, outcome)
+        _score(job, retry_failed)
         for stage in ("select", "emit"):
             _run(job, stage)
         results = []
@@ -78,14 +75,14 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=name in _WITH_PROXY)
+        if name == "inventory":
+            begin_record(job)
         if name == "score":
             try:
-                with _stage(job, "score"):
-                    outcome = score(job, retry_failed=retry_failed)
+                _score(job, retry_failed)
             except (NoWorkerError, FingerprintError):
                 _prepare(config, proxy=True)  # what is wrong may be the config's proxy
                 raise
-            summary.note_scores(job, outcome)
         elif name == "evaluate":
             require_scores(job)
             with _stage(job, "evaluate"):
@@ -100,6 +97,14 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
 def _run(job: Job, stage: str) -> None:
     with _stage(job, stage):
         _STAGES[stage](job)
+    record_config(job, stage)
+
+
+def _score(job: Job, retry_failed: bool) -> None:
+    with _stage(job, "score"):
+        outcome = score(job, retry_failed=retry_failed)
+    record_config(job, "score")
+    summary.note_scores(job, outcome)
 
 
 @contextmanager

@@ -1,16 +1,12 @@
-"""What a run says of itself when it ends: `config.yaml`, `summary.json`, and the table on the terminal."""
+"""What a run says of itself when it ends: `summary.json`, and the table on the terminal."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -23,38 +19,8 @@ from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.summary import read_summary, summary_file
 from pipeline.stages.job import Job
 from pipeline.stages.judging import judge, judged_from
-from pipeline.stages.scoring import known_fingerprint
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
-
-_PACKAGES = ("diffprune", "torch", "ray", "open_clip_torch", "webdataset", "pyarrow", "faiss-cpu", "timm")
-
-
-def record_config(job: Job) -> None:
-    """Write `config.yaml`: the resolved config, versions and git revision, and the scores' fingerprint once known."""
-    fingerprint = known_fingerprint(job)
-    record = {
-        "config": job.config.model_dump(mode="json"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "git_revision": _git_revision(),
-        "fingerprint": fingerprint.digest if fingerprint else None,
-    }
-    storage.write_bytes(job.folder.config, yaml.safe_dump(record, sort_keys=False).encode())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -59,6 +60,12 @@ def files_of(root: str) -> dict[str, int]:
     }
 
 
+def recorded(folder: RunFolder) -> dict[str, Any]:
+    """What `config.yaml` holds."""
+    tree: dict[str, Any] = yaml.safe_load(Path(folder.config).read_text())
+    return tree
+
+
 def scores_of(folder: RunFolder, shards: int = 3) -> list[dict[str, object]]:
     return [row for shard in range(shards) for row in pq.read_table(folder.score_file(shard)).to_pylist()]
 
@@ -92,10 +99,9 @@ def test_a_run_writes_what_the_contract_names(finished: RunFolder, shards: list[
     assert sum(sizes.values()) == 11
     assert "--train-num-samples" in (root / "pruned" / "train.sh").read_text()
     assert "<html" in (root / "report" / "index.html").read_text()
-    recorded = yaml.safe_load((root / "config.yaml").read_text())
-    assert recorded["config"]["select"]["keep"] == 0.5
-    assert recorded["versions"]["torch"]
-    assert recorded["fingerprint"]
+    assert recorded(finished)["config"]["select"]["keep"] == 0.5
+    assert recorded(finished)["versions"]["torch"]
+    assert recorded(finished)["fingerprint"]
     checkpoints = json.loads((root / "checkpoints" / "manifest.json").read_text())
     assert [entry["step"] for entry in checkpoints["checkpoints"]] == [3, 6]
 
@@ -184,9 +190,16 @@ def test_shards_without_samples_are_refused_before_training(tmp_path: Path, ray_
 def test_stage_by_stage_equals_the_whole(finished: RunFolder, shards: list[str], tmp_path: Path) -> None:
     config = tmp_path / "my.yaml"
     config.write_text(dump_config(small_config(shards, tmp_path / "run")))
-    for stage in ("inventory", "train", "directions", "score", "select", "emit", "report"):
-        assert invoke([stage, str(config)]) == 0
     folder = RunFolder(str(tmp_path / "run"))
+    fingerprint = recorded(finished)["fingerprint"]
+    for stage, made in (("inventory", None), ("train", None), ("directions", fingerprint), ("score", fingerprint)):
+        assert invoke([stage, str(config)]) == 0
+        assert recorded(folder)["fingerprint"] == made
+    before = Path(folder.config).read_bytes()
+    assert recorded(folder)["config"] == {**recorded(finished)["config"], "out": folder.root}
+    for stage in ("select", "emit", "report"):
+        assert invoke([stage, str(config), "--set", "score.embeddings=true"]) == 0
+    assert Path(folder.config).read_bytes() == before
     for shard in range(3):
         assert Path(folder.score_file(shard)).read_bytes() == Path(finished.score_file(shard)).read_bytes()
     for name in ("uids.npy", "shards/00000.tar", "shards/00002.tar", "keep/00001.parquet"):
