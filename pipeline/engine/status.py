@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.emit.manifest import SelectionFolder
 from pipeline.engine.failures import Aside, read_aside
 from pipeline.engine.progress import duration
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
+from pipeline.selection.summary import begun_selections, summary_file
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
 
@@ -26,8 +28,9 @@ RATE_SECONDS = 600.0
 class RunStatus:
     """Numbers of a run. `pairs_per_second` and `seconds_left` are None while too little is committed to tell.
 
-    `stages` says of each stage whether its last file is there. `inventoried` is False before the inventory, when
-    totals are still unknown and 0. While `sampling` (the first pass of `score.sample`) the counts are that pass's.
+    `stages` says of each stage whether its last file is there, of `select` and `emit` that of any selection.
+    `inventoried` is False before the inventory, when totals are still unknown and 0. While `sampling` (the first pass
+    of `score.sample`) the counts are that pass's.
     """
 
     root: str
@@ -68,11 +71,12 @@ def run_status(root: str) -> RunStatus:
         "inventory": run.inventory,
         "train": run.checkpoint_manifest,
         "directions": run.directions_mark,
-        "select": storage.join(run.selection(), "manifest.jsonl"),
-        "emit": storage.join(run.selection(), "train.sh"),
         "report": run.report,
     }
     stages = {name: storage.exists(url) for name, url in files.items()}
+    selections = begun_selections(run)
+    stages["select"] = any(storage.exists(summary_file(run, name)) for name in selections)
+    stages["emit"] = any(storage.exists(SelectionFolder(run.selection(name)).mark) for name in selections)
     if not stages["inventory"]:
         if not storage.exists(run.config):
             raise StageError(f"{root}: expected a run's folder, found neither config.yaml nor inventory.parquet")

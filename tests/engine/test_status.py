@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.inventory import write_inventory
+from pipeline.emit.manifest import SelectionFolder
 from pipeline.engine.failures import Aside, Failure, set_aside
 from pipeline.engine.status import print_status, run_status
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
+from pipeline.selection.summary import summary_file
 from pipeline.store import storage
 from pipeline.store.commits import commit_scores
 from tests.engine.fakes import FINGERPRINT, fake_table, shard_infos
@@ -56,6 +58,27 @@ def test_counts_rate_and_failures_come_from_the_files(tmp_path: Path, capsys: py
     assert "4 done, 1 failed, 5 left" in printed
     assert "2 pairs/s on 2 workers" in printed
     assert "failed: 00007.tar: OSError: torn" in printed
+
+
+@pytest.mark.parametrize("name", ["default", "half"])
+def test_selecting_and_emitting_are_done_when_their_last_files_are_there(tmp_path: Path, name: str) -> None:
+    run = RunFolder(str(tmp_path))
+    write_inventory(run.inventory, shard_infos(1))
+    folder = SelectionFolder(run.selection(name))
+
+    def done() -> tuple[bool, bool]:
+        stages = run_status(str(tmp_path)).stages
+        return stages["select"], stages["emit"]
+
+    storage.write_bytes(folder.keep(0), b"")
+    assert done() == (False, False)
+    storage.write_json(summary_file(run, name), {})
+    assert done() == (True, False)
+    storage.write_bytes(folder.manifest, b"")
+    storage.write_bytes(folder.train_script, b"")
+    assert done() == (True, False)
+    storage.write_json(folder.mark, {})
+    assert done() == (True, True)
 
 
 def test_while_a_sample_is_scored_its_files_are_counted_and_then_those_of_the_run(
