@@ -38,6 +38,9 @@ from pipeline.text import plural
 #: Stages up to the scores: what is chosen from these is checked before them, against the config alone.
 _SCORING = ("inventory", "train", "directions", "score")
 
+#: Stages that need none before them.
+_TAKING_INVENTORY = ("inventory", "validate")
+
 #: Stages that use the proxy, so that it is checked before them; for `score` complete directions vouch.
 _WITH_PROXY = {"train", "directions", "evaluate", "validate"}
 #: Stages that take the scores that are there.
@@ -75,7 +78,7 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=name in _WITH_PROXY)
-        if name == "inventory":
+        if name in _TAKING_INVENTORY:
             begin_record(job)
         if name == "score":
             try:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import parse_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from pipeline.stages import runner
 from pipeline.stages.runner import command_line, run_stage
 
@@ -35,3 +37,18 @@ def test_evaluate_without_pairs_to_measure_on_starts_nothing(make_shards: Any, m
     for section in ({}, {"evaluate": {"seeds": 1}}):
         with pytest.raises(ConfigError, match=r"evaluate\.shards: expected pairs to measure on"):
             run_stage("evaluate", parse_config({"data": {"shards": make_shards()}, **section}))
+
+
+@pytest.mark.parametrize(("stage", "begun"), [("inventory", True), ("validate", True), ("train", False)])
+def test_stages_that_need_none_before_them_begin_the_record_of_a_run(
+    make_shards: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str, begun: bool
+) -> None:
+    def refuse(job: Any, stage: str) -> None:
+        raise StageError("refused")
+
+    monkeypatch.setattr(runner, "connect", lambda engine: nullcontext())
+    monkeypatch.setattr(runner, "_prepare", lambda config, proxy: None)
+    monkeypatch.setattr(runner, "_run", refuse)
+    with pytest.raises(StageError, match="refused"):
+        run_stage(stage, parse_config({"data": {"shards": make_shards()}, "out": str(tmp_path / "run")}))
+    assert (tmp_path / "run" / "config.yaml").exists() == begun
