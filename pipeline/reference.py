@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 from pipeline.config import Config
 from pipeline.data.reasons import Reason
 from pipeline.emit.manifest import SelectionFolder
+from pipeline.replay.files import RecordFolder
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.scores import score_schema
@@ -154,7 +155,13 @@ def _settings_table(title: str, prefix: str, section: type[BaseModel]) -> list[s
 def outputs_reference(embedding_size: int = 512) -> str:
     """The page on what a run writes, Markdown: files of the run's folder, score columns, reasons of rejection."""
     lines = ["# Outputs", "", "## Files of a run's folder", "", "| path | what it is |", "|---|---|"]
-    for path, text in [*_files(RunFolder, "."), *_files(SelectionFolder, "pruned")]:
+    known = [
+        *_files(RunFolder, "."),
+        *_files(RecordFolder, "checkpoints/run-000"),
+        *_files(SelectionFolder, "pruned"),
+        *_OTHER_FILES.items(),
+    ]
+    for path, text in known:
         lines.append(f"| `{path}` | {_cell(text)} |")
     lines += ["", "## Columns of `scores/*.parquet`", ""]
     lines += ["One row per input sample, in input order, rejected ones included.", ""]
@@ -168,7 +175,38 @@ def outputs_reference(embedding_size: int = 512) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _files(folder: type[RunFolder] | type[SelectionFolder], root: str) -> Iterator[tuple[str, str]]:
+#: Files and folders (with a `/` at the end) that no class of paths knows.
+_OTHER_FILES = {
+    "pruned/selection.json": "Written last by `select`: settings, counts by reason, threshold, groups, sources (JSON).",
+    "pruned/shards/00000.tar": "A pruned tar.",
+    "pruned/shards/00000.parquet": "Where the pairs of the tar beside it come from, in its order (Parquet: uid, key, "
+    "source_url, source_key, source_index).",
+    "pruned/shards/00000_stats.json": "The commit mark of a tar, written last: `successes`, bytes (JSON).",
+    "pruned/shards/sizes.json": "Pairs of each tar, for open_clip (JSON).",
+    "checkpoints/trained.json": "Written last: the proxy runs are trained, and for which fingerprint (JSON).",
+    "directions/00000.safetensors": "What every pair is scored along at checkpoint number 0 of the list.",
+    "directions/batches.safetensors": "The reference, gradient and target pairs, decoded.",
+    "directions/marks/": "The commit marks of the files of directions (JSON).",
+    "evaluation/results.json": "What `evaluate` measured: a row per set of pairs (JSON).",
+    "evaluation/sets/": "Positions of the pairs of each set (npy).",
+    "evaluation/trainings/": "What each training gave (JSON), so that none is repeated.",
+    "evaluation/progress/": "How far trainings are, while they go on (JSON).",
+    "validation/table.json": "What `validate` measured, by estimator (JSON).",
+    "validation/results.parquet": "The same by pair, half and seed (Parquet).",
+    "validation/validation.svg": "The same as a plot.",
+    "validation/seeds/": "What each seed gave (JSON), so that none is repeated.",
+    "validation/progress/": "How far seeds are, while they go on (JSON).",
+    "tensorboard/": "Losses, learning rates and results of trainings, for TensorBoard.",
+    "cache/": "Training pairs, decoded; may be removed. A run on an object store has it in a temporary folder.",
+    "failed/STAGE/": "Why tasks of other stages than `score` were set aside (JSON).",
+    "scratch/": "What a stage keeps while it goes on.",
+    "demo/": "The demo data, where the config asks for them.",
+}
+
+
+def _files(
+    folder: type[RunFolder] | type[RecordFolder] | type[SelectionFolder], root: str
+) -> Iterator[tuple[str, str]]:
     """Paths that a folder's class knows, with their docstrings."""
     example = folder(root)
     for name, member in vars(folder).items():

@@ -66,5 +66,12 @@ def test_files_are_those_of_the_run_folder() -> None:
         "checkpoints/manifest.json",
         "report/index.html",
         "selections/NAME",
+        "checkpoints/run-000/settings.json",
+        "directions/00000.safetensors",
+        "pruned/selection.json",
+        "pruned/shards/sizes.json",
+        "evaluation/results.json",
+        "validation/table.json",
+        "tensorboard/",
     ):
         assert files[path][0]

@@ -127,7 +127,7 @@ class EmitConfig(Section):
     materialize: bool = False
     """Write the pruned tars; else only the keep lists and manifests."""
     pairs_per_shard: PositiveInt = 10_000
-    """Pairs in each pruned tar (near-equal; the last ones may have one fewer)."""
+    """Pairs in each pruned tar, at most; their sizes differ by at most one."""
     shuffle: bool = False
     """Put the kept pairs into a global seeded random order over the pruned tars."""
     train_batch_size: PositiveInt = 256

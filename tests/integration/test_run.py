@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.cli import invoke
 from pipeline.config import dump_config
 from pipeline.emit.verify import verify
 from pipeline.errors import FingerprintError, InputError, StageError
+from pipeline.reference import outputs_reference
 from pipeline.run import RunFolder
 from pipeline.stages.runner import run_all, run_stage
 from tests.helpers import Member, image_bytes, sample_members, uid_of, write_tar
@@ -104,6 +106,14 @@ def test_a_run_writes_what_the_contract_names(finished: RunFolder, shards: list[
     assert recorded(finished)["fingerprint"]
     checkpoints = json.loads((root / "checkpoints" / "manifest.json").read_text())
     assert [entry["step"] for entry in checkpoints["checkpoints"]] == [3, 6]
+
+
+def test_every_file_of_a_run_is_described(finished: RunFolder) -> None:
+    described = re.findall(r"^\| `([^`]+)` \|", outputs_reference().split("\n## ")[1], re.MULTILINE)
+    patterns = [re.sub(r"\d+", r"\\d+", re.escape(path)) for path in described]
+    known = re.compile("|".join(f"{path}.*" if path.endswith("/") else path for path in patterns))
+    files = {os.path.relpath(path, finished.root) for path in files_of(finished.root)}
+    assert {path for path in files if not known.fullmatch(path)} == set()
 
 
 def test_a_finished_run_verifies_and_reports_its_status(
