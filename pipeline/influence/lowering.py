@@ -30,7 +30,7 @@ class Rules(TorchFunctionMode):
 
     def __init__(self, rules: Mapping[Any, Rule]) -> None:
         super().__init__()
-        self._rules: dict[Any, Rule] = {functional.conv2d: _patches, functional.batch_norm: _batch_norm, **rules}
+        self._rules: dict[Any, Rule] = {functional.conv2d: _patches, functional.batch_norm: batch_norm, **rules}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -74,7 +74,7 @@ def _patches(
     return torch.conv2d(input, weight, bias, stride, padding, *rest, **more).float()
 
 
-def _batch_norm(
+def batch_norm(
     input: Tensor,
     mean: Tensor | None,
     variance: Tensor | None,

@@ -14,7 +14,8 @@ from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.types import Checkpoint, Features
 from tests.influence.test_diff_in import N, assert_close, make_case
 from tests.influence.test_models import FAMILIES, make_model, pairs_of
-from tests.influence.towers import SmallTowers, make_pairs, state_of
+from tests.influence.test_twice import ScaledStdConv2d, Standardised
+from tests.influence.towers import SmallTowers, make_pairs, state_of, trained
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling on a CPU needs g++")
 
@@ -74,6 +75,15 @@ def test_every_kind_of_pass_can_be_traced(estimator, method, parameters, traced)
     )
     assert traced  # at the start already
     assert_same_scores(plain, programs, pairs, 1e-7)
+
+
+@pytest.mark.parametrize("method", ["exact", "central"])
+def test_passes_through_standardised_convolutions_can_be_traced(method, traced):
+    model, pool, settings = Standardised(ScaledStdConv2d), make_pairs(20, seed=1, size=4), Settings(method=method)
+    (checkpoint,) = trained(model, pool, settings, steps=(3,))
+    plain, programs = both(model, checkpoint, pool[:4], settings, batch_size=4)
+    assert traced
+    assert_same_scores(plain, programs, pool[4:11], 1e-7)
 
 
 def test_a_program_serves_all_captions_of_up_to_its_tokens(traced):
