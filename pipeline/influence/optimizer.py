@@ -68,11 +68,11 @@ class RunState:
         return RunState(checkpoint.step, params, first, second, updates)
 
 
-def clip_factor(gradient: Tree, rule: StepRule) -> float:
-    """What `clip_grad_norm_` multiplies the gradient with."""
+def clip_factor(gradient: Tree, rule: StepRule) -> Tensor | float:
+    """What `clip_grad_norm_` multiplies the gradient with: a float64 scalar that moves as the gradient does."""
     if rule.grad_clip is None:
         return 1.0
-    return min(1.0, rule.grad_clip / (norm(gradient) + 1e-6))
+    return (rule.grad_clip / (dot(gradient, gradient).sqrt() + 1e-6)).clamp(max=1)
 
 
 def advanced(state: RunState, gradient: Tree, rate: float, rule: StepRule) -> RunState:
@@ -113,7 +113,7 @@ def carried_back(after: Adjoint, before: RunState, gradient: Tree, rate: float, 
         the adjoint before the step *without* what flows through the gradient's own dependence on the parameters, and
         the derivative with respect to the raw gradient `d`; the caller adds `H d` to the adjoint of the parameters.
     """
-    factor = clip_factor(gradient, rule)
+    factor = float(clip_factor(gradient, rule))
     of_params: Tree = {}
     of_first: Tree = {}
     of_second: Tree = {}

@@ -11,7 +11,7 @@ from pipeline.evaluation.agreement import LEADER, Measured, table
 from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import suspects, with_swapped_captions
 from pipeline.evaluation.correlation import bootstrapped, mean_spearman, spearman
-from pipeline.evaluation.deletion import deletions
+from pipeline.evaluation.deletion import _by_unrolling, deletions
 from pipeline.evaluation.estimates import Estimator, forms_of
 from pipeline.evaluation.lds import lds, predicted_outcomes, random_halves
 from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
@@ -19,6 +19,7 @@ from pipeline.evaluation.small_run import SmallRun
 from pipeline.evaluation.steepness import stability_limit, steepness
 from pipeline.evaluation.validation_plot import plot
 from pipeline.influence import Batches, Settings, prepare_run
+from pipeline.influence.trees import plus, scaled
 from tests.evaluation.runs import make_run
 from tests.influence.oracle import Explicit
 
@@ -150,6 +151,18 @@ def test_deletion_by_unrolling_comes_near_the_retrained_model(optimizer: str) ->
         assert item.distance < 0.35
         assert item.distance < other.distance < 1.1
         assert item.true == other.true
+
+
+@pytest.mark.parametrize("grad_clip", [None, 0.5])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_deletion_by_unrolling_is_the_derivative_of_retraining(optimizer: str, grad_clip: float | None) -> None:
+    run = make_run(optimizer, batch=12, steps=5, rate=0.01, eps=1e-2, momentum=0.5, grad_clip=grad_clip)
+    chosen = np.isin(ROWS, [1, 2, 9])
+    found = _by_unrolling(run, [5], Settings(), chosen)
+    ahead, behind = (run.retrained(torch.from_numpy(chosen)[None], removal=h) for h in (1e-5, -1e-5))
+    expected = scaled(plus(ahead, behind, -1.0), 0.5e5)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name][0], rtol=1e-6, atol=1e-8)
 
 
 def test_swapped_captions_are_known() -> None:
