@@ -99,6 +99,9 @@ class Checkpoint:
         buffers: the other tensors of the model (batch-norm statistics and the like).
         adam: AdamW's state, where known.
         momentum: SGD's momentum buffers, where known.
+        gain: length of a step along a steady gradient, in learning rates: `1 / (1 - beta)` for SGD with settled
+            momentum `beta`, whose buffers are sums, 1 for SGD without and for AdamW; None where a file has momentum
+            buffers and does not say of what `beta`.
     """
 
     step: int
@@ -108,3 +111,4 @@ class Checkpoint:
     buffers: Tree
     adam: AdamState | None = None
     momentum: Tree | None = None
+    gain: float | None = 1.0

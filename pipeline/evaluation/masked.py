@@ -192,11 +192,12 @@ def checkpoint_of(
             beta2=recipe.beta2,
             eps=recipe.eps,
         )
-    momentum = None
+    momentum, gain = None, 1.0
     if recipe.optimizer == "sgd" and recipe.momentum:
         momentum = {name: value[row].clone() for name, value in first.items()}
+        gain = 1 / (1 - recipe.momentum)
     own = {name: value[row].clone() for name, value in params.items()}
-    return Checkpoint(step, lr, start.run, own, start.buffers, adam, momentum)
+    return Checkpoint(step, lr, start.run, own, start.buffers, adam, momentum, gain)
 
 
 def target_losses(model: nn.Module, stacked: Tree, buffers: Tree, target: PairBatch, recipe: Recipe) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import StageError
+from pipeline.errors import InputError, StageError
 from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.lanczos import Krylov, krylov
 from pipeline.influence.local import LocalView
@@ -149,8 +149,11 @@ def unrolled_from_checkpoints(
     """Directions from the checkpoints alone: each one's own Hessian stands for the steps nearest to it.
 
     With `A = P^1/2 H P^1/2` the steps of a stretch are `(1 - eta A)^n`, and the sum of their directions another
-    function of `A`; both act in one Krylov subspace. Momentum is taken as settled, weight decay is left out. Modes past
-    stability (`eta lambda > 2`) count as died out, growing ones (negative curvature) grow at most e-fold per stretch.
+    function of `A`; both act in one Krylov subspace. Momentum is taken as settled: SGD's `eta` is
+    `1 / (1 - beta)` times the rate. Weight decay is left out. Modes past stability (`eta lambda > 2`) count as died
+    out, growing ones (negative curvature) grow at most e-fold per stretch.
+
+    Raises `InputError` where checkpoints have momentum of an unknown `beta`.
     """
     plans: list[ProbePlan] = []
     carried: Tree | None = None
@@ -191,19 +194,29 @@ def _seen_from(here: LocalView, vector: Tree) -> tuple[Krylov, Tensor]:
 
 
 def stretch(checkpoints: Sequence[Checkpoint], index: int, steps: Sequence[int]) -> tuple[int, float]:
-    """How many steps are nearest to a checkpoint, and their mean learning rate (interpolated linearly)."""
+    """How many steps are nearest to a checkpoint, and how long they are on average in units of the gradient."""
     near = [step for step in range(max(steps)) if nearest_checkpoint(steps, step) == index]
     rates = [_rate_at(checkpoints, step + 1) for step in near]
     return len(near), sum(rates) / len(rates) if rates else 0.0
 
 
 def _rate_at(checkpoints: Sequence[Checkpoint], step: int) -> float:
-    """Rate of the step that led to `step`; constant before the first checkpoint."""
+    """Length of the step that led to `step`: interpolated linearly, constant before the first and after the last."""
     for before, after in itertools.pairwise(checkpoints):
         if before.step <= step <= after.step:
             share = (step - before.step) / (after.step - before.step)
-            return before.lr + share * (after.lr - before.lr)
-    return checkpoints[0].lr if step < checkpoints[0].step else checkpoints[-1].lr
+            return _rate(before) + share * (_rate(after) - _rate(before))
+    return _rate(checkpoints[0] if step < checkpoints[0].step else checkpoints[-1])
+
+
+def _rate(checkpoint: Checkpoint) -> float:
+    """Length of the last step in units of the gradient, momentum settled."""
+    if checkpoint.gain is None:
+        raise InputError(
+            f"checkpoint of step {checkpoint.step}: expected the beta of SGD's momentum beside its buffers, found none "
+            "(files of an earlier version): unrolled needs the proxy trained again, in another `out`"
+        )
+    return checkpoint.lr * checkpoint.gain
 
 
 @dataclass(frozen=True)

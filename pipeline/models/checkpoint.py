@@ -58,6 +58,8 @@ def serialise_checkpoint(checkpoint: Checkpoint) -> bytes:
     if checkpoint.momentum is not None:
         trees["momentum"] = checkpoint.momentum
         header["momentum"] = True
+    if checkpoint.momentum is not None or checkpoint.gain != 1:
+        header["gain"] = checkpoint.gain
     tensors = {
         f"{kind}/{name}": value.detach().cpu().contiguous()
         for kind, tree in trees.items()
@@ -124,6 +126,7 @@ def _ours(url: str, tensors: Tree, header: dict[str, Any]) -> Checkpoint:
         buffers=trees["buffers"],
         adam=AdamState(exp_avg=trees["exp_avg"], exp_avg_sq=trees["exp_avg_sq"], **adam) if adam else None,
         momentum=trees["momentum"] if header.get("momentum") else None,
+        gain=header.get("gain", None if header.get("momentum") else 1.0),
     )
 
 
@@ -156,7 +159,14 @@ def _open_clip(url: str, model: nn.Module | None, step: int | None, lr: float | 
             f"{url}: expected the optimizer's state with step and learning rate, found none; "
             "give proxy.checkpoint_steps and proxy.checkpoint_rates"
         )
-    return Checkpoint(step=step, lr=lr, run=0, params=params, buffers=buffers, adam=adam)
+    gain = _gain(groups[0]) if groups else 1.0
+    return Checkpoint(step=step, lr=lr, run=0, params=params, buffers=buffers, adam=adam, gain=gain)
+
+
+def _gain(group: dict[str, Any]) -> float:
+    """`Checkpoint.gain` of a group of an optimizer: SGD's alone has a dampening, and Nesterov's form settles alike."""
+    momentum = group["momentum"] if "dampening" in group else 0.0
+    return (1 - group["dampening"]) / (1 - momentum) if momentum else 1.0
 
 
 def _read_torch(url: str) -> dict[str, Any]:

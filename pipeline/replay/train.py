@@ -156,6 +156,7 @@ class Trainer:
             made.adam = AdamState(self.step, self._state("exp_avg"), self._state("exp_avg_sq"), s.beta1, s.beta2, s.eps)
         if self.step and self.settings.optimizer == "sgd" and self.settings.momentum:
             made.momentum = self._state("momentum_buffer")
+            made.gain = 1 / (1 - self.settings.momentum)
         return made
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -153,6 +153,15 @@ def test_deletion_by_unrolling_comes_near_the_retrained_model(optimizer: str) ->
         assert item.true == other.true
 
 
+def test_checkpoints_of_a_momentum_run_foretell_leave_one_out_in_its_own_units() -> None:
+    run = make_run(steps=60, rate=0.0002, momentum=0.9)
+    form = next(form for form in forms_of(["unrolled"], Settings()) if form.settings.replay == "checkpoints")
+    found = Estimator(run, [20, 40, 60], run.data).estimate(form).utilities
+    exact = utilities(run, "unrolled (every step)")
+    assert spearman(found, exact) > 0.98
+    assert np.polyfit(found, exact, 1)[0] == pytest.approx(1, abs=0.3)
+
+
 @pytest.mark.parametrize("grad_clip", [None, 0.5])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_deletion_by_unrolling_is_the_derivative_of_retraining(optimizer: str, grad_clip: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
@@ -14,7 +15,7 @@ from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.losses import Neighbours, pair_losses
 from pipeline.influence.optimizer import RunState, advanced
 from pipeline.influence.passes import Passes
-from pipeline.influence.unrolled import stretch
+from pipeline.influence.unrolled import nearest_checkpoint, stretch
 from pipeline.types import AdamState, Checkpoint, PairBatch
 from tests.influence.oracle import Explicit
 from tests.influence.test_diff_in import assert_close
@@ -73,11 +74,11 @@ def checkpoint_of(states, step, rule):
     params, first, second = ({n: v.detach() for n, v in tree.items()} for tree in states[step])
     rate = RATES[step - 1] if step else 0.0
     adam = AdamState(step, first, second, rule.beta1, rule.beta2, rule.eps) if rule.optimizer == "adamw" else None
-    return Checkpoint(step, rate, 0, params, {}, adam, first if rule.momentum else None)
+    return Checkpoint(step, rate, 0, params, {}, adam, first if rule.momentum else None, 1 / (1 - rule.momentum))
 
 
-def terms_of(model, checkpoints, settings, replay=None):
-    batches = Batches(REFERENCE, POOL[6:18], TARGET)
+def terms_of(model, checkpoints, settings, replay=None, gradient=POOL[6:18]):
+    batches = Batches(REFERENCE, gradient, TARGET)
     plans = prepare_run(model, checkpoints, batches, settings, dataset_size=len(POOL), replay=replay)
     scorer = Scorer(model, list(zip(checkpoints, plans, strict=True)), REFERENCE, settings)
     return scorer.score(PAIRS).terms, plans
@@ -128,20 +129,31 @@ def test_exact_replay_without_a_record_is_refused():
         terms_of(model, [checkpoint_of(states, 7, rule)], Settings(estimator="unrolled", replay="exact"))
 
 
-@pytest.mark.parametrize("precondition", ["none", "adam"])
-def test_from_checkpoints_equals_the_recursion_written_out(precondition):
-    model, rule = SmallTowers(), StepRule("adamw", {}, eps=0.3)
+@pytest.mark.parametrize(
+    ("rule", "precondition"),
+    [
+        (StepRule("adamw", {}, eps=0.3), "none"),
+        (StepRule("adamw", {}, eps=0.3), "adam"),
+        (StepRule("sgd", {}, momentum=0.8), "auto"),
+    ],
+    ids=["adamw as sgd", "adamw", "momentum"],
+)
+def test_from_checkpoints_equals_the_recursion_written_out(rule, precondition):
+    model = SmallTowers()
     states = literal_run(model, rule)
     checkpoints = [checkpoint_of(states, step, rule) for step in (1, 3, 7)]
     for checkpoint in checkpoints:  # no mode may grow e-fold, where the recursion is damped
-        checkpoint.lr *= 0.2
+        checkpoint.lr *= 0.2 * (1 - rule.momentum)
     settings = Settings(estimator="unrolled", precondition=precondition)
     terms, plans = terms_of(model, checkpoints, settings)
     u = Explicit(model, checkpoints[-1], settings).batch(TARGET, 1)
     for index in (2, 1, 0):
         explicit = Explicit(model, checkpoints[index], settings)
         H, P = explicit.batch(POOL[6:18], 2), explicit.preconditioner()
-        count, rate = stretch(checkpoints, index, [1, 3, 7])
+        count = stretch(checkpoints, index, [1, 3, 7])[0]
+        near = [step for step in range(7) if nearest_checkpoint([1, 3, 7], step) == index]
+        rates = np.interp(np.array(near) + 1, [1, 3, 7], [checkpoint.lr for checkpoint in checkpoints])
+        rate = float(rates.mean()) / (1 - rule.momentum)
         direction = torch.zeros_like(u)
         for _ in range(count):
             direction = direction + rate * P * u
@@ -149,7 +161,36 @@ def test_from_checkpoints_equals_the_recursion_written_out(precondition):
         expected = explicit.pairs(PAIRS, REFERENCE, 1) @ direction
         assert plans[index].facts["damped_modes"] == 0
         assert_close(terms[:, index], expected, 1e-6)
+        largest = torch.linalg.eigvalsh(P.sqrt()[:, None] * H * P.sqrt())[-1]
+        assert plans[index].facts["eta_lambda_max"] == pytest.approx(rate * float(largest), rel=1e-6)
     assert [stretch(checkpoints, index, [1, 3, 7])[0] for index in range(3)] == [3, 3, 1]
+
+
+def test_with_momentum_checkpoints_come_near_the_exact_replay():
+    model, rule = SmallTowers(), StepRule("sgd", {}, momentum=0.9)
+    initial = Checkpoint(0, 0.0, 0, state_of(model), {})
+    state, checkpoints = RunState.of(initial, torch.device("cpu")), []
+    loss = BatchLoss(Passes(model, Settings()), POOL, list(initial.params))
+    for _ in range(120):
+        state = advanced(state, loss.gradient(state.params), 0.001, rule)
+        if state.step % 30 == 0:
+            checkpoints.append(Checkpoint(state.step, 0.001, 0, state.params, {}, None, state.first, 10.0))
+    exact, settled = (
+        terms_of(model, checkpoints, Settings(estimator="unrolled", replay=replay), record, POOL)[0].sum(1)
+        for replay, record in (
+            ("exact", Replay(rule, [0.001] * 120, lambda step: POOL, initial)),
+            ("checkpoints", None),
+        )
+    )
+    assert (settled - exact).norm() < 0.25 * exact.norm()
+
+
+def test_momentum_of_unknown_beta_is_refused():
+    model, rule = SmallTowers(), RULES["momentum"]
+    checkpoint = checkpoint_of(literal_run(model, rule), 7, rule)
+    checkpoint.gain = None
+    with pytest.raises(InputError, match=r"checkpoint of step 7: expected the beta of SGD's momentum"):
+        terms_of(model, [checkpoint], Settings(estimator="unrolled"))
 
 
 def test_directions_stay_bounded_past_stability():

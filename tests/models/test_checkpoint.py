@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import InputError
-from pipeline.models.checkpoint import excluded_from_decay, load_checkpoint, save_checkpoint, serialise_checkpoint
+from pipeline.models.checkpoint import (
+    METADATA_KEY,
+    excluded_from_decay,
+    load_checkpoint,
+    save_checkpoint,
+    serialise_checkpoint,
+)
 from pipeline.models.clip import PairModel, build_model, split_state
 from pipeline.models.manifest import Manifest, ManifestEntry
 from pipeline.models.takeover import import_checkpoints
+from pipeline.store.tensors import parse_tensors
 from pipeline.types import AdamState, Checkpoint, Tree
 
 
@@ -61,13 +69,23 @@ def test_everything_comes_back(model: PairModel, tmp_path: Path) -> None:
 
 
 def test_momentum_comes_back_also_over_s3(model: PairModel, s3_bucket: Any) -> None:
-    first = replace(adam_checkpoint(model), adam=None, momentum=like(split_state(model)[0], 3))
+    first = replace(adam_checkpoint(model), adam=None, momentum=like(split_state(model)[0], 3), gain=5.0)
     save_checkpoint(f"{s3_bucket.url}/a.safetensors", first)
     again = load_checkpoint(f"{s3_bucket.url}/a.safetensors")
     assert again.adam is None
     assert first.momentum is not None
     assert again.momentum is not None
     assert_equal_trees(first.momentum, again.momentum)
+    assert again.gain == 5
+
+
+def test_buffers_alone_do_not_say_of_what_momentum_they_are(model: PairModel, tmp_path: Path) -> None:
+    momentum = like(split_state(model)[0], 3)
+    save_checkpoint(str(tmp_path / "a"), replace(adam_checkpoint(model), adam=None, momentum=momentum))
+    header = json.dumps({"step": 7, "lr": 0.1, "run": 0, "momentum": True})
+    tensors, _ = parse_tensors((tmp_path / "a").read_bytes())
+    safetensors.torch.save_file(tensors, tmp_path / "b.safetensors", metadata={METADATA_KEY: header})
+    assert load_checkpoint(str(tmp_path / "b.safetensors")).gain is None
 
 
 def test_equal_checkpoints_give_equal_bytes(model: PairModel) -> None:
@@ -147,7 +165,11 @@ def test_without_adams_state_the_step_must_be_given(model: PairModel, tmp_path: 
         load_checkpoint(path, model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.2).state_dict()
     checkpoint = load_checkpoint(open_clip_file(model, tmp_path / "s.pt", sgd), model, step=5)
-    assert (checkpoint.step, checkpoint.lr, checkpoint.adam) == (5, 0.2, None)
+    assert (checkpoint.step, checkpoint.lr, checkpoint.adam, checkpoint.gain) == (5, 0.2, None, 1.0)
+    for options, gain in (({}, 10), ({"nesterov": True}, 10), ({"dampening": 0.9}, 1)):
+        sgd = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, **options).state_dict()
+        imported = load_checkpoint(open_clip_file(model, tmp_path / "m.pt", sgd), model, step=5)
+        assert imported.gain == pytest.approx(gain)
 
 
 def test_half_precision_weights_become_float32(model: PairModel, tmp_path: Path) -> None:

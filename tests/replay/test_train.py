@@ -103,6 +103,7 @@ def test_steps_equal_the_formulas(tmp_path: Path, changes: dict[str, Any]) -> No
         assert made.momentum is not None
         for k in params:
             torch.testing.assert_close(made.momentum[k], first[k], rtol=1e-8, atol=1e-12)
+        assert made.gain == pytest.approx(1 / (1 - settings.momentum))
     else:
         assert made.momentum is None
 
