@@ -18,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.influence.losses import Family, batch_loss
 from pipeline.types import AdamState, Checkpoint, Features, PairBatch, Tree
 
+#: Attributes of open_clip's text towers that are numbers of tokens: the text's end, and padding.
+_SOUGHT = ("text_eos_id", "eos_id", "pad_id")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -52,9 +55,9 @@ def compact_vocabulary(model: nn.Module, batches: list[PairBatch]) -> tuple[nn.M
     """Shrink the token embedding to the tokens in use, and renumber them in order.
 
     Unused rows never receive a gradient, so training is unchanged; stacking a hundred models becomes affordable.
-    The order of token numbers is kept because open_clip finds the end of a text by the largest number.
+    The order of token numbers is kept because open_clip finds the end of a text by the largest number, and 0 stays 0
+    because captions are cut where only zeros follow. A tower that looks for a given number looks for its new one.
     """
-    used, renumbered = torch.unique(torch.cat([batch.tokens.flatten() for batch in batches]), return_inverse=True)
     embeddings = {
         name: module
         for name, module in model.named_modules()
@@ -63,14 +66,17 @@ def compact_vocabulary(model: nn.Module, batches: list[PairBatch]) -> tuple[nn.M
     if len(embeddings) != 1:  # a text tower of another library: it stays as it is
         return model, batches
     ((name, embedding),) = embeddings.items()
+    parent, _, leaf = name.rpartition(".")
+    tower = model.get_submodule(parent)
+    sought = {key: value for key in _SOUGHT if 0 <= (value := getattr(tower, key, -1)) < embedding.num_embeddings}
+    kept = torch.tensor([0, *sought.values()])
+    used = torch.unique(torch.cat([kept, *(batch.tokens.flatten() for batch in batches)]))
     small = nn.Embedding(len(used), embedding.embedding_dim, dtype=embedding.weight.dtype)
     small.weight.data.copy_(embedding.weight.data[used])
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, small)
-    pieces = renumbered.split([batch.tokens.numel() for batch in batches])
-    return model, [
-        replace(batch, tokens=piece.reshape(batch.tokens.shape)) for batch, piece in zip(batches, pieces, strict=True)
-    ]
+    setattr(tower, leaf, small)
+    for key, value in sought.items():
+        setattr(tower, key, int(torch.searchsorted(used, value)))
+    return model, [replace(batch, tokens=torch.searchsorted(used, batch.tokens)) for batch in batches]
 
 
 def masked_loss(features: Features, keep: Tensor, captions: Tensor, recipe: Recipe) -> Tensor:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +47,39 @@ def test_a_smaller_vocabulary_changes_no_feature() -> None:
     after = small(renumbered.images, renumbered.tokens)
     assert small.get_submodule("token_embedding").weight.shape[0] < 30
     assert torch.equal(before.text, after.text)
+
+
+@pytest.mark.parametrize(
+    ("custom", "text"),
+    [
+        (False, {"pool_type": "argmax"}),
+        (False, {"pool_type": "eos", "eos_id": 49407}),
+        (False, {"pool_type": "eos", "eos_id": 5}),
+        (True, {"pool_type": "argmax"}),
+        (True, {"pool_type": "eos", "eos_id": 49407}),
+        (True, {"pool_type": "eos", "eos_id": 5}),
+        (True, {"embed_cls": True, "pool_type": "last"}),
+        (True, {"embed_cls": True, "pool_type": "last", "pad_id": 5}),
+    ],
+    ids=str,
+)
+def test_towers_that_look_for_a_token_find_its_new_number(custom: bool, text: dict[str, Any], tmp_path: Path) -> None:
+    towers = {
+        "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 16, "head_width": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, **text},
+    }
+    config = tmp_path / "model.json"
+    config.write_text(json.dumps({"embed_dim": 8, "custom_text": custom, **towers}))
+    data = make_pairs(6)
+    data.tokens[:, 4] = text.get("eos_id", 49407)  # where the text ends
+    data.tokens[::2, 5:] = text.get("pad_id", 0)
+    data.tokens[1::2, 5:] = torch.randint(400, 500, (3, 11), generator=torch.Generator().manual_seed(1))
+    before = build_model(str(config), seed=3)(data.images, data.tokens)
+    small, (renumbered,) = compact_vocabulary(build_model(str(config), seed=3), [data])
+    after = small(renumbered.images, renumbered.tokens)
+    assert int(renumbered.tokens.max()) < 70
+    assert before.text.std(0).max() > 0.01
+    torch.testing.assert_close(after.text, before.text, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("ignore_equal", [False, True])
