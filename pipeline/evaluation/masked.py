@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.influence.losses import Family, batch_loss
+from pipeline.models.checkpoint import excluded_from_decay
 from pipeline.types import AdamState, Checkpoint, Features, PairBatch, Tree
 
 #: Attributes of open_clip's text towers that are numbers of tokens: the text's end, and padding.
@@ -30,7 +31,7 @@ class Recipe:
         order: int64 `[steps, batch]`, the rows of each step.
         rates: learning rate of each step.
         optimizer: `sgd` or `adamw`.
-        weight_decay: decoupled, on matrices only as in open_clip.
+        weight_decay: decoupled, of the parameters that open_clip's trainer decays.
         beta1, beta2, eps: AdamW's.
         momentum: SGD's.
         grad_clip: norm to which each training's gradient is clipped; None does not clip.
@@ -164,7 +165,7 @@ def _advance(
         g = gradient[name]
         if factor is not None:
             g = g * factor.reshape(-1, *[1] * (g.ndim - 1))
-        if recipe.weight_decay and value.ndim > 2:  # one more than in the model: the stack; vectors do not decay
+        if recipe.weight_decay and not excluded_from_decay(name, value[0]):
             value.mul_(1 - rate * recipe.weight_decay)
         if recipe.optimizer == "sgd":
             first[name].mul_(recipe.momentum).add_(g)

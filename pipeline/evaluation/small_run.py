@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.evaluation.masked import Recipe, checkpoint_of, compact_vocabulary, target_losses, train_masked
 from pipeline.influence import Replay, StepRule
+from pipeline.models.checkpoint import decay_of_each
 from pipeline.models.clip import PairModel, split_state
 from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates
 from pipeline.types import Checkpoint, PairBatch, Tree
@@ -92,10 +93,9 @@ class SmallRun:
     def replay(self) -> Replay:
         """What `unrolled` needs to go back through this run step by step."""
         recipe = self.recipe
-        decay = {n: 0.0 if v.ndim < 2 else recipe.weight_decay for n, v in self.start.params.items()}
         rule = StepRule(
             optimizer="sgd" if recipe.optimizer == "sgd" else "adamw",
-            weight_decay=decay,
+            weight_decay=decay_of_each(self.start.params, recipe.weight_decay),
             beta1=recipe.beta1,
             beta2=recipe.beta2,
             eps=recipe.eps,

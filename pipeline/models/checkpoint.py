@@ -43,6 +43,11 @@ def excluded_from_decay(name: str, parameter: Tensor) -> bool:
     return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
+def decay_of_each(params: Tree, weight_decay: float) -> dict[str, float]:
+    """The decoupled weight decay of each parameter: `theta *= 1 - rate * decay` before each step."""
+    return {name: 0.0 if excluded_from_decay(name, value) else weight_decay for name, value in params.items()}
+
+
 def save_checkpoint(url: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically; equal checkpoints give equal bytes."""
     storage.write_bytes(url, serialise_checkpoint(checkpoint))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.errors import StageError
-from pipeline.models.checkpoint import excluded_from_decay, load_checkpoint
+from pipeline.models.checkpoint import decay_of_each, load_checkpoint
 from pipeline.models.manifest import Manifest, ManifestEntry
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.schedule import Rows, TrainingSettings
@@ -81,9 +81,8 @@ class Record:
         return step_pairs(cache, self.order, self.settings, step)
 
     def weight_decay(self, params: Tree) -> dict[str, float]:
-        """The decoupled weight decay of each parameter: `theta *= 1 - rate * decay` before each step."""
-        decay = self.settings.weight_decay
-        return {name: 0.0 if excluded_from_decay(name, value) else decay for name, value in params.items()}
+        """The decoupled weight decay of each parameter (`decay_of_each`)."""
+        return decay_of_each(params, self.settings.weight_decay)
 
 
 def trained_ids(folder: RunFolder, run: int) -> NDArray[np.int64]:

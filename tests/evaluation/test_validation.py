@@ -77,6 +77,17 @@ def test_momentum_and_clipping_are_those_of_torch() -> None:
         torch.testing.assert_close(run.states[-1].params[name], value.detach(), rtol=1e-9, atol=1e-12)
 
 
+def test_what_the_trainer_does_not_decay_does_not_decay() -> None:
+    run = make_run(steps=1, weight_decay=0.5)
+    for name in ("relative_position_bias_table", "idle"):
+        run.start.params[name] = torch.ones(2, 2, dtype=torch.float64)
+        run.model.register_parameter(name, torch.nn.Parameter(run.start.params[name]))
+    after, decay = run.states[-1].params, run.replay().rule.weight_decay
+    assert (after["relative_position_bias_table"] == 1).all()
+    assert (after["idle"] == 1 - 0.05 * 0.5).all()
+    assert (decay["relative_position_bias_table"], decay["idle"], decay["logit_scale"]) == (0, 0.5, 0)
+
+
 def test_lds_of_an_oracle_is_one() -> None:
     halves = random_halves(20, 30, seed=3)
     assert (halves.sum(1) == 10).all()
