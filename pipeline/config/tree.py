@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from pipeline.config.base import Section
 from pipeline.config.scoring import (
     DataConfig,
@@ -26,8 +30,8 @@ class Config(Section):
 
     out: str = "runs/default"
     """The run's folder: a path or an fsspec URL."""
-    seed: int = 0
-    """Decides every random choice of the run."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides every random choice of the run; below 2^63."""
     data: DataConfig
     target: TargetConfig = TargetConfig()
     reference: ReferenceConfig = ReferenceConfig()

@@ -23,6 +23,8 @@ def write(tmp_path: Path, text: str) -> str:
             "score.estimater: expected a known key (did you mean 'estimator'?)",
         ),
         ("data: {shards: a.tar}\nselect: {keep: 1.5}", "select.keep: expected a fraction in (0, 1], found 1.5"),
+        (f"data: {{shards: a.tar}}\nseed: {2**63}", f"seed: expected less than {2**63}, found {2**63}"),
+        ("data: {shards: a.tar}\nseed: -1", "seed: expected greater than or equal to 0, found -1"),
         ("data: {shards: a.tar}\nselect: {keep: 0}", "select.keep: expected a positive count, found 0"),
         (
             "data: {shards: a.tar}\nproxy: {batch_size: many}",
