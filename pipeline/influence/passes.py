@@ -90,15 +90,15 @@ class Passes:
         try:
             ordered = sorted(singles)
             if together and pairs:
-                found |= self._mixed(state, vectors, batch, *pairs.pop(), beside=ordered)
+                found |= self._mixed(state, vectors, batch, *pairs[-1], beside=ordered)
                 ordered = []
-            for first, second in pairs:
+            for first, second in pairs[:-1] if together else pairs:
                 found |= self._mixed(state, vectors, batch, first, second)
             width = max(1, len(ordered)) if together else _TANGENTS_PER_PASS
             for start in range(0, len(ordered), width):
                 found |= self._tangents(state, vectors, batch, ordered[start : start + width])
         except (NotImplementedError, RuntimeError) as error:
-            explained = self._explained(error, state, vectors, batch)
+            explained = self._explained(error, state, vectors, batch[:1], pairs)
             if explained is None:
                 raise
             raise explained from error
@@ -187,21 +187,29 @@ class Passes:
         return lambda outer: push_forward(lambda point: push_forward(run, (point,), (inner,)), (at,), (outer,))
 
     def _explained(
-        self, error: Exception, state: Tree, vectors: dict[str, Tree], batch: PairBatch
+        self, error: Exception, state: Tree, vectors: dict[str, Tree], pair: PairBatch, mixed: Sequence[tuple[str, str]]
     ) -> InputError | None:
         """For a missing forward derivative an `InputError` that names the module; None for any other error."""
         text = " ".join(str(error).split())
         if "forward AD" not in text and "forward-mode" not in text and "jvp" not in text:
             return None
+        what, method = "forward derivative", "forward"
+        where = self._failing(lambda: self._tangents(state, vectors, pair, sorted(vectors)[:1]))
+        if where is None and mixed:
+            what, method = "second forward derivative", "central"
+            where = self._failing(lambda: self._mixed(state, vectors, pair, *mixed[0]))
+        return InputError(f"the model has no {what}{where or ''}: {text[:200]}; use score.method: {method}")
+
+    def _failing(self, work: Callable[[], Any]) -> str | None:
+        """In which module a pass fails, as words, empty outside of all modules; None for a pass that does not."""
         trail = _Trail(self.model)
         try:
-            self._tangents(state, vectors, batch[:1], sorted(vectors)[:1])
+            work()
         except (NotImplementedError, RuntimeError):
-            pass  # the same error again: the trail says in which module
+            return f" in module {trail.open_modules[-1]}" if trail.open_modules else ""
         finally:
             trail.close()
-        where = f" in module {trail.open_modules[-1]}" if trail.open_modules else ""
-        return InputError(f"the model has no forward derivative{where}: {text[:200]}; use score.method: forward")
+        return None
 
 
 class _Trail:

@@ -159,9 +159,20 @@ def build_model(
 
 
 def split_state(model: nn.Module) -> tuple[Tree, Tree]:
-    """The trainable parameters, and the rest of the model's state (buffers, frozen tensors): references, by name."""
+    """The trainable parameters, and the rest of the model's state (buffers, frozen tensors): references, by name.
+
+    Raises `InputError` for a model with one tensor under two names.
+    """
     params = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     buffers = {name: value.detach() for name, value in model.state_dict().items() if name not in params}
+    first: dict[int, str] = {}
+    named = *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    for name, value in named:
+        if (name in params or name in buffers) and first.setdefault(id(value), name) != name:
+            raise InputError(
+                f"expected a tensor of its own for each name of the model, {first[id(value)]} and {name} are one: "
+                "models with tied parameters can be neither trained nor scored"
+            )
     return params, buffers
 
 

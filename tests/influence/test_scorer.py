@@ -280,6 +280,29 @@ def test_an_operator_without_forward_derivative_is_named_and_the_forward_form_ru
         Scorer(model, list(zip(renamed, central, strict=True)), batches.reference, settings)
 
 
+class Gate(nn.Module):
+    """A gated unit, of which torch has first but no second forward derivatives."""
+
+    def forward(self, x):
+        return nn.functional.glu(torch.cat([x, x], 1), 1)
+
+
+@pytest.mark.parametrize("parameters", ["all", "projections"])
+def test_where_second_derivatives_alone_are_missing_the_central_form_runs(parameters):
+    model, settings = SmallTowers(), Settings()
+    model.visual[1] = Gate()
+    _, checkpoints, batches, pairs = make_case(settings)
+    plans = {
+        method: prepare_run(model, checkpoints, batches, replace(settings, method=method), dataset_size=N)
+        for method in ("central", "exact")
+    }
+    way = replace(settings, parameters=parameters)  # the same plans: only the passes differ
+    scorer = Scorer(model, list(zip(checkpoints, plans["central"], strict=True)), batches.reference, way)
+    assert bool(scorer.score(pairs).terms.isfinite().all())
+    with pytest.raises(InputError, match=r"no second forward derivative in module visual\.1 \(Gate\).*method: central"):
+        Scorer(model, list(zip(checkpoints, plans["exact"], strict=True)), batches.reference, way)
+
+
 def test_z0_needs_two_checkpoints_and_equals_the_product_of_guessed_gradients():
     settings = Settings(estimator="z0")
     model, checkpoints, batches, pairs = make_case(settings)

@@ -162,6 +162,17 @@ def test_dropout_of_patches_is_noticed(tmp_path: Path) -> None:
     assert not build_model(str(tmp_path / "m.json")).trains_as_it_evaluates
 
 
+def test_tied_parameters_are_refused() -> None:
+    model = build_model("tiny-vit")
+    model.visual.ln_post.weight = model.visual.ln_pre.weight
+    with pytest.raises(InputError, match=r"visual\.ln_pre\.weight and visual\.ln_post\.weight are one"):
+        split_state(model)
+    shared = build_model("tiny-resnet")
+    shared.visual.again = shared.visual.bn1.requires_grad_(False)
+    with pytest.raises(InputError, match=r"visual\.bn1\.weight and visual\.again\.weight are one"):
+        split_state(shared)
+
+
 def test_a_model_survives_pickling() -> None:
     model = build_model("tiny-vit")
     copy = pickle.loads(pickle.dumps(model))
