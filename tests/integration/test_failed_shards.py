@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,11 @@ def test_a_failed_shard_is_status_1_unless_a_share_may_fail_and_is_taken_up_agai
     file.write_text(dump_config(config))
     for stage in ("inventory", "train", "directions"):
         run_stage(stage, config)
-    shutil.copy(shards[1], tmp_path / "kept.tar")
-    shutil.copy(write_shards(tmp_path / "other", shards=1, samples=5)[0], shards[1])
+    shutil.copy2(shards[1], tmp_path / "kept.tar")
+    damaged, before = Path(shards[1]), Path(shards[1]).stat()
+    other = Path(write_shards(tmp_path / "other", shards=1, samples=5)[0]).read_bytes()
+    damaged.write_bytes(other + b"\0" * (before.st_size - len(other)))
+    os.utime(damaged, ns=(before.st_atime_ns, before.st_mtime_ns))  # storage says that it is the same file
     run = RunFolder(config.out)
 
     assert invoke(["run", str(file)]) == 1
@@ -49,7 +53,7 @@ def test_a_failed_shard_is_status_1_unless_a_share_may_fail_and_is_taken_up_agai
     assert [path.stat().st_mtime_ns for path in sorted(Path(run.scores).iterdir())] == scored
     assert verify(run) == []
 
-    shutil.copy(tmp_path / "kept.tar", shards[1])
+    shutil.copy2(tmp_path / "kept.tar", shards[1])
     assert invoke(["run", str(file)]) == 1, "what was set aside stays there"
     assert invoke(["run", str(file), "--retry-failed"]) == 0
     assert len(list(Path(run.scores).iterdir())) == 6
