@@ -69,14 +69,16 @@ def batches_url(root: str) -> str:
     return storage.join(root, "directions", "batches.safetensors")
 
 
-def save_batches(root: str, batches: Batches) -> None:
-    """Write the decoded batches, so that each worker reads a few MB instead of shards."""
+def save_batches(root: str, batches: Batches) -> str:
+    """Write the decoded batches, so that each worker reads a few MB instead of shards; returns the file's checksum."""
     tensors = {
         f"{name}/{field}": getattr(getattr(batches, name), field).contiguous()
         for name in Batches.__slots__
         for field in PairBatch.__slots__
     }
-    storage.write_bytes(batches_url(root), safetensors.torch.save(tensors))
+    data = safetensors.torch.save(tensors)
+    storage.write_bytes(batches_url(root), data)
+    return storage.checksum(data)
 
 
 def load_batches(root: str) -> Batches:
@@ -92,10 +94,12 @@ def plan_url(root: str, number: int) -> str:
     return storage.join(root, "directions", f"{number:05d}.safetensors")
 
 
-def save_plan(root: str, number: int, plan: ProbePlan) -> None:
-    """Write a checkpoint's plan: its vectors as tensors, its probes as metadata."""
+def save_plan(root: str, number: int, plan: ProbePlan) -> str:
+    """Write a checkpoint's plan: its vectors as tensors, its probes as metadata; returns the checksum of its file."""
     tensors, rest = plan.to_tensors()
-    storage.write_bytes(plan_url(root, number), safetensors.torch.save(tensors, metadata={_METADATA_KEY: rest}))
+    data = safetensors.torch.save(tensors, metadata={_METADATA_KEY: rest})
+    storage.write_bytes(plan_url(root, number), data)
+    return storage.checksum(data)
 
 
 def load_plan(root: str, number: int) -> ProbePlan:

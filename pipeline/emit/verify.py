@@ -9,6 +9,7 @@ from pipeline.data.inventory import ShardInfo, read_inventory
 from pipeline.emit.captions import emitted_caption
 from pipeline.emit.manifest import SelectionFolder
 from pipeline.emit.summary import account
+from pipeline.emit.verify_prepared import check_prepared
 from pipeline.emit.verify_scores import check_sample, check_scores
 from pipeline.emit.verify_selection import check_selection
 from pipeline.emit.verify_tars import check_tars
@@ -22,7 +23,8 @@ from pipeline.store.commits import read_marks
 def verify(run: RunFolder | str) -> list[str]:
     """Everything that is off in a run's folder, one line each; an empty list for a sound run.
 
-    Reads all score files, keep lists and, of pruned tars, the headers (remote ones whole); never the input's content.
+    Reads checkpoints, directions, all score files, keep lists and, of pruned tars, the headers (remote ones whole);
+    never the input's content.
     A run that has not come to selecting or handing over yet is checked as far as it is.
     """
     folder = RunFolder(run) if isinstance(run, str) else run
@@ -37,6 +39,7 @@ def verify(run: RunFolder | str) -> list[str]:
 
 def _problems(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
     yield from _leftovers(run)
+    yield from check_prepared(run)
     yield from check_scores(run, inventory)
     yield from check_sample(run, inventory)
     scored_with = _scored_caption(run)

@@ -34,14 +34,14 @@ def compute_directions(job: Job) -> None:
     marks.invalidate_all()
     patience = Patience.of_computing(job.config.engine.task_timeout)
     drawn = run_task(_draw, job.config, stage="directions", config=job.config.engine, patience=patience)
-    parts = drawn["parts"]
+    parts, files = drawn["parts"], drawn["files"]
     outcome = run_tasks(
         _write_plans,
         [_Part(job.config, tuple(part)) for part in parts],
         run=job.folder,
         stage="directions",
         config=job.config.engine,
-        on_result=lambda number, result: None,
+        on_result=lambda number, written: files.update(written),
         name=lambda part: f"checkpoint {', '.join(str(number) for number in part.numbers)}",
         marks=marks,
         unit="checkpoints" if len(parts) == len(manifest.checkpoints) else "runs",
@@ -49,7 +49,7 @@ def compute_directions(job: Job) -> None:
         patience=patience,
     )
     outcome.check("directions")
-    content = {"checkpoints": digests, "dataset_size": manifest.dataset_size, "basis": drawn["basis"]}
+    content = {"checkpoints": digests, "dataset_size": manifest.dataset_size, "basis": drawn["basis"], "files": files}
     job.write_mark(job.folder.directions_mark, fingerprint, content)
 
 
@@ -100,10 +100,10 @@ class _Part:
 def _draw(config: Config) -> dict[str, Any]:
     from pipeline.stages.plans import parts_of, write_batches
 
-    return {"basis": write_batches(config), "parts": parts_of(config)}
+    return {**write_batches(config), "parts": parts_of(config)}
 
 
-def _write_plans(part: _Part) -> None:
+def _write_plans(part: _Part) -> dict[str, str]:
     from pipeline.stages.plans import write_plans
 
-    write_plans(part.config, part.numbers)
+    return write_plans(part.config, part.numbers)

@@ -20,21 +20,34 @@ from pipeline.device import device_of_this_task
 from pipeline.errors import InputError
 from pipeline.influence import WHOLE_RUN, Batches, Replay, StepRule, prepare, prepare_run, with_reference
 from pipeline.models.manifest import Manifest
-from pipeline.prepared import load_batches, save_batches, save_plan, score_basis, settings_of
+from pipeline.prepared import (
+    batches_url,
+    load_batches,
+    plan_url,
+    save_batches,
+    save_plan,
+    score_basis,
+    settings_of,
+)
 from pipeline.replay.record import Record
 from pipeline.run import RunFolder
 from pipeline.stages.computing import ComputingJob
 from pipeline.stages.job import OVERDRAW, Job
 from pipeline.stages.training import training_pairs
+from pipeline.store import storage
 from pipeline.types import PairBatch
 
 
 def write_batches(config: Config) -> dict[str, Any]:
-    """Draw, decode and write R, B and V; what of them and of the model's input decides the scores."""
+    """Draw, decode and write R, B and V.
+
+    Returns `basis`, what of them and of the model's input decides the scores, and `files`, checksums by file name.
+    """
     job = ComputingJob(config)
     batches = draw_batches(job)
-    save_batches(job.folder.root, batches)
-    return score_basis(config, batches, job.decoder.spec)
+    checksum = save_batches(job.folder.root, batches)
+    basis = score_basis(config, batches, job.decoder.spec)
+    return {"basis": basis, "files": {storage.basename(batches_url(job.folder.root)): checksum}}
 
 
 def parts_of(config: Config) -> list[list[int]]:
@@ -111,8 +124,8 @@ def _load(
     return batches
 
 
-def write_plans(config: Config, numbers: Sequence[int]) -> None:
-    """Compute and write the plans of the checkpoints at places `numbers` of the manifest."""
+def write_plans(config: Config, numbers: Sequence[int]) -> dict[str, str]:
+    """Compute and write the plans of the checkpoints at places `numbers` of the manifest; checksums by file name."""
     job = ComputingJob(config)
     manifest = Manifest.read(job.folder.checkpoint_manifest)
     settings = settings_of(config)
@@ -147,10 +160,12 @@ def write_plans(config: Config, numbers: Sequence[int]) -> None:
             )
             for checkpoint in checkpoints
         ]
+    files: dict[str, str] = {}
     for number, checkpoint, plan in zip(numbers, checkpoints, plans, strict=True):
         # R's part once per checkpoint, not once in every worker that scores.
         whole = with_reference(model, checkpoint, plan, batches.reference, settings, config.score.batch_size)
-        save_plan(config.out, number, whole)
+        files[storage.basename(plan_url(config.out, number))] = save_plan(config.out, number, whole)
+    return files
 
 
 def exact_replay(job: ComputingJob, run: int) -> Replay:

@@ -57,6 +57,13 @@ def test_an_input_that_changed_is_refused_and_replaced_when_asked_for(tmp_path: 
     assert storage.read_json(folder.summary)["scores"]["scored_shards"] == 2
     assert verify(folder) == []
 
+    direction, used = Path(folder.directions, "00000.safetensors"), Manifest.read(folder.checkpoint_manifest)
+    direction.write_bytes(direction.read_bytes()[:-1] + b"x")
+    Path(used.checkpoints[1].path).unlink()
+    assert sorted(problem.split(": ")[1].split(" though")[0].split(" since")[0] for problem in verify(folder)) == [
+        "changed", "missing,"
+    ]  # fmt: skip
+
 
 def checkpoint(folder: Path, name: str, seed: int) -> str:
     params, buffers = split_state(build_model("digits-vit", seed=seed))

@@ -57,12 +57,13 @@ def test_plans_of_other_settings_that_broke_off_are_computed_again(
     )
     written: list[int] = []
 
-    def write(part: directions._Part) -> None:
+    def write(part: directions._Part) -> dict[str, str]:
         for number in part.numbers:
             Path(plan_url(config.out, number)).write_text(f"{part.config.target.pairs}")
             written.append(number)
             if part.config is second.config and len(written) == after:
                 raise RuntimeError("killed")
+        return {}
 
     monkeypatch.setattr(directions, "gpus_for_a_task", lambda: 0)
     monkeypatch.setattr(directions, "run_task", call)
@@ -70,7 +71,9 @@ def test_plans_of_other_settings_that_broke_off_are_computed_again(
     monkeypatch.setattr(directions, "_write_plans", write)
     for job, divided in ((first, parts), (second, others), (first, parts)):
         written.clear()
-        monkeypatch.setattr(directions, "_draw", lambda _, divided=divided: {"basis": {}, "parts": divided})
+        monkeypatch.setattr(
+            directions, "_draw", lambda _, divided=divided: {"basis": {}, "files": {}, "parts": divided}
+        )
         with pytest.raises(RuntimeError, match="killed") if job is second else nullcontext():
             compute_directions(job)
     assert [Path(plan_url(config.out, number)).read_text() for number in range(2)] == ["8", "8"]
