@@ -122,7 +122,7 @@ class Tally:
         if self.rejected:
             parts.append(f"{self.rejected:,} rejected")
         if self.failed:
-            parts.append(f"{self.failed:,} {unit} failed")
+            parts.append(f"{self.failed:,} failed")
         return ", ".join(parts)
 
     def _per_worker(self) -> str:

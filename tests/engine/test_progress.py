@@ -31,7 +31,7 @@ def test_rates_and_time_left_follow_the_last_minute() -> None:
     tally.add(pairs=500, worker="1")
     tally.failed += 1
     assert tally.line("shards").startswith("30 pairs/s (2 workers, ")
-    assert tally.line("shards").endswith("20 rejected, 1 shards failed")
+    assert tally.line("shards").endswith("20 rejected, 1 failed")
     clock.now += 200
     assert tally.seconds_left() is None
 
