@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.shards import expand
 from pipeline.engine.progress import say
+from pipeline.errors import ConfigError
 from pipeline.selection.summary import read_summary
 from pipeline.stages.job import Job
 from pipeline.store.commits import read_marks
@@ -24,9 +25,7 @@ def say_other_scores(job: Job, stage: str) -> None:
     The score stage refuses such scores; the stages after it take those that are there.
     """
     mark = next(read_marks(job.folder), None)
-    there = [info.url for info in job.inventory]
-    shards = Fingerprint({"data.shards": expand(job.config.data.shards)}).differences({"data.shards": there})
-    found = (_other_settings(job.config, mark.parts) if mark is not None else []) + shards[:1]
+    found = (_other_settings(job.config, mark.parts) if mark is not None else []) + _other_shards(job)[:1]
     if found:
         say(stage, f"warning: the scores used are of other settings than the config's: {name_differences(found)}")
 
@@ -39,6 +38,15 @@ def say_other_selection(job: Job, stage: str) -> None:
     if found:
         name = selection.name
         say(stage, f"warning: {name!r} was selected with other settings than the config's: {name_differences(found)}")
+
+
+def _other_shards(job: Job) -> list[str]:
+    """Where the config names other shards than were counted; nothing where those it names are gone."""
+    try:
+        now = expand(job.config.data.shards)
+    except ConfigError:
+        return []
+    return Fingerprint({"data.shards": now}).differences({"data.shards": [info.url for info in job.inventory]})
 
 
 def _other_settings(config: Config, parts: dict[str, Any]) -> list[str]:
