@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.influence.arithmetic import attention_in_parts
 from pipeline.influence.losses import Family, batch_loss
 from pipeline.models.checkpoint import excluded_from_decay
 from pipeline.types import AdamState, Checkpoint, Features, PairBatch, Tree
@@ -140,10 +141,9 @@ def train_masked(
         return removal * without + (1 - removal) * masked_loss(features, torch.ones_like(keep), captions, recipe)
 
     gradients = vmap(grad(loss), in_dims=(0, 0, None, None, None))
-    torch.backends.mha.set_fastpath_enabled(False)
     for step, rows in enumerate(recipe.order, start=1):
         batch = data[rows]
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), attention_in_parts():
             gradient = gradients(stacked, masks[:, rows], batch.images, batch.tokens, batch.captions)
         with torch.no_grad():
             _advance(stacked, first, second, gradient, updates + step, recipe.rates[step - 1], recipe)
