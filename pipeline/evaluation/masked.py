@@ -215,5 +215,5 @@ def target_losses(model: nn.Module, stacked: Tree, buffers: Tree, target: PairBa
         features = functional_call(model, {**params, **buffers}, (target.images, target.tokens))
         return masked_loss(features, everyone, target.captions, recipe)
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), attention_in_parts():
         return vmap(loss)(stacked)
