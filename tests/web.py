@@ -14,13 +14,15 @@ from typing import Any
 class WebServer:
     """Serves `folder` at `url`: answers ranges unless told not to, and breaks off after `cut` bytes of a whole file.
 
+    A `mute` one says how large files are and never sends any.
+
     Attributes:
         asked: method and range of each request so far.
     """
 
-    def __init__(self, folder: Path | str, *, ranges: bool = True, cut: int | None = None) -> None:
+    def __init__(self, folder: Path | str, *, ranges: bool = True, cut: int | None = None, mute: bool = False) -> None:
         self.asked: list[tuple[str, str]] = []
-        handler = partial(_Handler, directory=str(folder), ranges=ranges, cut=cut, asked=self.asked)
+        handler = partial(_Handler, directory=str(folder), ranges=ranges, cut=cut, mute=mute, asked=self.asked)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -35,8 +37,10 @@ class WebServer:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    def __init__(self, *args: Any, ranges: bool, cut: int | None, asked: list[tuple[str, str]], **options: Any) -> None:
-        self.ranges, self.cut, self.asked = ranges, cut, asked
+    def __init__(
+        self, *args: Any, ranges: bool, cut: int | None, mute: bool, asked: list[tuple[str, str]], **options: Any
+    ) -> None:
+        self.ranges, self.cut, self.mute, self.asked = ranges, cut, mute, asked
         super().__init__(*args, **options)
 
     def log_message(self, *_: object) -> None:
@@ -48,6 +52,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(("GET", self.headers.get("Range", "")))
+        if self.mute:
+            threading.Event().wait()
         path = self.translate_path(self.path)
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not (self.ranges and match and os.path.isfile(path)):

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 
 from pipeline.data.places import locate_members, write_places
 from pipeline.data.reader import read_shard
-from pipeline.data.shards import expand
 from pipeline.data.stream import describe
 from pipeline.errors import InputError
 from pipeline.store import ahead, storage
@@ -90,11 +89,6 @@ def versions(urls: Sequence[str]) -> Iterator[tuple[str, int, str]]:
     """
     for url, (size, etag) in zip(urls, ahead.in_order(describe, urls), strict=True):
         yield storage.basename(url), size, etag
-
-
-def shard_versions(shards: str | list[str] | None, key: str) -> list[tuple[str, int, str]]:
-    """`versions` of the shards that a config names under `key`; none for None."""
-    return list(versions(expand(shards, key))) if shards is not None else []
 
 
 def check_unchanged(info: ShardInfo) -> None:

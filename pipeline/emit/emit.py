@@ -119,8 +119,7 @@ def emit(
         warnings=[],
     )
     if config.emit.materialize:
-        for _, problem in changed_shards([info for info, line in zip(inventory, lines, strict=True) if line.num_kept]):
-            raise InputError(problem)
+        apart(_check_unchanged, [info for info, line in zip(inventory, lines, strict=True) if line.num_kept])
         plan = make_plan(run, config, inventory, lines, fingerprint.digest, apart)
         stats = reshard(plan, map_tasks)
         summary = replace(
@@ -139,6 +138,11 @@ def emit(
     storage.write_bytes(folder.card, _card(run, config, inventory, selection, summary, command).encode())
     marks.write_mark(folder.mark, fingerprint, asdict(summary))
     return summary
+
+
+def _check_unchanged(shards: Sequence[ShardInfo]) -> None:
+    for _, problem in changed_shards(shards):
+        raise InputError(problem)
 
 
 def _write_uids(files: tuple[str, list[str]]) -> int:

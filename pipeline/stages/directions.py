@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.inventory import shard_versions
 from pipeline.device import gpus_for_a_task
 from pipeline.engine.scorer_spec import model_identity
 from pipeline.engine.tasks import run_task, run_tasks
@@ -14,6 +13,7 @@ from pipeline.errors import StageError
 from pipeline.models.manifest import Manifest
 from pipeline.patience import Patience
 from pipeline.stages.job import Job
+from pipeline.stages.versions import shard_versions
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
@@ -81,7 +81,7 @@ def directions_fingerprint(job: Job, digests: list[str], dataset_size: int) -> F
             "loss": config.proxy.loss,
             "reference": config.reference.model_dump(mode="json"),
             "target": config.target.model_dump(mode="json"),
-            "target_versions": shard_versions(config.target.shards, "target.shards"),
+            "target_versions": shard_versions(config.target.shards, "target.shards", "directions", config.engine),
             "caption": config.data.caption,
             **config.data.pixels,
             "seed": config.seed,

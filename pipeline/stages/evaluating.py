@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from pipeline.config import Config
-from pipeline.data.inventory import shard_versions
 from pipeline.data.shards import expand
 from pipeline.device import gpus_for_a_task
 from pipeline.engine.progress import say
@@ -17,6 +16,7 @@ from pipeline.patience import Patience
 from pipeline.stages.evaluation_sets import WrittenSet, write_sets
 from pipeline.stages.job import Job
 from pipeline.stages.training import model_files
+from pipeline.stages.versions import Version, shard_versions
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import read_pulse, share_done
@@ -63,9 +63,11 @@ def evaluate(job: Job) -> list[Result]:
     Raises `StageError` before the selection is finished.
     """
     config = job.config
+    assert config.evaluate is not None
     _warn_of_shared_shards(config)
     sets = run_task(write_sets, config, stage="evaluate", config=config.engine)
-    trainings = [_training(job, each) for each in sets]
+    measured = shard_versions(config.evaluate.shards, "evaluate.shards", "evaluate", config.engine)
+    trainings = [_training(job, each, measured) for each in sets]
     pending = {training.mark: training for training in trainings if marks.read_mark(training.mark) is None}
     outcome = run_tasks(
         _train,
@@ -109,12 +111,12 @@ def _warn_of_shared_shards(config: Config) -> None:
             say("evaluate", f"{named}: what is measured on them is not what unused pairs would give")
 
 
-def _training(job: Job, pairs: WrittenSet) -> _Training:
+def _training(job: Job, pairs: WrittenSet, measured: list[Version]) -> _Training:
     config = job.config
     assert config.evaluate is not None
     fingerprint = Fingerprint(
         {
-            "shards": shard_versions(config.evaluate.shards, "evaluate.shards"),
+            "shards": measured,
             "steps": config.evaluate.steps,
             "augment": config.evaluate.augment,
             "proxy": config.proxy.model_dump(mode="json", exclude=_OF_THE_PROXY_ALONE),

@@ -13,10 +13,8 @@ import numpy as np
 from pipeline.config import Config
 from pipeline.data.inventory import (
     ShardInfo,
-    changed_shards,
     inspect_shard,
     read_inventory,
-    versions,
     write_inventory,
 )
 from pipeline.data.positions import Positions
@@ -30,6 +28,7 @@ from pipeline.patience import Patience
 from pipeline.replay.ray_train import ProxyJob, train_runs
 from pipeline.replay.schedule import TrainingSettings, runs_to_hold_out
 from pipeline.stages.job import Job
+from pipeline.stages.versions import changed_since, versions_of
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import Pulse
@@ -87,7 +86,7 @@ def _known_shards(job: Job, urls: list[str]) -> dict[int, ShardInfo]:
     known = read_inventory(job.folder.inventory)
     if [info.url for info in known] != urls:
         return {}
-    changed = list(changed_shards(known))
+    changed = changed_since(known, "inventory", job.config.engine)
     if changed and job.config.engine.stale == "refuse":
         others = f", and so for {plural(len(changed) - 1, 'other shard')}" if len(changed) > 1 else ""
         raise FingerprintError(
@@ -271,7 +270,7 @@ def _take_over(job: Job) -> None:
     config, proxy = job.config, job.config.proxy
     fingerprint = Fingerprint(
         {
-            "sources": _sources(proxy.checkpoints or []),
+            "sources": _sources(config),
             "steps": proxy.checkpoint_steps,
             "rates": proxy.checkpoint_rates,
             "model": model_identity(config),
@@ -292,12 +291,13 @@ def _remove_marks(job: Job) -> None:
         storage.remove(storage.join(job.folder.checkpoints, name))
 
 
-def _sources(urls: list[str]) -> list[Any]:
+def _sources(config: Config) -> list[Any]:
     """Which version of each file is taken over; of a manifest, its content and the files that it lists."""
-    found: list[Any] = [[url, *version] for url, version in zip(urls, versions(urls), strict=True)]
+    urls = config.proxy.checkpoints or []
+    found: list[Any] = [*zip(urls, versions_of(urls, "train", config.engine), strict=True)]
     if len(urls) == 1 and urls[0].endswith(".json"):
         listed = [entry.path for entry in Manifest.read(urls[0]).checkpoints]
-        found += [storage.file_checksum(urls[0]), *versions(listed)]
+        found += [storage.file_checksum(urls[0]), *versions_of(listed, "train", config.engine)]
     return found
 
 

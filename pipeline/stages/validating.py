@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config
-from pipeline.data.inventory import shard_versions
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
 from pipeline.patience import Patience
 from pipeline.stages.job import Job
 from pipeline.stages.training import model_files, take_inventory
+from pipeline.stages.versions import shard_versions
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import read_pulse, share_done
@@ -77,7 +77,7 @@ def validate(job: Job) -> None:
             "config": decides,
             "inventory": job.inventory_digest,
             **model_files(config),
-            "target": shard_versions(config.target.shards, "target.shards"),
+            "target": shard_versions(config.target.shards, "target.shards", "validate", config.engine),
             "truth": storage.file_checksum(truth) if truth else "",
         }
     )

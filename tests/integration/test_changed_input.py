@@ -20,7 +20,7 @@ from pipeline.models.clip import build_model, split_state
 from pipeline.models.manifest import Manifest, ManifestEntry
 from pipeline.run import RunFolder
 from pipeline.selection.summary import read_summary
-from pipeline.stages import training
+from pipeline.stages import training, versions
 from pipeline.stages.directions import directions_fingerprint
 from pipeline.stages.job import Job
 from pipeline.stages.runner import run_all
@@ -75,7 +75,8 @@ def checkpoint(folder: Path, name: str, seed: int) -> str:
 @pytest.fixture
 def with_inventory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
     """Makes jobs of one run with an inventory; tasks run in this process."""
-    monkeypatch.setattr(training, "run_task", lambda function, item, **_: function(item))
+    for module in (training, versions):
+        monkeypatch.setattr(module, "run_task", lambda function, item, **_: function(item))
     shards = write_shards(tmp_path / "in", shards=2, samples=10)
     write_inventory(RunFolder(str(tmp_path / "run")).inventory, [inspect_shard(n, url) for n, url in enumerate(shards)])
 

@@ -13,6 +13,7 @@ from pipeline.run import RunFolder
 from pipeline.stages.runner import run_all, run_stage
 from pipeline.store import storage
 from tests.integration.runs import small_config
+from tests.web import WebServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -47,9 +48,13 @@ def test_an_evaluation_that_hangs_ends_with_the_reason(
     shards = make_shards(shards=3)
     run_all(small_config(shards, tmp_path / "run"))
     evaluate = {"shards": stuck, "seeds": 1, "baselines": ["random"], "steps": 2}
-    config = small_config(shards, tmp_path / "run", evaluate=evaluate, engine=HASTY)
-    with pytest.raises(StageError, match=r"^evaluate: 2 of 2 failed: .*, seed 0: TaskHung: no news for 20 s"):
-        run_stage("evaluate", config)
+    with pytest.raises(StageError, match=r"^evaluate: hung: it had not come back after 20 s"):
+        run_stage("evaluate", small_config(shards, tmp_path / "run", evaluate=evaluate, engine=HASTY))
+    with WebServer(Path(shards[0]).parent, mute=True) as server:
+        evaluate["shards"] = f"{server.url}/{Path(shards[0]).name}"
+        config = small_config(shards, tmp_path / "run", evaluate=evaluate, engine=HASTY)
+        with pytest.raises(StageError, match=r"^evaluate: 2 of 2 failed: .*, seed 0: TaskHung: no news for 20 s"):
+            run_stage("evaluate", config)
     assert len(storage.list_files(storage.join(config.out, "failed", "evaluate"), ".json")) == 2
     evaluate["shards"] = shards[0]
     run_stage("evaluate", small_config(shards, tmp_path / "run", evaluate=evaluate, engine=HASTY))
