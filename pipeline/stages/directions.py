@@ -49,7 +49,12 @@ def compute_directions(job: Job) -> None:
         patience=patience,
     )
     outcome.check("directions")
-    content = {"checkpoints": digests, "dataset_size": manifest.dataset_size, "basis": drawn["basis"], "files": files}
+    content = {
+        "checkpoints": digests,
+        "dataset_size": manifest.dataset_size,
+        "basis": drawn["basis"],
+        "files": dict(sorted(files.items())),
+    }
     job.write_mark(job.folder.directions_mark, fingerprint, content)
 
 
