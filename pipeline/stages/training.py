@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.inventory import (
-    ShardInfo,
-    inspect_shard,
-    read_inventory,
-    write_inventory,
-)
+from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
 from pipeline.data.positions import Positions
 from pipeline.data.shards import expand
 from pipeline.engine.progress import Display, Tally
@@ -54,7 +49,9 @@ def take_inventory(job: Job) -> None:
     def keep(number: int, info: list[Any]) -> None:
         found[left[number]] = ShardInfo(*info)
 
-    marks = TaskMarks(storage.join(job.folder.root, "scratch", "inventory"), Fingerprint({"urls": urls, "left": left}))
+    # Every mark holds the parts of its fingerprint, and every task its marks: a digest, not the list of all shards.
+    counted = Fingerprint({"shards": Fingerprint({"urls": urls, "left": left}).digest})
+    marks = TaskMarks(storage.join(job.folder.root, "scratch", "inventory"), counted)
     outcome = run_tasks(
         _inspect,
         [(number, urls[number], job.folder.places(number)) for number in left],
