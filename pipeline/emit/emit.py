@@ -256,7 +256,7 @@ def _card(
     command: str,
 ) -> str:
     mark = next(read_marks(run), None)
-    scored_by = {} if mark is None else {name: value for name, value in mark.parts.items() if name != "shard"}
+    scored_by = {} if mark is None else mark.settings
     names = ("uids", "tars", "suffixed", "json_added", "json_without_uid")
     return render_card(
         config,

@@ -25,7 +25,7 @@ def check_prepared(run: RunFolder) -> Iterator[str]:
         expected = f"expected the {len(digests)} checkpoints that directions were computed at"
         yield f"{run.checkpoint_manifest}: {expected}, found {len(listed)}"
         return
-    files = {storage.join(run.directions, name): digest for name, digest in sorted(mark.get("files", {}).items())}
+    files = {storage.join(run.directions, name): digest for name, digest in mark.get("files", {}).items()}
     for url, digest in [*zip(listed, digests, strict=True), *files.items()]:
         if not storage.exists(url):
             yield f"{url}: missing, though {run.directions_mark} says that it is there"

@@ -38,8 +38,7 @@ def check_scores(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str
         except KeyError as error:
             yield f"{mark_url}: expected the entry {error}, found none"
             continue
-        shared = {name: part for name, part in mark.parts.items() if name != "shard"}
-        common = shared if common is None else common
+        common = mark.settings if common is None else common
         yield from _check_fingerprint(mark_url, mark, info, common)
         yield from _check_counts(mark_url, mark, info)
         yield from _check_file(file, mark)

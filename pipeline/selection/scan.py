@@ -16,6 +16,7 @@ from pipeline.run import RunFolder
 from pipeline.selection.keys import UInt64, parse_uids
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
+from pipeline.store.fingerprint import Fingerprint
 
 #: Rows that are looked at together: the unit of memory of every pass.
 SPAN_ROWS = 1 << 18
@@ -46,7 +47,7 @@ def committed_shards(run: RunFolder) -> tuple[list[ScoreShard], str]:
     for mark in read_marks(run):
         shard = ScoreShard(mark.shard, run.score_file(mark.shard), mark.url, mark.rows)
         found.append((shard, f"{mark.shard} {mark.fingerprint} {mark.checksum}"))
-        settings.setdefault(mark.settings, shard.url)
+        settings.setdefault(Fingerprint(mark.settings).digest, shard.url)
     if not found:
         raise StageError(f"{run.scores}: expected finished scores, found none; make them with `diffprune score`")
     if len(settings) > 1:

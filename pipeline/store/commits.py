@@ -94,9 +94,9 @@ class ScoreMark:
     parts: dict[str, Any] = field(repr=False)
 
     @property
-    def settings(self) -> str:
-        """Digest of all that decided the scores but for the shard: one for all marks of a run."""
-        return Fingerprint({name: value for name, value in self.parts.items() if name != "shard"}).digest
+    def settings(self) -> dict[str, Any]:
+        """All that decided the scores but for the shard: the same for all marks of a run."""
+        return {name: value for name, value in self.parts.items() if name != "shard"}
 
     @property
     def statuses(self) -> dict[str, int]:

@@ -184,7 +184,6 @@ def remove_folder(url: str) -> None:
             shutil.rmtree(local_path(url))
         return
     fs, path = filesystem(url)
-    fs.invalidate_cache()
     if fs.exists(path):
         fs.rm(path, recursive=True)
 
