@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 Rule = Callable[..., Any]
 
 
+#: Devices on which convolutions of large patches, of which there are few, take many times as long as one product.
+_WITH_SLOW_CONVOLUTIONS = {"cuda"}
+
 #: Products whose first argument is a table of rows.
 _PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
@@ -30,7 +33,7 @@ class Rules(TorchFunctionMode):
 
     def __init__(self, rules: Mapping[Any, Rule]) -> None:
         super().__init__()
-        self._rules: dict[Any, Rule] = {functional.conv2d: _patches, functional.batch_norm: batch_norm, **rules}
+        self._rules: dict[Any, Rule] = {functional.conv2d: self._patches, functional.batch_norm: batch_norm, **rules}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -39,6 +42,36 @@ class Rules(TorchFunctionMode):
             with torch.autocast(args[0].device.type, enabled=False):
                 return self._called(func, [None if each is None else each.float() for each in args], kwargs or {})
         return self._called(func, args, kwargs or {})
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear layer."""
+        return functional.linear(input, weight, bias)
+
+    def _patches(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        """A convolution over patches that do not overlap begins a stream of tokens: what it gives is not lowered.
+
+        On a GPU it is one product of matrices (measured in docs/performance.md).
+        """
+        sides = tuple(weight.shape[2:])
+        steps = (stride,) * len(sides) if isinstance(stride, int) else tuple(stride)
+        if steps != sides or padding not in (0, (0, 0), "valid") or max(sides) == 1:
+            return NotImplemented
+        lower = lowered_to(input)
+        if input.device.type not in _WITH_SLOW_CONVOLUTIONS or groups != 1 or dilation not in (1, (1, 1)):
+            if lower is None:
+                return NotImplemented
+            return torch.conv2d(input, weight, bias, stride, padding, dilation, groups).float()
+        tokens = self._product(_patch_values(input, *sides), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return tokens if lower is None else tokens.float()
 
     def _called(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         rule = self._rules.get(func)
@@ -57,21 +90,12 @@ def _has_one_row_per_pair(*args: Any) -> bool:
     return len(args) > 1 and all(isinstance(each, Tensor) and each.dim() == 2 for each in args[:2])
 
 
-def _patches(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    *rest: Any,
-    **more: Any,
-) -> Any:
-    """A convolution over patches that do not overlap begins a stream of tokens: it is lowered, what it gives is not."""
-    sides = tuple(weight.shape[2:])
-    apart = stride in (sides, sides[0]) and padding in (0, (0, 0), "valid") and max(sides) > 1
-    if not apart or lowered_to(input) is None:
-        return NotImplemented
-    return torch.conv2d(input, weight, bias, stride, padding, *rest, **more).float()
+def _patch_values(images: Tensor, height: int, width: int) -> Tensor:
+    """Patches of images `[n, c, h, w]`, as `[n, rows, columns, c * height * width]`; the rest at the edges is left."""
+    rows, columns = images.shape[2] // height, images.shape[3] // width
+    inside = images[:, :, : rows * height, : columns * width]
+    split = inside.reshape(*images.shape[:2], rows, height, columns, width)
+    return split.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 def batch_norm(

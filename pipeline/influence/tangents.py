@@ -8,16 +8,23 @@ whose Jacobians are symmetric, are one call of their fused backward kernels. Eve
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.dense import linear, linear_added
 from pipeline.influence.forward_mode import carrying, parted
+from pipeline.influence.fused_attention import attention_with_tangent, takes
 from pipeline.influence.lowering import Rules, lowered_to
+
+#: torch's kernels for attention without a tangent.
+_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 class TangentRules(Rules):
@@ -32,7 +39,7 @@ class TangentRules(Rules):
     def __init__(self, stacked: bool = False) -> None:
         super().__init__(
             {
-                functional.linear: self._linear_rule,
+                functional.linear: self._product,
                 functional.layer_norm: self._layer_norm_rule,
                 functional.scaled_dot_product_attention: self._attention_rule,
                 functional.multi_head_attention_forward: self._multi_head_rule,
@@ -40,7 +47,7 @@ class TangentRules(Rules):
         )
         self._stacked = stacked
 
-    def _linear_rule(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._linear(_Dual.of(input), _Dual.of(weight), _Dual.perhaps(bias)).tensor()
 
     def _layer_norm_rule(
@@ -118,7 +125,7 @@ class TangentRules(Rules):
         weight, bias = _Dual.of(in_proj_weight), _Dual.perhaps(in_proj_bias)
         packed = self._linear(x, weight, bias)
         pairs, tokens, width = x.value.shape
-        heads = packed.map(lambda t: t.view(pairs, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).contiguous())
+        heads = packed.map(lambda t: t.view(pairs, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4))
         q, k, v = (heads.map(lambda t, part=part: t[part]) for part in range(3))  # type: ignore[misc]
         joined = self._attention(q, k, v, attn_mask, None).map(
             lambda t: t.transpose(1, 2).reshape(pairs, tokens, width)
@@ -130,6 +137,9 @@ class TangentRules(Rules):
         """`x W^T + b`, and `dx W^T + x dW^T + db`."""
         lower = lowered_to(x.value)
         if lower is not None:
+            cast = lower != x.value.dtype and not self._stacked
+            if cast and x.tangent is not None and weight.tangent is not None:
+                return _lowered_linear(x, x.tangent, weight, weight.tangent, bias, lower)
             x, weight = x.map(lambda t: t.to(lower)), weight.map(lambda t: t.to(lower))
             bias = bias and bias.map(lambda t: t.to(lower))
         product = functional.linear if self._stacked else linear
@@ -151,12 +161,15 @@ class TangentRules(Rules):
 
         Of bfloat16 tensors all products are bfloat16 but the first, whose error the exponential would enlarge.
         """
-        if query.tangent is None and key.tangent is None and value.tangent is None:
-            plain = functional.scaled_dot_product_attention(query.value, key.value, value.value, mask, scale=scale)
-            return _Dual(plain, None)
-        lead, (targets, width) = query.value.shape[:-2], query.value.shape[-2:]
+        tangents = [query.tangent, key.tangent, value.tangent]
+        if all(tangent is None for tangent in tangents):
+            return _Dual(_plain_attention(query.value, key.value, value.value, mask, scale), None)
+        tensors = [query.value, key.value, value.value, *(t for t in tangents if t is not None)]
+        scale = query.value.shape[-1] ** -0.5 if scale is None else scale
+        if len(tensors) == 6 and not self._stacked and takes(tensors, mask):
+            return _Dual(*attention_with_tangent(tensors, mask, scale))
+        lead, targets = query.value.shape[:-2], query.value.shape[-2]
         q, k, v = (dual.map(lambda t: t.reshape(-1, *t.shape[-2:])) for dual in (query, key, value))
-        scale = width**-0.5 if scale is None else scale
         kt = k.map(lambda t: t.transpose(1, 2))
         if mask is not None and mask.dim() > 2:
             mask = mask.expand(*lead, *mask.shape[-2:]).reshape(-1, *mask.shape[-2:])
@@ -203,6 +216,18 @@ class _Dual(NamedTuple):
         return _Dual(function(self.value), None if self.tangent is None else function(self.tangent))
 
 
+def _lowered_linear(
+    x: _Dual, moved: Tensor, weight: _Dual, turned: Tensor, bias: _Dual | None, dtype: torch.dtype
+) -> _Dual:
+    """`x W^T + b` and its tangent in a shorter dtype: `[dx x] [W dW]^T + db` is one product of twice the depth."""
+    rows, both = _beside(moved, x.value, dtype), _beside(weight.value, turned, dtype)
+    bias = bias and bias.map(lambda t: t.to(dtype))
+    width = x.value.shape[-1]
+    value = functional.linear(rows[:, width:], both[:, :width], bias.value if bias else None)
+    tangent = functional.linear(rows, both, bias.tangent if bias else None)
+    return _Dual(value, tangent).map(lambda t: t.view(*x.value.shape[:-1], -1))
+
+
 def _attention_weights(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """`softmax(scale q k + mask)` of `[n, targets, d]` and `[n, d, sources]`, in float32 or wider until it is done."""
     if query.itemsize >= 4:
@@ -212,6 +237,24 @@ def _attention_weights(query: Tensor, keys: Tensor, mask: Tensor | None, scale: 
     with torch.autocast(query.device.type, enabled=False), arithmetic("tf32"):
         wide = _attention_weights(query.float(), keys.float(), None if mask is None else mask.float(), scale)
     return wide.to(query.dtype)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """torch's attention, without a tangent: on a GPU by any of its kernels."""
+    with sdpa_kernel(list(_KERNELS)) if q.is_cuda else nullcontext():
+        return functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+def _beside(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of two tensors `[..., n]` side by side, `[rows, 2 n]`, in one pass over each."""
+    left, right = (part.reshape(-1, part.shape[-1]) for part in (left, right))
+    if get_proxy_mode() is not None:  # a compiler writes each to its place by itself
+        return torch.cat([left.to(dtype), right.to(dtype)], 1)
+    width = left.shape[1]
+    both = left.new_empty(len(left), 2 * width, dtype=dtype)
+    both[:, :width] = left
+    both[:, width:] = right
+    return both
 
 
 def _additive(mask: Tensor | None) -> bool:

@@ -146,7 +146,7 @@ def build_model(
         if key.replace("pretrained", "name") in model_cfg[tower]:
             model_cfg[tower][key] = False
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU alone
         try:
             model: PairModel = model_class(**model_cfg)
         except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:

@@ -1,14 +1,14 @@
 """How near scoring comes to what a GPU can do, by model, batch size and precision: one table.
 
     python -m tests.benchmarks.gpu [--models ViT-B-32 ViT-B-16] [--batch 64 256 1024] [--precisions bf16 tf32 fp32]
-        [--pairs 1024] [--seconds 3] [--device cuda] [--compiled]
+        [--pairs 1024] [--tokens 77] [--seconds 3] [--device cuda] [--compiled]
 
-Random images and captions of full length, on the device before the clock starts; weights and directions are random, and
-of one checkpoint. `forward`: open_clip's pass with its fused attention, pairs per second. `tracin` and `diff-in`
-(central): pairs times checkpoints per second. `share`: their useful operations, 3 and 6 times those counted in a
-forward pass, against the rate of a product of large square matrices measured here in the same precision. `GB`: the most
-that tensors took during the passes, and of it, in brackets, what came on top of weights, directions and pairs. Needs
-neither Ray nor shards. `--device cpu` with a small model only shows that the script works.
+Random images and captions of so many tokens (default: of full length), on the device before the clock starts; weights
+and directions are random, and of one checkpoint. `forward`: open_clip's pass with its fused attention, pairs per
+second. `tracin` and `diff-in` (central): pairs times checkpoints per second. `share`: their useful operations, 3 and 6
+times those counted in a forward pass, against the rate of a product of large square matrices measured here in the same
+precision. `GB`: the most that tensors took during the passes, and of it, in brackets, what came on top of weights,
+directions and pairs. Needs neither Ray nor shards. `--device cpu` with a small model only shows that the script works.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def forward_flops(model: PairModel, pairs: PairBatch) -> float:
 def rows(name: str, options: argparse.Namespace, device: torch.device) -> list[list[str]]:
     """The rows of one model."""
     model = build_model(name).to(device)
-    pairs, reference = random_pairs(model, options.pairs, 1).to(device), random_pairs(model, 16, 2)
+    pairs, reference = (random_pairs(model, n, n, options.tokens).to(device) for n in (options.pairs, 16))
+    plans = {form: plans_of(form, model) for form in FORMS.values()}
     flops = forward_flops(model, pairs)
     found: list[list[str]] = []
     for precision in options.precisions:
@@ -80,8 +81,9 @@ def rows(name: str, options: argparse.Namespace, device: torch.device) -> list[l
             for form in FORMS.values():
                 settings = Settings(precision=precision)
                 cost = LIMITS[form] * flops / peak
-                plans, compiled = plans_of(form, model), options.compiled
-                scorer = partial(Scorer, model, plans, reference, settings, device, batch, compiled=compiled)
+                scorer = partial(
+                    Scorer, model, plans[form], reference, settings, device, batch, compiled=options.compiled
+                )
                 row += _or_too_large(partial(_passes, scorer, pairs, cost, options, device), 3)
             found.append(row)
             print(f"# {' '.join(row)}", flush=True)
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--precisions", nargs="+", default=["bf16", "tf32", "fp32"], choices=["bf16", "tf32", "fp32"])
     parser.add_argument("--pairs", type=int, default=1024)
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compiled", action="store_true", help="compile the passes of tracin and diff-in")

@@ -72,12 +72,14 @@ def plans_of(form: str, model: PairModel) -> list[tuple[Checkpoint, ProbePlan]]:
     return [(first, plan_of(form, params)), (last, ProbePlan([]))]
 
 
-def random_pairs(model: PairModel, count: int, seed: int) -> PairBatch:
-    """Noise with captions of full length, for which no token can be cut off."""
+def random_pairs(model: PairModel, count: int, seed: int, length: int | None = None) -> PairBatch:
+    """Noise with captions of so many tokens; by default of full length, for which none can be cut off."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, *model.image_spec.size), generator=generator, dtype=torch.uint8)
     tokens = torch.randint(1, 49000, (count, model.context_length), generator=generator)
-    tokens[:, -1] = 49407
+    end = (length or model.context_length) - 1
+    tokens[:, end] = 49407
+    tokens[:, end + 1 :] = 0
     ids = torch.arange(count) + 10_000 * seed
     return PairBatch(images, tokens, ids, ids)
 

@@ -10,9 +10,12 @@ import torch
 from scipy.stats import spearmanr
 
 from pipeline.influence import Batches, Scorer, Settings, prepare_run
+from pipeline.influence.arithmetic import arithmetic
+from pipeline.influence.fused_attention import attention_with_tangent, takes
 from pipeline.influence.transfers import on_device
 from pipeline.replay.schedule import TrainingSettings, data_order
 from pipeline.replay.train import Trainer
+from tests.benchmarks.attention import by_torch
 from tests.benchmarks.models import digit_pairs, small_model, trained_checkpoint
 from tests.influence.test_devices import trainer_of, training_that_moves
 from tests.replay.pairs import MODEL, Factory, MemoryPairs
@@ -28,7 +31,7 @@ GPU = "cuda"
 INTACT = 0.99
 
 #: Every estimator and form, with the largest error relative to the largest score. Differences of losses divide rounding
-#: errors by their steps.
+#: errors by their steps: on a CPU alone, parts of 7 pairs instead of 24 leave a correlation of 0.991 of `diff-in`.
 FORMS = {
     "tracin": (Settings(estimator="tracin"), 1e-3),
     "tracin by losses": (Settings(estimator="tracin", method="forward"), 2e-2),
@@ -71,7 +74,7 @@ def scores(case, settings, device, plans=None):
 
 
 def assert_same(found, expected, error):
-    assert spearmanr(found, expected)[0] >= 0.999
+    assert spearmanr(found, expected)[0] >= (0.999 if error < 0.1 else 0.95)
     assert float((found - expected).abs().max() / expected.abs().max()) < error
 
 
@@ -95,6 +98,41 @@ def test_lower_precision_leaves_the_ranking_intact(case, form, precision, record
     record_property("spearman", value)
     if value < INTACT:
         pytest.xfail(f"{form} in {precision}: Spearman {value:.4f} to float32, below {INTACT}")
+
+
+@pytest.mark.parametrize(("precision", "error"), [("tf32", 3e-3), ("bf16", 1.5e-2)])
+@pytest.mark.parametrize(
+    ("heads", "tokens", "width"), [(12, 50, 64), (8, 77, 64), (3, 197, 32), (2, 13, 24), (1, 5, 128)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_tangent_in_one_kernel(precision, error, heads, tokens, width, masked):
+    """Of slices of packed projections, with a large common shift of the logits, against torch's own in float64."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    packed = torch.randn(2, 3, tokens, 3, heads, width, generator=torch.Generator().manual_seed(0)).to(GPU, dtype)
+    packed[1, :, :, 1] += 4  # moves all logits of a query alike, which the weights do not see
+    mask = torch.full((tokens, tokens), -torch.inf, device=GPU, dtype=dtype).triu(1) if masked else None
+    parts = [part.transpose(1, 2) for dual in packed for part in dual.unbind(2)]
+    with arithmetic(precision):
+        assert takes(parts, mask)
+        found = attention_with_tangent(parts, mask, width**-0.5)
+    at, along = (dict(zip("qkv", [p.double() for p in some], strict=True)) for some in (parts[:3], parts[3:]))
+    expected = by_torch((at, along, None if mask is None else mask.double()))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert float((one.double() - other).abs().max() / other.abs().max()) < error
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("settings", [Settings(estimator="tracin"), Settings(method="central")], ids=str)
+def test_compiled_passes_give_the_same_scores(case, settings, precision):
+    model, checkpoints, batches, pairs = case
+    settings = replace(settings, precision=precision)
+    expected, plans = scores(case, settings, GPU)
+    parts = list(zip(checkpoints, plans, strict=True))
+    scorer = Scorer(model, parts, batches.reference, settings, GPU, 24, compiled=True)
+    found = scorer.score(pairs).terms.double().sum(1)
+    assert spearmanr(found, expected)[0] >= (0.999 if precision == "fp32" else INTACT)
+    assert float((found - expected).abs().max() / expected.abs().max()) < (1e-2 if precision == "fp32" else 0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

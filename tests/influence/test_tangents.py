@@ -16,6 +16,7 @@ from pipeline.influence import Settings
 from pipeline.influence.forward_mode import push_named_forward
 from pipeline.influence.passes import Passes
 from pipeline.influence.tangents import TangentRules
+from pipeline.influence.twice import TwiceDifferentiable
 from tests.influence.test_models import FAMILIES, make_model, pairs_of
 
 
@@ -194,8 +195,9 @@ def test_bfloat16_passes_multiply_in_bfloat16():
     blocks = len(model.visual.transformer.resblocks) + len(model.transformer.resblocks)
     # A projection's value and its tangent of two parts.
     assert products.counts[torch.float32] == blocks + 2 * 3
-    # Of a block's four linear layers the value and two parts of the tangent; of attention one value and four parts.
-    assert products.counts[torch.bfloat16] >= blocks * (4 * 3 + 5)
+    # Of a block's four linear layers the value and two parts of the tangent, which are one product after a norm, whose
+    # values are cast anyway; of attention one value and four parts.
+    assert products.counts[torch.bfloat16] >= blocks * (2 * 2 + 2 * 3 + 5)
 
 
 @pytest.mark.parametrize("form", ["scaled_dot_product", "multi_head"])
@@ -244,3 +246,42 @@ def test_one_tangent_takes_no_layers_that_nest():
     assert torch.equal(value[0], expected[0])
     assert torch.equal(tangent[0], expected[1])
     assert torch.equal(tangent[1], torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rules", [TangentRules, TwiceDifferentiable])
+@pytest.mark.parametrize("lower", [False, True])
+def test_patches_by_one_product_are_those_of_the_convolution(rules, lower, monkeypatch):
+    """As on a GPU; what is left at the edges is left out, and the tokens of a lowered product are float32."""
+    dtype = torch.float32 if lower else torch.float64
+    generator = torch.Generator().manual_seed(0)
+    images, weight, moved = (
+        torch.randn(shape, generator=generator, dtype=dtype) for shape in ((2, 3, 33, 19), (5, 3, 8, 4), (5, 3, 8, 4))
+    )
+    bias, shifted = torch.randn(2, 5, generator=generator, dtype=dtype)
+
+    def run(weight, bias):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            return functional.conv2d(images, weight, bias, stride=(8, 4))
+
+    with torch.no_grad():
+        expected = jvp(run, (weight, bias), (moved, shifted))
+        monkeypatch.setattr("pipeline.influence.lowering._WITH_SLOW_CONVOLUTIONS", {"cpu"})
+        with rules():
+            found = jvp(run, (weight, bias), (moved, shifted))
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == (2, 5, 4, 4)
+        assert one.dtype == dtype
+        assert_same(one.double(), other.double(), 2e-2 if lower else 1e-12)
+
+
+def test_other_convolutions_stay_convolutions(monkeypatch):
+    monkeypatch.setattr("pipeline.influence.lowering._WITH_SLOW_CONVOLUTIONS", {"cpu"})
+    images, weight = torch.randn(2, 4, 12, 12), torch.randn(6, 4, 3, 3)
+    with torch.no_grad():
+        for options in ({"stride": 2}, {"stride": 3, "padding": 1}, {"stride": 3, "dilation": 2}, {"stride": 1}):
+            expected = functional.conv2d(images, weight, **options)
+            with TangentRules():
+                assert torch.equal(functional.conv2d(images, weight, **options), expected)
+        with TangentRules():
+            grouped = functional.conv2d(images, weight[:, :2], stride=3, groups=2)
+        assert torch.equal(grouped, functional.conv2d(images, weight[:, :2], stride=3, groups=2))

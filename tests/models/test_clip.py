@@ -72,7 +72,8 @@ def test_a_registry_model_is_open_clips_own(monkeypatch: pytest.MonkeyPatch, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_seed_decides_the_initialisation_and_nothing_else_moves() -> None:
+def test_the_seed_decides_the_initialisation_and_nothing_else_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", pytest.fail)
     before = torch.random.get_rng_state()
     first, again, other = (split_state(build_model("tiny-vit", seed=s))[0] for s in (1, 1, 2))
     assert torch.equal(before, torch.random.get_rng_state())
