@@ -2,7 +2,8 @@
 
 torch's own forward derivatives of linear layers, layer norm and attention copy operands and go over memory many times;
 here a linear layer's tangent is two products, the second added to the first (`dense`), and layer norm's and softmax's,
-whose Jacobians are symmetric, are one call of their fused backward kernels. Everything else keeps torch's derivative.
+whose Jacobians are symmetric, are one call of their fused backward kernels. On a GPU attention, layer norm and gelu are
+one kernel each with their tangents (`fused`). Everything else keeps torch's derivative.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.influence import fused
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.dense import linear, linear_added
 from pipeline.influence.forward_mode import carrying, parted
-from pipeline.influence.fused_attention import attention_with_tangent, takes
 from pipeline.influence.lowering import Rules, lowered_to
 
 #: torch's kernels for attention without a tangent.
@@ -41,6 +42,7 @@ class TangentRules(Rules):
             {
                 functional.linear: self._product,
                 functional.layer_norm: self._layer_norm_rule,
+                functional.gelu: self._gelu_rule,
                 functional.scaled_dot_product_attention: self._attention_rule,
                 functional.multi_head_attention_forward: self._multi_head_rule,
             }
@@ -60,6 +62,10 @@ class TangentRules(Rules):
         if weight is None or bias is None or weight.dtype != x.value.dtype or x.tangent is None:
             return NotImplemented
         (w, dw), (b, db) = _Dual.of(weight), _Dual.of(bias)
+        if dw is not None and db is not None and not self._stacked:
+            moving, parameters = [x.value, x.tangent], [w, b, dw, db]
+            if fused.takes_norm(moving, parameters):
+                return _Dual(*fused.norm_with_tangent(moving, parameters, eps)).tensor()
         value, mean, scale = torch.native_layer_norm(x.value, shape, w, b, eps)
         backward = torch.ops.aten.native_layer_norm_backward
         bent = backward(x.tangent, x.value, shape, mean, scale, None, None, [True, False, False])[0]
@@ -73,6 +79,13 @@ class TangentRules(Rules):
             # Of the normalised values weight and bias move as if they were the norm's own.
             tangent = torch.native_layer_norm(x.value, shape, dw, db, eps)[0].addcmul_(bent, w)
         return _Dual(value, tangent).tensor()
+
+    def _gelu_rule(self, input: Tensor, approximate: str = "none") -> Any:
+        """Left to torch but for the kernel."""
+        value, tangent = _Dual.of(input)
+        if tangent is None or approximate != "none" or self._stacked or not fused.takes_gelu([value, tangent]):
+            return NotImplemented
+        return _Dual(*fused.gelu_with_tangent([value, tangent])).tensor()
 
     def _attention_rule(
         self,
@@ -166,8 +179,8 @@ class TangentRules(Rules):
             return _Dual(_plain_attention(query.value, key.value, value.value, mask, scale), None)
         tensors = [query.value, key.value, value.value, *(t for t in tangents if t is not None)]
         scale = query.value.shape[-1] ** -0.5 if scale is None else scale
-        if len(tensors) == 6 and not self._stacked and takes(tensors, mask):
-            return _Dual(*attention_with_tangent(tensors, mask, scale))
+        if len(tensors) == 6 and not self._stacked and fused.takes_attention(tensors, mask):
+            return _Dual(*fused.attention_with_tangent(tensors, mask, scale))
         lead, targets = query.value.shape[:-2], query.value.shape[-2]
         q, k, v = (dual.map(lambda t: t.reshape(-1, *t.shape[-2:])) for dual in (query, key, value))
         kt = k.map(lambda t: t.transpose(1, 2))

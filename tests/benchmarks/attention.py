@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipeline.influence import fused_attention, tangents
+from pipeline.influence import fused
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.forward_mode import carrying, parted, push_named_forward
 from pipeline.influence.tangents import TangentRules
@@ -58,7 +58,7 @@ def by_torch(given: Inputs) -> tuple[Tensor, Tensor]:
 
 def by_single_products(given: Inputs) -> tuple[Tensor, Tensor]:
     """The rule of passes with tangents where there is no kernel."""
-    with patch.object(tangents, "takes", return_value=False):
+    with patch.object(fused, "takes_attention", return_value=False):
         return by_rule(given)
 
 
@@ -96,7 +96,7 @@ def with_blocks(blocks: list[int]) -> Form:
     """The kernel with other blocks than its own."""
 
     def form(given: Inputs) -> tuple[Tensor, Tensor]:
-        with patch.object(fused_attention, "_blocks", return_value=tuple(blocks)):
+        with patch.object(fused, "_blocks", return_value=tuple(blocks)):
             return by_rule(given)
 
     return form
@@ -130,7 +130,7 @@ def main() -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         skip("no GPU here")
-    if fused_attention._kernel is None:
+    if fused.kernels is None:
         FORMS.pop("kernel")
     forms = FORMS | {f"kernel, blocks {' '.join(map(str, blocks))}": with_blocks(blocks) for blocks in options.blocks}
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch.nn import functional
 
-from pipeline.influence import Batches, Scorer, Settings, prepare_run
+from pipeline.influence import Batches, Scorer, Settings, fused, prepare_run
 from pipeline.influence.arithmetic import arithmetic
-from pipeline.influence.fused_attention import attention_with_tangent, takes
 from pipeline.influence.transfers import on_device
 from pipeline.replay.schedule import TrainingSettings, data_order
 from pipeline.replay.train import Trainer
@@ -113,8 +113,8 @@ def test_attention_and_its_tangent_in_one_kernel(precision, error, heads, tokens
     mask = torch.full((tokens, tokens), -torch.inf, device=GPU, dtype=dtype).triu(1) if masked else None
     parts = [part.transpose(1, 2) for dual in packed for part in dual.unbind(2)]
     with arithmetic(precision):
-        assert takes(parts, mask)
-        found = attention_with_tangent(parts, mask, width**-0.5)
+        assert fused.takes_attention(parts, mask)
+        found = fused.attention_with_tangent(parts, mask, width**-0.5)
     at, along = (dict(zip("qkv", [p.double() for p in some], strict=True)) for some in (parts[:3], parts[3:]))
     expected = by_torch((at, along, None if mask is None else mask.double()))
     for one, other in zip(found, expected, strict=True):
@@ -122,8 +122,34 @@ def test_attention_and_its_tangent_in_one_kernel(precision, error, heads, tokens
         assert float((one.double() - other).abs().max() / other.abs().max()) < error
 
 
+@pytest.mark.parametrize("width", [24, 512, 768, 1664])
+def test_layer_norm_and_its_tangent_in_one_kernel(width):
+    x, dx = 3 + torch.randn(2, 50, 7, width, device=GPU).transpose(1, 2)
+    parameters = torch.randn(4, width, device=GPU)
+    assert fused.takes_norm([x, dx], list(parameters))
+    expected = torch.func.jvp(
+        lambda x, w, b: functional.layer_norm(x, (width,), w, b, 1e-5),
+        (x.double(), *parameters[:2].double()),
+        (dx.double(), *parameters[2:].double()),
+    )
+    for one, other in zip(fused.norm_with_tangent([x, dx], list(parameters), 1e-5), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_gelu_and_its_tangent_in_one_kernel(dtype, error):
+    x, dx = (3 * torch.randn(2, 1000, 77, device=GPU)).to(dtype)
+    assert fused.takes_gelu([x, dx])
+    expected = torch.func.jvp(functional.gelu, (x.double(),), (dx.double(),))
+    for one, other in zip(fused.gelu_with_tangent([x, dx]), expected, strict=True):
+        assert one.dtype == dtype
+        assert float((one.double() - other).abs().max() / other.abs().max()) < error
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("settings", [Settings(estimator="tracin"), Settings(method="central")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [Settings(estimator="tracin"), Settings(method="central")], ids=["tracin", "diff-in"]
+)
 def test_compiled_passes_give_the_same_scores(case, settings, precision):
     model, checkpoints, batches, pairs = case
     settings = replace(settings, precision=precision)

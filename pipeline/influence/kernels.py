@@ -1,8 +1,8 @@
-"""The Triton kernel of attention with its tangent; `fused_attention` calls it.
+"""Triton kernels of operators with their tangents, which read and write each value once; `fused` calls them.
 
-With `s = scale q k^T + mask` and `p = softmax(s)` the tangent of `p v` is `p (ds - mean_p(ds)) v + p dv`. The kernel
-goes over blocks of keys once, as fused attention does (Dao et al., arXiv 2205.14135), and keeps beside the sums over
-the keys seen so far the mean of `ds` under their weights; what is summed is always relative to it, so that nothing
+With `s = scale q k^T + mask` and `p = softmax(s)` the tangent of attention `p v` is `p (ds - mean_p(ds)) v + p dv`. Its
+kernel goes over blocks of keys once, as fused attention does (Dao et al., arXiv 2205.14135), and keeps beside the sums
+over the keys seen so far the mean of `ds` under their weights; what is summed is always relative to it, so that nothing
 large cancels.
 """
 
@@ -88,3 +88,42 @@ def attention_with_tangent(
     there = pair * out_pair_step + head * out_head_step + rows[:, None] * out_token_step + inner[None, :]
     tl.store(out_at + there, (value / total[:, None]).to(out_at.dtype.element_ty), mask=given)
     tl.store(dout_at + there, (tangent / total[:, None]).to(out_at.dtype.element_ty), mask=given)
+
+
+@triton.jit
+def norm_with_tangent(
+    x_at, dx_at, weight_at, bias_at, dweight_at, dbias_at, out_at, dout_at, width, eps, PADDED: tl.constexpr
+):
+    """Layer norm of one row of `width` values, padded to PADDED, and its tangent.
+
+    With `n` the normalised values that of `w n + b` is `w dn + n dw + db`, where `dn` is `dx`, without its mean and its
+    part along `n`, over the standard deviation.
+    """
+    row, columns = tl.program_id(0).to(tl.int64) * width, tl.arange(0, PADDED)
+    inside = columns < width
+    x = tl.load(x_at + row + columns, mask=inside, other=0.0).to(tl.float32)
+    dx = tl.load(dx_at + row + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    normal = x * scale
+    dx = tl.where(inside, dx - tl.sum(dx, 0) / width, 0.0)
+    dnormal = scale * (dx - normal * (tl.sum(normal * dx, 0) / width))
+    weight = tl.load(weight_at + columns, mask=inside, other=0.0)
+    dweight = tl.load(dweight_at + columns, mask=inside, other=0.0)
+    value = normal * weight + tl.load(bias_at + columns, mask=inside, other=0.0)
+    tangent = dnormal * weight + normal * dweight + tl.load(dbias_at + columns, mask=inside, other=0.0)
+    tl.store(out_at + row + columns, value, mask=inside)
+    tl.store(dout_at + row + columns, tangent, mask=inside)
+
+
+@triton.jit
+def gelu_with_tangent(x_at, dx_at, out_at, dout_at, size, BLOCK: tl.constexpr):
+    """`x F(x)` of BLOCK of `size` values, `F` the normal distribution's, and its tangent `dx (F(x) + x f(x))`."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+    x = tl.load(x_at + places, mask=inside, other=0.0).to(tl.float32)
+    dx = tl.load(dx_at + places, mask=inside, other=0.0).to(tl.float32)
+    below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    tl.store(out_at + places, (x * below).to(out_at.dtype.element_ty), mask=inside)
+    tl.store(dout_at + places, (dx * (below + x * density)).to(dout_at.dtype.element_ty), mask=inside)
