@@ -29,7 +29,7 @@ from pipeline.emit.train_script import (
 from pipeline.emit.uids import read_uids, write_uids
 from pipeline.errors import InputError, StageError
 from pipeline.run import RunFolder
-from pipeline.selection.summary import SelectionSummary, read_summary
+from pipeline.selection.summary import SelectionSummary, read_summary, summary_file
 from pipeline.store import marks, storage
 from pipeline.store.commits import read_marks
 from pipeline.store.fingerprint import Fingerprint
@@ -166,12 +166,21 @@ def emit_fingerprint(config: Config, inventory: Sequence[ShardInfo], selection: 
 
 def selection_digests(inventory: Sequence[ShardInfo], selection: SelectionSummary) -> dict[str, str]:
     """The parts of the fingerprint that can be checked without the config: which pairs, of which shards."""
-    chosen = {name: value for name, value in vars(selection).items() if name not in ("seconds", "folder")}
     shards = [[info.url, info.bytes, info.etag] for info in inventory]
-    return {
-        "selection": storage.checksum(json.dumps(chosen, sort_keys=True, default=vars).encode()),
-        "inventory": storage.checksum(json.dumps(shards).encode()),
-    }
+    return {"selection": _digest(selection), "inventory": storage.checksum(json.dumps(shards).encode())}
+
+
+def _digest(selection: SelectionSummary) -> str:
+    chosen = {name: value for name, value in vars(selection).items() if name not in ("seconds", "folder")}
+    return storage.checksum(json.dumps(chosen, sort_keys=True, default=vars).encode())
+
+
+def is_emitted(run: RunFolder, name: str) -> bool:
+    """Whether selection `name`, as it is now, was handed over."""
+    mark = marks.read_mark(SelectionFolder(run.selection(name)).mark)
+    if mark is None or not storage.exists(summary_file(run, name)):
+        return False
+    return bool(mark.get("parts", {}).get("selection") == _digest(read_summary(run, name)))
 
 
 def parse_mark(mark: dict[str, Any]) -> EmitSummary:

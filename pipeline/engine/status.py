@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.emit.manifest import SelectionFolder
+from pipeline.emit.emit import is_emitted
 from pipeline.engine.failures import Aside, read_aside
 from pipeline.engine.progress import duration
 from pipeline.errors import StageError
@@ -28,7 +28,8 @@ RATE_SECONDS = 600.0
 class RunStatus:
     """Numbers of a run. `pairs_per_second` and `seconds_left` are None while too little is committed to tell.
 
-    `stages` says of each stage whether its last file is there, of `select` and `emit` that of any selection.
+    `stages` says of each stage whether its last file is there, of `select` and `emit` that of any selection; one that
+    was made again after it was handed over does not count as that.
     `inventoried` is False before the inventory, when totals are still unknown and 0. While `sampling` (the first pass
     of `score.sample`) the counts are that pass's.
     """
@@ -76,7 +77,7 @@ def run_status(root: str) -> RunStatus:
     stages = {name: storage.exists(url) for name, url in files.items()}
     selections = begun_selections(run)
     stages["select"] = any(storage.exists(summary_file(run, name)) for name in selections)
-    stages["emit"] = any(storage.exists(SelectionFolder(run.selection(name)).mark) for name in selections)
+    stages["emit"] = any(is_emitted(run, name) for name in selections)
     if not stages["inventory"]:
         if not storage.exists(run.config):
             raise StageError(f"{root}: expected a run's folder, found neither config.yaml nor inventory.parquet")

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.roofline [--models ViT-B-32 ViT-B-16] [--pairs 8] [--matrix 790] [--bandwidth 4.0]
 
 The passes run here, on the CPU, with random images and captions of full length; every operator but views is taken for a
-kernel that reads its arguments from memory once and writes its result. A kernel takes as long as its operations at the
+kernel that reads its arguments from memory once and writes its result; those of `pipeline.influence.fused` count as the
+one kernel that they are on a GPU. A kernel takes as long as its operations at the
 matrix rate (TFlop/s in bfloat16; half of it in tf32) or its bytes at the bandwidth (TB/s), whichever is longer.
 `share`: useful operations, 3 and 6 times those of a forward pass, over what the matrix rate would do in that time. What
 a pass does once whatever its size (casting weights, moving them) is taken per `--batch` pairs. This is a limit of these
@@ -14,8 +15,11 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.evaluation.flops import flop_counter
-from pipeline.influence import Scorer, Settings
+from pipeline.influence import Scorer, Settings, fused, lowering
 from pipeline.models.clip import PairModel, build_model
 from tests.benchmarks.gpu import forward_flops
 from tests.benchmarks.passes import LIMITS, plans_of, random_pairs
@@ -56,19 +60,50 @@ class Kernels(TorchDispatchMode):
         given, made = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), found))
         if _starts_none(func, made):
             return found
-        flops = counter.get_total_flops()
-        moved = sum(_size(tensor) for tensor in given + made)
+        self.add(str(func), counter.get_total_flops(), given, made)
+        return found
+
+    def add(self, name: str, flops: int, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """One kernel."""
+        moved = sum(_size(tensor) for tensor in [*given, *made])
         rate = self.rates.get(made[0].dtype, self.rates[torch.float32])
-        self.seconds[_kind(str(func), flops)] += max(flops / rate, moved / self.bandwidth)
+        self.seconds[_kind(name, flops)] += max(flops / rate, moved / self.bandwidth)
         self.bytes += moved
         self.flops += flops
-        return found
+
+    def attention(self, tensors: list[Tensor], mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        """The kernel of attention, in place of which nothing is computed: six products, of which none is written."""
+        pairs, heads, tokens, width = tensors[0].shape
+        made = [tensors[0].new_empty(pairs, tokens, heads, width).transpose(1, 2) for _ in range(2)]
+        self.add("attention", 6 * 2 * pairs * heads * tokens * tokens * width, tensors, made)
+        return made[0], made[1]
+
+    def norm(self, x: list[Tensor], parameters: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+        """The kernel of layer norm."""
+        self.add("norm", 0, x, x)
+        return x[0], x[1]
+
+    def gelu(self, x: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The kernel of gelu."""
+        self.add("gelu", 0, x, x)
+        return x[0], x[1]
+
+    @contextmanager
+    def as_on_a_gpu(self) -> Iterator[None]:
+        """Within this context passes take the kernels that they would on a GPU, and count them."""
+        with ExitStack() as stack:
+            for name in ("attention", "norm", "gelu"):
+                stack.enter_context(patch.object(fused, f"takes_{name}", return_value=True))
+                stack.enter_context(patch.object(fused, f"{name}_with_tangent", getattr(self, name)))
+            stack.enter_context(patch.object(lowering, "_WITH_SLOW_CONVOLUTIONS", {"cpu"}))
+            yield
 
 
 def _starts_none(func: Any, made: list[Tensor]) -> bool:
     """Whether it gives an argument under another shape, or tells something about it, and so starts no kernel."""
     aliases = [result.alias_info for result in func._schema.returns]
-    views = any(alias is not None and not alias.is_write for alias in aliases) or "_unsafe_view" in str(func)
+    views = any(alias is not None and not alias.is_write for alias in aliases)
+    views |= any(name in str(func) for name in ("_unsafe_view", "empty"))
     return views or not made or max(tensor.numel() for tensor in made) <= 1
 
 
@@ -99,7 +134,7 @@ def measured(
     part = scorer._parts[0]
     with torch.no_grad(), scorer.passes.ready():
         near = scorer.neighbours(pairs)
-        with Kernels(rates, bandwidth) as kernels:
+        with Kernels(rates, bandwidth) as kernels, kernels.as_on_a_gpu():
             part.score(pairs, near)
     return kernels
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.inventory import write_inventory
+from pipeline.emit.emit import selection_digests
 from pipeline.emit.manifest import SelectionFolder
 from pipeline.engine.failures import Aside, Failure, set_aside
 from pipeline.engine.status import print_status, run_status
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
-from pipeline.selection.summary import summary_file
+from pipeline.selection.summary import SelectionSummary, summary_file, write_summary
 from pipeline.store import storage
 from pipeline.store.commits import commit_scores
+from pipeline.store.fingerprint import Fingerprint
+from pipeline.store.marks import write_mark
 from tests.engine.fakes import FINGERPRINT, fake_table, shard_infos
 
 
@@ -72,13 +76,20 @@ def test_selecting_and_emitting_are_done_when_their_last_files_are_there(tmp_pat
 
     storage.write_bytes(folder.keep(0), b"")
     assert done() == (False, False)
-    storage.write_json(summary_file(run, name), {})
+    summary = SelectionSummary(
+        name, "", "scores", 0, {}, 4, 4, 2, {}, {}, None, 0, 0, groups=[], sources=[], shards=[], seconds={}
+    )
+    write_summary(summary_file(run, name), summary)
     assert done() == (True, False)
     storage.write_bytes(folder.manifest, b"")
     storage.write_bytes(folder.train_script, b"")
     assert done() == (True, False)
-    storage.write_json(folder.mark, {})
+    write_mark(folder.mark, Fingerprint(selection_digests([], summary)), {})
     assert done() == (True, True)
+    write_summary(summary_file(run, name), replace(summary, seconds={"rank": 3.0}))
+    assert done() == (True, True)
+    write_summary(summary_file(run, name), replace(summary, kept=3))
+    assert done() == (True, False)
 
 
 def test_while_a_sample_is_scored_its_files_are_counted_and_then_those_of_the_run(
