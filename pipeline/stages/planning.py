@@ -23,6 +23,7 @@ from pipeline.engine.progress import duration, say
 from pipeline.engine.resources import plan_workers
 from pipeline.replay.schedule import TrainingSettings
 from pipeline.stages.calibration import Rates, calibrate
+from pipeline.stages.checks import check_ahead, check_given
 from pipeline.stages.costs import StageCost, Volume, costs
 from pipeline.stages.job import Job, demo_folder, open_job, uses_demo
 from pipeline.store import storage
@@ -33,7 +34,12 @@ COUNTED, SIZED = 8, 200
 
 
 def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
-    """Calibrate on the cluster that a run of this config would use. Nothing is written to the run's folder."""
+    """Calibrate on the cluster that a run of this config would use. Nothing is written to the run's folder.
+
+    Raises `ConfigError` where that run would be refused before any work.
+    """
+    check_given(config)
+    check_ahead(config)
     with _open(config) as job:
         return _plan(job)
 

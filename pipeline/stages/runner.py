@@ -12,25 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pipeline.config import Config
-from pipeline.data.shards import expand
 from pipeline.emit.emit import emit
 from pipeline.engine.connect import connect
 from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task
 from pipeline.errors import ConfigError, FingerprintError, NoWorkerError
-from pipeline.replay.schedule import check_schedule
 from pipeline.selection.summary import read_summary
 from pipeline.stages import summary
 from pipeline.stages.agreeing import say_other_scores, say_other_selection
-from pipeline.stages.choices import check_choices
+from pipeline.stages.checks import check_ahead, check_given
 from pipeline.stages.directions import compute_directions
 from pipeline.stages.evaluating import evaluate
-from pipeline.stages.job import Job, demo_folder, is_demo, open_job, uses_demo
+from pipeline.stages.job import Job, demo_folder, open_job, uses_demo
 from pipeline.stages.mapping import apart, ordered_map
 from pipeline.stages.record import begin_record, record_config
 from pipeline.stages.scoring import score
 from pipeline.stages.selecting import require_scores, select_pairs
-from pipeline.stages.training import check_checkpoints, check_held_out, take_inventory, train
+from pipeline.stages.training import take_inventory, train
 from pipeline.stages.validating import validate
 from pipeline.store import storage
 from pipeline.text import plural
@@ -49,8 +47,8 @@ _OF_SCORES = {"select", "emit", "report"}
 
 def run_all(config: Config, *, retry_failed: bool = False) -> None:
     """All stages of a run; those that are complete are passed over. Ends with a table of what came out."""
-    check(config)
-    _check_ahead(config)
+    check_given(config)
+    check_ahead(config)
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=True)
@@ -70,9 +68,9 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
 
 def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     """One stage; refuses with a `StageError` when the stage before it has not finished."""
-    check(config)
+    check_given(config)
     if name in _SCORING:
-        _check_ahead(config)
+        check_ahead(config)
     if name == "evaluate" and (config.evaluate is None or config.evaluate.shards is None):
         raise ConfigError("expected pairs to measure on, which nothing else has used", key="evaluate.shards")
     job = open_job(config)
@@ -193,28 +191,6 @@ _STAGES: dict[str, Callable[[Job], None]] = {
     "report": _report,
     "validate": validate,
 }
-
-
-def check(config: Config) -> None:
-    """What can be known to be wrong before any work is done. Raises `ConfigError`."""
-    given = {"data.shards": config.data.shards, "target.shards": config.target.shards}
-    if config.evaluate is not None:
-        given["evaluate.shards"] = config.evaluate.shards
-    for key, shards in given.items():
-        if shards is not None and not is_demo(shards):
-            expand(shards, key)
-    truth = config.evaluate.truth if config.evaluate is not None else None
-    if truth and not is_demo(truth) and not storage.exists(truth):
-        raise ConfigError("expected a CSV file", key="evaluate.truth", found=truth)
-    check_checkpoints(config)
-    check_held_out(config)
-
-
-def _check_ahead(config: Config) -> None:
-    """What of a config can be known to be wrong before there are scores. Raises `ConfigError`."""
-    if config.proxy.checkpoints is None:
-        check_schedule(config.proxy)
-    check_choices(config)
 
 
 def _prepare(config: Config, *, proxy: bool) -> None:

@@ -67,6 +67,22 @@ def test_a_plan_of_demo_data_refuses_what_the_run_would(capsys: pytest.CaptureFi
     assert "out: expected a local folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("proxy.checkpoint_at=[10000]", "proxy.checkpoint_at: expected different steps up to the run's"),
+        ("select.join=missing.parquet", "select.join"),
+        ("target.shards=missing-*.tar", "target.shards"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would_before_it_measures(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "connect", pytest.fail)
+    assert invoke(["plan", str(DEMO), f"--set=out={tmp_path / 'run'}", f"--set={setting}"]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("quick")
 def test_what_cannot_be_calibrated_with_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = write_tar(tmp_path / "0.tar", [*sample_members("a", b"no image", "words")])

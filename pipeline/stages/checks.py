@@ -1,0 +1,34 @@
+"""What of a config can be known to be wrong before any work is done."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.data.shards import expand
+from pipeline.errors import ConfigError
+from pipeline.replay.schedule import check_schedule
+from pipeline.stages.choices import check_choices
+from pipeline.stages.job import is_demo
+from pipeline.stages.training import check_checkpoints, check_held_out
+from pipeline.store import storage
+
+
+def check_given(config: Config) -> None:
+    """That what it names is there, and fits together. Raises `ConfigError`."""
+    given = {"data.shards": config.data.shards, "target.shards": config.target.shards}
+    if config.evaluate is not None:
+        given["evaluate.shards"] = config.evaluate.shards
+    for key, shards in given.items():
+        if shards is not None and not is_demo(shards):
+            expand(shards, key)
+    truth = config.evaluate.truth if config.evaluate is not None else None
+    if truth and not is_demo(truth) and not storage.exists(truth):
+        raise ConfigError("expected a CSV file", key="evaluate.truth", found=truth)
+    check_checkpoints(config)
+    check_held_out(config)
+
+
+def check_ahead(config: Config) -> None:
+    """That what comes up to the selection can be done: before there are scores. Raises `ConfigError`."""
+    if config.proxy.checkpoints is None:
+        check_schedule(config.proxy)
+    check_choices(config)
