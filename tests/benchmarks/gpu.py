@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 
+from pipeline.errors import InputError
 from pipeline.evaluation.flops import flop_counter
 from pipeline.influence import Scorer, Settings
 from pipeline.influence.arithmetic import arithmetic
@@ -132,6 +133,9 @@ def _or_too_large(work: Callable[[], list[str]], columns: int) -> list[str]:
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return ["too large"] + ["-"] * (columns - 1)
+    except InputError as error:
+        print(f"# {error}", flush=True)
+        return ["not compiled"] + ["-"] * (columns - 1)
 
 
 def _used(device: torch.device) -> int | None:

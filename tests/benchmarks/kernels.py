@@ -48,7 +48,8 @@ def kernels(work: Callable[[], object]) -> dict[str, tuple[int, float]]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize()
-    events = [event for event in found.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    cuda = torch.autograd.DeviceType.CUDA
+    events = [event for event in found.key_averages() if event.device_type == cuda and not event.is_user_annotation]
     return {event.key: (event.count, event.self_device_time_total / 1e3) for event in events}
 
 

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.products [--pairs 1024] [--device cuda]
 
-In bfloat16, TFlop/s. `x W`: a layer's value. `+= x W`: added in place to what is there. `deep`: `[dx x] [W dW]`, both
-products of a tangent as one of twice the depth. `tall`: the value and the first of them as one of twice the rows. The
-last line is what a copy reads and writes per second.
+In bfloat16, TFlop/s. `x W`: a layer's value; `sliced`: of operands that are slices of those of `deep`. `+= x W`: added
+in place to what is there. `deep`: `[dx x] [W dW]`, both products of a tangent as one of twice the depth. `tall`: the
+value and the first of them as one of twice the rows. The last line is what a copy reads and writes per second.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).bfloat16()
 
-    print("| tower | rows | deep | wide | x W | += x W | deep | tall |\n|---|---|---|---|---|---|---|---|")
+    print("| tower | rows | deep | wide | x W | sliced | += x W | deep | tall |\n|---|---|---|---|---|---|---|---|---|")
     for tower, (tokens, width) in TOWERS.items():
         for deep, wide in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
             rows = options.pairs * tokens
@@ -58,6 +58,7 @@ def main() -> None:
             stacked = torch.cat([x, dx])
             forms: list[tuple[int, Callable[[], object]]] = [
                 (1, lambda x=x, w=w, b=b: linear(x, w, b)),  # type: ignore[misc]
+                (1, lambda x=beside, w=weights, n=deep, b=b: linear(x[:, n:], w[:, :n], b)),  # type: ignore[misc]
                 (1, lambda t=total, x=x, dw=dw: t.addmm_(x, dw.t())),  # type: ignore[misc]
                 (2, lambda x=beside, w=weights, b=b: linear(x, w, b)),  # type: ignore[misc]
                 (2, lambda x=stacked, w=w: linear(x, w)),  # type: ignore[misc]

@@ -158,8 +158,34 @@ def test_a_kernel_that_does_not_work_here_is_left_alone(name, kernel, monkeypatc
         assert not fused._works.__wrapped__(function, torch.device("cpu"), torch.float32, 16)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("2 GiB"), RuntimeError("Triton Error [CUDA]: out of memory")],
+    ids=["torch", "triton"],
+)
+def test_a_lack_of_memory_says_nothing_about_a_kernel(error, monkeypatch):
+    """Passes are halved then, and it is tried again."""
+    monkeypatch.setitem(fused._EXAMPLES, fused.gelu_with_tangent, Mock(side_effect=error))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            fused._works(fused.gelu_with_tangent, torch.device("cpu"), torch.float32, 31)
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "gelu_with_tangent", by_torch_gelu)
+    monkeypatch.setitem(fused._EXAMPLES, by_torch_gelu, fused._gelu_example)
+    assert fused._works(by_torch_gelu, torch.device("cpu"), torch.float32, 31)
+
+
+def test_attention_is_left_to_torch_where_tensor_cores_do_not_know_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(UserWarning, match=r"attention .*expected compute capability 8\.0 or more, found 7\.5"):
+        assert not fused._works(fused.attention_with_tangent, torch.device("cuda"), torch.bfloat16, 64)
+
+
 def by_torch_attention(tensors, mask, scale):
-    return torch.func.jvp(lambda q, k, v: (scale * q @ k.mT).softmax(-1) @ v, tuple(tensors[:3]), tuple(tensors[3:]))
+    masked = 0 if mask is None else mask
+    return torch.func.jvp(
+        lambda q, k, v: (scale * q @ k.mT + masked).softmax(-1) @ v, tuple(tensors[:3]), tuple(tensors[3:])
+    )
 
 
 def by_torch_norm(x, parameters, eps):

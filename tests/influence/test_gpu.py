@@ -100,7 +100,7 @@ def test_lower_precision_leaves_the_ranking_intact(case, form, precision, record
         pytest.xfail(f"{form} in {precision}: Spearman {value:.4f} to float32, below {INTACT}")
 
 
-@pytest.mark.parametrize(("precision", "error"), [("tf32", 3e-3), ("bf16", 1.5e-2)])
+@pytest.mark.parametrize(("precision", "error"), [("tf32", 6e-3), ("bf16", 1.5e-2)])
 @pytest.mark.parametrize(
     ("heads", "tokens", "width"), [(12, 50, 64), (8, 77, 64), (3, 197, 32), (2, 13, 24), (1, 5, 128)]
 )
