@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.evaluation.flops import flop_counter
-from pipeline.influence import Scorer, Settings, fused, lowering
+from pipeline.influence import Scorer, Settings, fused
 from pipeline.models.clip import PairModel, build_model
 from tests.benchmarks.gpu import forward_flops
 from tests.benchmarks.passes import LIMITS, plans_of, random_pairs
@@ -95,7 +95,6 @@ class Kernels(TorchDispatchMode):
             for name in ("attention", "norm", "gelu"):
                 stack.enter_context(patch.object(fused, f"takes_{name}", lambda *given: True))
                 stack.enter_context(patch.object(fused, f"{name}_with_tangent", getattr(self, name)))
-            stack.enter_context(patch.object(lowering, "_WITH_SLOW_CONVOLUTIONS", {"cpu"}))
             yield
 
 

@@ -250,8 +250,8 @@ def test_one_tangent_takes_no_layers_that_nest():
 
 @pytest.mark.parametrize("rules", [TangentRules, TwiceDifferentiable])
 @pytest.mark.parametrize("lower", [False, True])
-def test_patches_by_one_product_are_those_of_the_convolution(rules, lower, monkeypatch):
-    """As on a GPU; what is left at the edges is left out, and the tokens of a lowered product are float32."""
+def test_patches_by_one_product_are_those_of_the_convolution(rules, lower):
+    """What is left at the edges is left out, and the tokens of a lowered product are float32."""
     dtype = torch.float32 if lower else torch.float64
     generator = torch.Generator().manual_seed(0)
     images, weight, moved = (
@@ -265,7 +265,6 @@ def test_patches_by_one_product_are_those_of_the_convolution(rules, lower, monke
 
     with torch.no_grad():
         expected = jvp(run, (weight, bias), (moved, shifted))
-        monkeypatch.setattr("pipeline.influence.lowering._WITH_SLOW_CONVOLUTIONS", {"cpu"})
         with rules():
             found = jvp(run, (weight, bias), (moved, shifted))
     for one, other in zip(found, expected, strict=True):
@@ -274,8 +273,7 @@ def test_patches_by_one_product_are_those_of_the_convolution(rules, lower, monke
         assert_same(one.double(), other.double(), 2e-2 if lower else 1e-12)
 
 
-def test_other_convolutions_stay_convolutions(monkeypatch):
-    monkeypatch.setattr("pipeline.influence.lowering._WITH_SLOW_CONVOLUTIONS", {"cpu"})
+def test_other_convolutions_stay_convolutions():
     images, weight = torch.randn(2, 4, 12, 12), torch.randn(6, 4, 3, 3)
     with torch.no_grad():
         for options in ({"stride": 2}, {"stride": 3, "padding": 1}, {"stride": 3, "dilation": 2}, {"stride": 1}):
