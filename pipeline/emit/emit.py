@@ -15,7 +15,7 @@ from pipeline.emit.card import render_card
 from pipeline.emit.keys import keys_repeat
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, build_manifest, write_manifest
 from pipeline.emit.plan import Input, Plan
-from pipeline.emit.reshard import FORMAT, MapTasks, remove_tars, reshard
+from pipeline.emit.reshard import FORMAT, MapTasks, reshard
 from pipeline.emit.summary import account
 from pipeline.emit.train_script import (
     TrainCommand,
@@ -131,7 +131,7 @@ def emit(
             json_without_uid=sum(entry.json_without_uid for entry in stats),
         )
     else:
-        remove_tars(folder.shards)
+        storage.remove_folder(folder.shards)  # of an earlier hand-over
     train = train_command(config, folder, lines, summary.tars)
     summary = replace(summary, warnings=train.warnings())
     storage.write_bytes(folder.train_script, train.render().encode())

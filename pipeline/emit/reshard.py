@@ -123,12 +123,6 @@ def write_shard(plan: Plan, shard: int) -> ShardStats:
     return stats
 
 
-def remove_tars(folder: str) -> None:
-    """Remove the tars of an earlier plan, where this one asks for none."""
-    for url in storage.list_files(folder):
-        storage.remove(url)
-
-
 def _in_order(plan: Plan, begin: int, end: int) -> Iterator[Block | tuple[KeptRow, Sample]]:
     """Kept pairs `begin` to `end` in the order of the inputs."""
     starts = plan.starts
@@ -174,9 +168,9 @@ def _remove_strangers(plan: Plan) -> None:
         for shard in range(plan.shards)
         for url in (plan.tar(shard), plan.sources(shard), plan.stats(shard))
     }
-    for url in storage.list_files(plan.folder):
-        if storage.basename(url) not in mine:
-            storage.remove(url)
+    others = [url for url in storage.list_files(plan.folder) if storage.basename(url) not in mine]
+    for _ in ahead.in_order(storage.remove, others):
+        pass
 
 
 def _derived_uid(source: Input, key: str) -> str:

@@ -39,7 +39,7 @@ def attention_in_parts() -> Iterator[None]:
 
 
 def features_in(precision: str, device: torch.device, run: Callable[[], Features]) -> Features:
-    """Features that a model gives, by products in bfloat16 where `precision` is `bf16`; themselves float32 or wider."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    """Features that a model gives, by products in this precision; themselves, and what follows, float32 or wider."""
+    with arithmetic(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         found = run()
     return Features(*(value.float() if value.itemsize < 4 else value for value in found))

@@ -1,18 +1,22 @@
-"""What stays float32 in a pass in bfloat16, beyond what `torch.autocast` keeps; it costs little and saves the ranking.
+"""What stays float32 in a pass in lower precision, beyond what torch keeps; it costs little and saves the ranking.
 
 That is the sum that runs through the layers of a transformer, which starts with the embedding of the patches, and the
-products with one row per pair, such as the projection to the features (measured in docs/performance.md).
+products with one row per pair, such as the projection to the features (measured in docs/performance.md); in tf32 the
+latter, and the losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from pipeline.influence.arithmetic import arithmetic
 
 Rule = Callable[..., Any]
 
@@ -35,10 +39,14 @@ class Rules(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _PRODUCTS and _has_one_row_per_pair(*args) and lowered_to(args[0]) is not None:
-            with torch.autocast(args[0].device.type, enabled=False):
-                return self._called(func, [None if each is None else each.float() for each in args], kwargs or {})
-        return self._called(func, args, kwargs or {})
+        if func not in _PRODUCTS or not _has_one_row_per_pair(*args):
+            return self._called(func, args, kwargs or {})
+        whole: AbstractContextManager[Any] = nullcontext()
+        if lowered_to(args[0]) is not None:
+            args = [None if each is None else each.float() for each in args]
+            whole = torch.autocast(args[0].device.type, enabled=False)
+        with arithmetic("fp32"), whole:
+            return self._called(func, args, kwargs or {})
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A linear layer."""
@@ -56,8 +64,8 @@ class Rules(TorchFunctionMode):
     ) -> Any:
         """A convolution over patches that do not overlap begins a stream of tokens: what it gives is not lowered.
 
-        It is one product of matrices, and its tangent along the weights another: torch's derivative multiplies zeros for
-        that of the pixels too, and on a GPU its convolution of large patches takes 16 times as long as a product.
+        It is one product of matrices, and its tangent along the weights another: torch's derivative multiplies zeros
+        for that of the pixels, too, and on a GPU its convolution of large patches takes 16 times as long as a product.
         """
         sides = tuple(weight.shape[2:])
         steps = (stride,) * len(sides) if isinstance(stride, int) else tuple(stride)

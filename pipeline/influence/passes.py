@@ -56,12 +56,12 @@ class Passes:
 
     @contextmanager
     def ready(self, differentiable: bool = True) -> Iterator[None]:
-        """The global state that passes need: `eval` mode, plain attention where tangents flow, the precision."""
+        """The global state that passes need: `eval` mode, plain attention where tangents flow, losses in float32."""
         training = self.model.training
         self.model.eval()
         try:
             plain = sdpa_kernel(SDPBackend.MATH) if differentiable else nullcontext()
-            with arithmetic(self.settings.precision), attention_in_parts(), plain:
+            with arithmetic("fp32"), attention_in_parts(), plain:
                 yield
         finally:
             self.model.train(training)
@@ -127,7 +127,8 @@ class Passes:
     def _run(self, work: Pass, state: Tree, direction: Any, batch: PairBatch) -> list[Features]:
         """What a pass gives, by a compiled program where there is one for such a batch."""
         if self.programs is not None and self.programs.take(batch):
-            return self.programs.run(work, state, direction, batch)
+            with arithmetic(self.settings.precision):
+                return self.programs.run(work, state, direction, batch)
         return work(state, direction, batch.images, batch.tokens)
 
     def _along(self, state: Tree, direction: Tree, images: Tensor, tokens: Tensor) -> list[Features]:

@@ -114,7 +114,8 @@ class Trainer:
             features = features_in(self.settings.precision, self.device, forward)
             features, captions = self.workers.gather(features, batch.captions)
             equal = similar_captions(captions, captions, self.settings.equal_captions == "ignore")
-            loss = batch_loss(features, equal, self.settings.loss)
+            with arithmetic("fp32"):
+                loss = batch_loss(features, equal, self.settings.loss)
         value = float(loss.detach())
         rate = float(self.rates[self.step])
         if not math.isfinite(value):

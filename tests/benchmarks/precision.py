@@ -4,7 +4,7 @@
 
 Each cell is the largest difference over the largest score, and Spearman's correlation. The factors multiply the step
 that the rule chooses from norms for that precision (`LocalView.step_for`); the rule's own row is marked. `tf32` is
-emulated on the CPU: what products of the passes take is rounded to its 10 bits of mantissa.
+emulated on the CPU: what products of the passes take, where torch may use it, is rounded to its 10 bits of mantissa.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Tf32(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = list(args)
-        for place in FACTORS.get(str(func), ()):
+        for place in FACTORS.get(str(func), ()) if torch.backends.cuda.matmul.allow_tf32 else ():
             if given[place].dtype == torch.float32:
                 bits = given[place].contiguous().view(torch.int32)
                 given[place] = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)

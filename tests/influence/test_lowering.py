@@ -8,12 +8,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.influence import Batches, Scorer, Settings, prepare
+from pipeline.influence import Batches, Scorer, Settings, prepare, prepare_run
 from pipeline.influence.passes import Passes
 from pipeline.influence.tangents import TangentRules
 from pipeline.influence.twice import TwiceDifferentiable
+from pipeline.types import longest_caption
 from tests.benchmarks.models import digit_pairs, small_model, trained_checkpoint
+from tests.benchmarks.precision import FACTORS, Tf32
 from tests.influence.test_models import make_model, pairs_of
 from tests.influence.test_tangents import assert_same, random_like, tensors
 
@@ -47,6 +50,60 @@ def test_a_ranking_survives_bfloat16(trained, settings):
         found.append(Scorer(model, [(checkpoint, plan)], batches.reference, chosen).score(pairs).terms[:, 0])
     assert not torch.equal(*found)
     assert spearmanr(*found)[0] >= 0.99
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints():
+    """A model, two of its checkpoints, batches, and pairs to score."""
+    model = small_model("digits-vit")
+    pool = digit_pairs(model, 448)
+    checkpoints = [trained_checkpoint(model, pool[:256], steps) for steps in (10, 20)]
+    return model, checkpoints, Batches(pool[:32], pool[64:128], pool[256:320]), pool[384:]
+
+
+@pytest.mark.parametrize("estimator", ["tracin", "diff-in", "z0", "diff-in-self", "clip-score"])
+def test_a_ranking_survives_tf32(two_checkpoints, estimator):
+    """Emulated. With the losses' logits in tf32 those of `z0` and `diff-in-self` fall to 0.967 and 0.987."""
+    model, checkpoints, batches, pairs = two_checkpoints
+    settings = Settings(estimator=estimator, projections=4, eigenpairs=2)
+    found = []
+    for precision in ("fp32", "tf32"):
+        chosen = replace(settings, precision=precision)
+        plans = prepare_run(model, checkpoints, batches, chosen, dataset_size=256)
+        with Tf32():
+            parts = list(zip(checkpoints, plans, strict=True))
+            found.append(Scorer(model, parts, batches.reference, chosen).score(pairs).terms.double().sum(1))
+    assert not torch.equal(*found)
+    assert spearmanr(*found)[0] >= 0.995
+
+
+class Allowed(TorchDispatchMode):
+    """The numbers of rows of products of two matrices, by whether these may be in tf32."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {False: set(), True: set()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) in FACTORS:
+            left = args[FACTORS[str(func)][0]]
+            if left.dim() == 2 or "linear" in str(func):
+                self.rows[torch.backends.cuda.matmul.allow_tf32].add(left.shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("estimator", ["tracin", "clip-score"])
+def test_losses_and_products_of_one_row_per_pair_are_float32_where_others_are_tf32(estimator):
+    model, checkpoint = make_model("tiny-vit", torch.float32)
+    pairs, reference = pairs_of(model, 7, 0), pairs_of(model, 11, 100)
+    batches, settings = Batches(reference, reference, reference), Settings(estimator=estimator, precision="tf32")
+    plan = prepare(model, checkpoint, batches, settings, dataset_size=50, num_checkpoints=1)
+    scorer = Scorer(model, [(checkpoint, plan)], reference, settings)
+    with Allowed() as products:
+        scorer.score(pairs)
+    captions = 7 * longest_caption(pairs.tokens)
+    assert products.rows[True] == {7 * 16, 7 * (1 + 16), captions}
+    assert 7 in products.rows[False] <= {7, 11}
 
 
 def test_what_runs_through_the_layers_is_not_rounded_to_bfloat16():
