@@ -29,7 +29,7 @@ from pipeline.emit.train_script import (
 from pipeline.emit.uids import read_uids, write_uids
 from pipeline.errors import InputError, StageError
 from pipeline.run import RunFolder
-from pipeline.selection.summary import SelectionSummary, read_summary, summary_file
+from pipeline.selection.summary import SelectionSummary, read_summary
 from pipeline.store import marks, storage
 from pipeline.store.commits import read_marks
 from pipeline.store.fingerprint import Fingerprint
@@ -176,11 +176,9 @@ def _digest(selection: SelectionSummary) -> str:
 
 
 def is_emitted(run: RunFolder, name: str) -> bool:
-    """Whether selection `name`, as it is now, was handed over."""
+    """Whether the finished selection `name`, as it is now, was handed over."""
     mark = marks.read_mark(SelectionFolder(run.selection(name)).mark)
-    if mark is None or not storage.exists(summary_file(run, name)):
-        return False
-    return bool(mark.get("parts", {}).get("selection") == _digest(read_summary(run, name)))
+    return mark is not None and mark.get("parts", {}).get("selection") == _digest(read_summary(run, name))
 
 
 def parse_mark(mark: dict[str, Any]) -> EmitSummary:

@@ -169,8 +169,7 @@ def _remove_strangers(plan: Plan) -> None:
         for url in (plan.tar(shard), plan.sources(shard), plan.stats(shard))
     }
     others = [url for url in storage.list_files(plan.folder) if storage.basename(url) not in mine]
-    for _ in ahead.in_order(storage.remove, others):
-        pass
+    ahead.each(storage.remove, others)
 
 
 def _derived_uid(source: Input, key: str) -> str:

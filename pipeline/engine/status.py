@@ -75,8 +75,8 @@ def run_status(root: str) -> RunStatus:
         "report": run.report,
     }
     stages = {name: storage.exists(url) for name, url in files.items()}
-    selections = begun_selections(run)
-    stages["select"] = any(storage.exists(summary_file(run, name)) for name in selections)
+    selections = [name for name in begun_selections(run) if storage.exists(summary_file(run, name))]
+    stages["select"] = bool(selections)
     stages["emit"] = any(is_emitted(run, name) for name in selections)
     if not stages["inventory"]:
         if not storage.exists(run.config):

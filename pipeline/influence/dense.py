@@ -16,14 +16,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x W^T + b`."""
     if not _by_onednn(x, weight):
         return functional.linear(x, weight, bias)
-    product: Tensor = (_opaque_linear if _traced() else _linear)(x, weight, bias)
+    product: Tensor = (_opaque_linear if traced() else _linear)(x, weight, bias)
     return product
 
 
 def linear_added(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`total + x W^T`; `total` `[..., n]` is contiguous and may be written over."""
     if _by_onednn(x, weight):
-        added: Tensor = (_opaque_linear_added if _traced() else _linear_added)(total, x, weight)
+        added: Tensor = (_opaque_linear_added if traced() else _linear_added)(total, x, weight)
         return added
     total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return total
@@ -62,6 +62,6 @@ _opaque_linear_added = torch.library.custom_op(
 _opaque_linear_added.register_fake(lambda total, x, weight: torch.empty_like(total))
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether operators are recorded for a compiled program."""
     return get_proxy_mode() is not None

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn import functional
+
+from pipeline.influence.dense import traced
 
 try:
     from pipeline.influence import kernels
@@ -63,7 +65,7 @@ def takes_norm(x: list[Tensor], parameters: list[Tensor]) -> bool:
         and x[0].dtype == parameters[0].dtype == torch.float32
         and x[0].shape[-1:] == parameters[0].shape
         and x[0].shape[-1] <= _WIDEST_ROW
-        and get_proxy_mode() is None
+        and not traced()
         and _works(norm_with_tangent, x[0].device, torch.float32, x[0].shape[-1])
     )
 
@@ -73,7 +75,7 @@ def takes_gelu(x: list[Tensor]) -> bool:
     return (
         _fit(x)
         and x[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and get_proxy_mode() is None
+        and not traced()
         and _works(gelu_with_tangent, x[0].device, x[0].dtype, 1)
     )
 
@@ -90,7 +92,7 @@ def attention_with_tangent(tensors: list[Tensor], mask: Tensor | None, scale: fl
 
     Products of float32 tensors are in tf32. What comes back lies in memory as `[pairs, tokens, heads, d]`.
     """
-    run: Any = _opaque_attention if get_proxy_mode() is not None else _attention
+    run: Any = _opaque_attention if traced() else _attention
     value, tangent = run(*tensors, mask, scale)
     return value, tangent
 
@@ -189,12 +191,6 @@ def _works(function: Callable[..., Any], device: torch.device, dtype: torch.dtyp
 
     Raises `torch.OutOfMemoryError`, after which it is not known yet.
     """
-    if function is attention_with_tangent and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _CAPABILITY:
-            return _refused(
-                function, f"expected compute capability 8.0 or more, found {'.'.join(map(str, capability))}"
-            )
     with disable_proxy_modes_tracing():
         generator = torch.Generator().manual_seed(0)
         try:
@@ -219,10 +215,12 @@ def _refused(function: Callable[..., Any], reason: str) -> bool:
 
 
 #: What a kernel gave, on its device, and what it should have, float64 on the CPU.
-Results = tuple[Sequence[Tensor], Sequence[Tensor]]
+_Results = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-def _attention_example(generator: torch.Generator, device: torch.device, dtype: torch.dtype, width: int) -> Results:
+def _attention_example(generator: torch.Generator, device: torch.device, dtype: torch.dtype, width: int) -> _Results:
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+        raise RuntimeError(f"expected compute capability 8.0 or more, found {'.'.join(map(str, capability))}")
     drawn = torch.randn(6, 1, 2, 77, width, generator=generator).to(dtype)
     q, k, v, dq, dk, dv = drawn.double()
     given, causal = list(drawn.to(device)), torch.full((77, 77), -torch.inf).triu(1)
@@ -238,7 +236,7 @@ def _attention_example(generator: torch.Generator, device: torch.device, dtype: 
     return found, expected
 
 
-def _norm_example(generator: torch.Generator, device: torch.device, dtype: torch.dtype, width: int) -> Results:
+def _norm_example(generator: torch.Generator, device: torch.device, dtype: torch.dtype, width: int) -> _Results:
     given = torch.randn(2, 5, width, generator=generator).to(dtype)
     parameters = torch.randn(4, width, generator=generator).to(dtype)
     weight, bias, dweight, dbias = parameters.double()
@@ -249,14 +247,14 @@ def _norm_example(generator: torch.Generator, device: torch.device, dtype: torch
     return norm_with_tangent(list(given.to(device)), list(parameters.to(device)), 1e-5), expected
 
 
-def _gelu_example(generator: torch.Generator, device: torch.device, dtype: torch.dtype, width: int) -> Results:
+def _gelu_example(generator: torch.Generator, device: torch.device, dtype: torch.dtype, width: int) -> _Results:
     given = torch.randn(2, 3000, generator=generator).to(dtype)
     x, dx = given.double()
     slope = torch.special.ndtr(x) + x * torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
     return gelu_with_tangent(list(given.to(device))), (functional.gelu(x), slope * dx)
 
 
-_EXAMPLES: dict[Callable[..., Any], Callable[..., Results]] = {
+_EXAMPLES: dict[Callable[..., Any], Callable[..., _Results]] = {
     attention_with_tangent: _attention_example,
     norm_with_tangent: _norm_example,
     gelu_with_tangent: _gelu_example,

@@ -65,7 +65,8 @@ class Rules(TorchFunctionMode):
         """A convolution over patches that do not overlap begins a stream of tokens: what it gives is not lowered.
 
         It is one product of matrices, and its tangent along the weights another: torch's derivative multiplies zeros
-        for that of the pixels, too, and on a GPU its convolution of large patches takes 16 times as long as a product.
+        for that of the pixels, too, and on a GPU its convolution of large patches takes a tenth of a pass
+        (docs/performance.md).
         """
         sides = tuple(weight.shape[2:])
         steps = (stride,) * len(sides) if isinstance(stride, int) else tuple(stride)

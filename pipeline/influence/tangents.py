@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.influence import fused
 from pipeline.influence.arithmetic import arithmetic
-from pipeline.influence.dense import linear, linear_added
+from pipeline.influence.dense import linear, linear_added, traced
 from pipeline.influence.forward_mode import carrying, parted
 from pipeline.influence.lowering import Rules, lowered_to
 
@@ -174,12 +173,12 @@ class TangentRules(Rules):
 
         Of bfloat16 tensors all products are bfloat16 but the first, whose error the exponential would enlarge.
         """
-        tangents = [query.tangent, key.tangent, value.tangent]
-        if all(tangent is None for tangent in tangents):
+        moved = [dual.tangent for dual in (query, key, value) if dual.tangent is not None]
+        if not moved:
             return _Dual(_plain_attention(query.value, key.value, value.value, mask, scale), None)
-        tensors = [query.value, key.value, value.value, *(t for t in tangents if t is not None)]
         scale = query.value.shape[-1] ** -0.5 if scale is None else scale
-        if len(tensors) == 6 and not self._stacked and fused.takes_attention(tensors, mask):
+        tensors = [query.value, key.value, value.value, *moved]
+        if len(moved) == 3 and not self._stacked and fused.takes_attention(tensors, mask):
             return _Dual(*fused.attention_with_tangent(tensors, mask, scale))
         lead, targets = query.value.shape[:-2], query.value.shape[-2]
         q, k, v = (dual.map(lambda t: t.reshape(-1, *t.shape[-2:])) for dual in (query, key, value))
@@ -261,7 +260,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 def _beside(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of two tensors `[..., n]` side by side, `[rows, 2 n]`, in one pass over each."""
     left, right = (part.reshape(-1, part.shape[-1]) for part in (left, right))
-    if get_proxy_mode() is not None:  # a compiler writes each to its place by itself
+    if traced():  # a compiler writes each to its place by itself
         return torch.cat([left.to(dtype), right.to(dtype)], 1)
     width = left.shape[1]
     both = left.new_empty(len(left), 2 * width, dtype=dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from pipeline.config import EngineConfig
 from pipeline.data.inventory import ShardInfo, changed_shards, versions
@@ -10,14 +11,16 @@ from pipeline.data.shards import expand
 from pipeline.engine.tasks import run_task
 from pipeline.patience import Patience
 
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
 #: File name, bytes, and etag or time of change.
 Version = tuple[str, int, str]
 
 
 def versions_of(urls: Sequence[str], stage: str, engine: EngineConfig) -> list[Version]:
     """The version of each file. Raises `InputError` for one that is not there, `StageError` when storage hangs."""
-    patience = Patience.of_computing(engine.task_timeout)
-    return run_task(_versions, urls, stage=stage, config=engine, patience=patience) if urls else []
+    return _asked(_versions, urls, stage, engine) if urls else []
 
 
 def shard_versions(shards: str | list[str] | None, key: str, stage: str, engine: EngineConfig) -> list[Version]:
@@ -27,8 +30,14 @@ def shard_versions(shards: str | list[str] | None, key: str, stage: str, engine:
 
 def changed_since(known: Sequence[ShardInfo], stage: str, engine: EngineConfig) -> list[tuple[ShardInfo, str]]:
     """`changed_shards` of these. Raises as `versions_of`."""
+    return _asked(_changed, known, stage, engine)
+
+
+def _asked(
+    function: Callable[[Sequence[Item]], list[Answer]], items: Sequence[Item], stage: str, engine: EngineConfig
+) -> list[Answer]:
     patience = Patience.of_computing(engine.task_timeout)
-    return run_task(_changed, known, stage=stage, config=engine, patience=patience)
+    return run_task(function, items, stage=stage, config=engine, patience=patience)
 
 
 def _versions(urls: Sequence[str]) -> list[Version]:

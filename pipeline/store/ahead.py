@@ -14,6 +14,12 @@ THREADS = 16
 AHEAD = 16 * THREADS
 
 
+def each(function: Callable[[Item], object], items: Sequence[Item]) -> None:
+    """`function` of each item, called in a few threads."""
+    for _ in in_order(function, items):
+        pass
+
+
 def in_order(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """`function` of each item, in order, called in a few threads; memory is that of `AHEAD` results."""
     with ThreadPoolExecutor(THREADS) as pool:

@@ -216,17 +216,14 @@ def remove_strangers(run: RunFolder, shards: int) -> None:
     """Remove scores of an input that had more shards than these, whose numbers are 0 to `shards` - 1."""
     for ending in (".json", ".parquet"):  # first what vouches for the file
         numbers = {url: storage.basename(url).removesuffix(ending) for url in storage.list_files(run.scores, ending)}
-        _remove([url for url, number in numbers.items() if number.isdigit() and int(number) >= shards])
+        ahead.each(
+            storage.remove, [url for url, number in numbers.items() if number.isdigit() and int(number) >= shards]
+        )
 
 
 def withdraw(run: RunFolder, shards: Sequence[int]) -> None:
     """Remove the marks of these shards (numbers): nothing vouches for their scores any more."""
-    _remove([run.score_mark(shard) for shard in shards])
-
-
-def _remove(urls: Sequence[str]) -> None:
-    for _ in ahead.in_order(storage.remove, urls):
-        pass
+    ahead.each(storage.remove, [run.score_mark(shard) for shard in shards])
 
 
 def open_scores(run: RunFolder) -> pyarrow.dataset.Dataset:

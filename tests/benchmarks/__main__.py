@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.benchmarks.needs import SKIPPED
 
 #: What the others share.
-_SHARED = ("models", "needs")
+_SHARED = ("models", "needs", "timing")
 
 
 def benchmarks() -> dict[str, str]:

@@ -13,8 +13,6 @@ keys in a block, warps, and blocks that are loaded at a time.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -27,7 +25,7 @@ from pipeline.influence import fused
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.forward_mode import carrying, parted, push_named_forward
 from pipeline.influence.tangents import TangentRules
-from tests.benchmarks.needs import skip
+from tests.benchmarks.timing import device_named, seconds
 
 #: Heads and tokens of a layer, and whether it is masked; 64 values per head.
 LAYERS = {"ViT-B-32 image": (12, 50, False), "ViT-B-16 image": (12, 197, False), "text": (8, 77, True)}
@@ -110,21 +108,15 @@ def with_blocks(blocks: list[int]) -> Form:
     return form
 
 
-def measured(form: Form, given: Inputs, device: torch.device) -> tuple[float, float]:
+def measured(form: Form, given: Inputs, device: torch.device) -> tuple[float, int]:
     """Seconds of a call, and the bytes it takes at most."""
-    times, most = [], 0.0
-    for _ in range(12):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        begin = time.perf_counter()
-        form(given)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            most = float(torch.cuda.max_memory_allocated() - before)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:]), most
+    taken = seconds(lambda: form(given), device, 10, 2)
+    if device.type != "cuda":
+        return taken, 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    form(given)
+    return taken, torch.cuda.max_memory_allocated() - before
 
 
 def main() -> None:
@@ -135,9 +127,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--blocks", type=int, nargs=4, action="append", default=[])
     options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        skip("no GPU here")
+    device = device_named(options.device)
     forms = FORMS | {f"kernel, blocks {' '.join(map(str, blocks))}": with_blocks(blocks) for blocks in options.blocks}
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     print("| layer | form | ms | GB | error |\n|---|---|---|---|---|")
@@ -154,13 +144,13 @@ def main() -> None:
                         continue
                 try:
                     found = form(few)[1].double()
-                    seconds, most = measured(form, given, device)
+                    taken, most = measured(form, given, device)
                 except Exception as problem:  # one row less, not a table
                     print(f"| {layer} | {name} | {type(problem).__name__} | - | - |", flush=True)
                     torch.cuda.empty_cache()
                     continue
             error = "-" if "alone" in name else f"{float((found - exact).abs().max() / exact.abs().max()):.1e}"
-            print(f"| {layer} | {name} | {1e3 * seconds:.2f} | {most / 1e9:.2f} | {error} |", flush=True)
+            print(f"| {layer} | {name} | {1e3 * taken:.2f} | {most / 1e9:.2f} | {error} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.passes import chunks, pass_size
 from pipeline.models.clip import PairModel, build_model
 from pipeline.types import PairBatch
-from tests.benchmarks.needs import skip
 from tests.benchmarks.passes import LIMITS, plans_of, random_pairs
+from tests.benchmarks.timing import device_named, wait
 
 FORMS = {"tracin": "tracin", "diff-in": "diff-in central"}
 
@@ -41,12 +41,12 @@ HEAD = ["model", "precision", "matrix TFlop/s", "batch", "forward", *(c for f in
 def rate(work: Callable[[], object], amount: float, seconds: float, device: torch.device) -> float:
     """`amount` per second of a call, after one call that warms up."""
     work()
-    _wait(device)
+    wait(device)
     calls, begin = 0, time.perf_counter()
     while not calls or time.perf_counter() - begin < seconds:
         work()
         calls += 1
-        _wait(device)
+        wait(device)
     return amount * calls / (time.perf_counter() - begin)
 
 
@@ -78,14 +78,14 @@ def rows(name: str, options: argparse.Namespace, device: torch.device) -> list[l
         peak = matrix_rate(precision, options.seconds, device)
         for batch in options.batch:
             row = [name, precision, f"{peak / 1e12:.4g}", str(batch)]
-            row += _or_too_large(partial(_forward, model, pairs, precision, batch, options, device), 1)
+            row += _or_why_not(partial(_forward, model, pairs, precision, batch, options, device), 1)
             for form in FORMS.values():
                 settings = Settings(precision=precision)
                 cost = LIMITS[form] * flops / peak
                 scorer = partial(
                     Scorer, model, plans[form], reference, settings, device, batch, compiled=options.compiled
                 )
-                row += _or_too_large(partial(_passes, scorer, pairs, cost, options, device), 3)
+                row += _or_why_not(partial(_passes, scorer, pairs, cost, options, device), 3)
             found.append(row)
             print(f"# {' '.join(row)}", flush=True)
     return found
@@ -126,8 +126,8 @@ def _passes(
     return [f"{found:.4g}", f"{found * cost:.0%}", f"{most / 1e9:.1f} ({(most - before) / 1e9:.1f})"]
 
 
-def _or_too_large(work: Callable[[], list[str]], columns: int) -> list[str]:
-    """What it finds, or the same number of columns that say it does not fit."""
+def _or_why_not(work: Callable[[], list[str]], columns: int) -> list[str]:
+    """What it finds, or the same number of columns that say why not: it does not fit, or the compiler refuses it."""
     try:
         return work()
     except torch.OutOfMemoryError:
@@ -146,11 +146,6 @@ def _used(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,9 +158,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compiled", action="store_true", help="compile the passes of tracin and diff-in")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        skip("no GPU here")
+    device = device_named(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     found = [row for model in options.models for row in rows(model, options, device)]
     print(f"\n{name}, torch {torch.__version__}, {options.pairs} pairs\n")

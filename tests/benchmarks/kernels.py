@@ -11,7 +11,6 @@ waiting.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.influence import Scorer, Settings
 from pipeline.models.clip import build_model
-from tests.benchmarks.needs import skip
 from tests.benchmarks.passes import LIMITS, plans_of, random_pairs
+from tests.benchmarks.timing import device_named, seconds, wait
 
 #: Kinds of kernels, by what their names hold; the first that fits.
 KINDS = {
@@ -53,18 +52,6 @@ def kernels(work: Callable[[], object]) -> dict[str, tuple[int, float]]:
     return {event.key: (event.count, event.self_device_time_total / 1e3) for event in events}
 
 
-def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median of the seconds of a call."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
 def main() -> None:
     """Print a table per model and form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,27 +63,24 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--most", type=int, default=25, help="kernels by name in a table")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        skip("no GPU here")
+    device = device_named("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name in options.models:
-        model = build_model(name).cuda()
-        pairs, reference = (random_pairs(model, n, n, options.tokens).to("cuda") for n in (options.batch, 16))
+        model = build_model(name).to(device)
+        pairs, reference = (random_pairs(model, n, n, options.tokens).to(device) for n in (options.batch, 16))
         for form in options.forms:
             settings = Settings(precision=options.precision)
             begin = time.perf_counter()
             scorer = Scorer(
-                model, plans_of(form, model), reference, settings, "cuda", options.batch, compiled=options.compiled
+                model, plans_of(form, model), reference, settings, device, options.batch, compiled=options.compiled
             )
             with torch.no_grad(), scorer.passes.ready():
-                near = scorer.neighbours(pairs)
-
-                work = partial(scorer._parts[0].score, pairs, near)
+                work = partial(scorer._parts[0].score, pairs, scorer.neighbours(pairs))
                 work()
-                torch.cuda.synchronize()
+                wait(device)
                 start = time.perf_counter() - begin
                 work()
-                taken, found = seconds(work), kernels(work)
+                taken, found = seconds(work, device, 5), kernels(work)
             total = sum(ms for _, ms in found.values())
             what = f"{name}, {options.precision}, {form}, {options.batch} pairs{', compiled' * options.compiled}"
             print(f"\n{what}: pass {1e3 * taken:.1f} ms, {options.batch / taken:,.0f} pairs/s, ", end="")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import interpolate
 
+from pipeline.influence import Batches
 from pipeline.influence.losses import batch_loss, similar_captions
 from pipeline.models.clip import PairModel, build_model, split_state
 from pipeline.types import AdamState, Checkpoint, PairBatch, Tree
@@ -91,6 +92,14 @@ def cast(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     return Checkpoint(
         checkpoint.step, checkpoint.lr, checkpoint.run, tree(checkpoint.params), tree(checkpoint.buffers), adam
     )
+
+
+def two_checkpoints(name: str = "tiny-vit") -> tuple[PairModel, list[Checkpoint], Batches, PairBatch]:
+    """A model, two of its checkpoints after a few steps, batches, and pairs to score."""
+    model = small_model(name)
+    pool = digit_pairs(model, 448)
+    checkpoints = [trained_checkpoint(model, pool[:256], steps) for steps in (10, 20)]
+    return model, checkpoints, Batches(pool[:32], pool[64:128], pool[256:320]), pool[384:]
 
 
 def small_model(name: str = "tiny-vit", dtype: torch.dtype = torch.float32) -> PairModel:

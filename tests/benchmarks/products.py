@@ -10,30 +10,16 @@ value and the first of them as one of twice the rows. The last line is what a co
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import linear
 
 from pipeline.influence.arithmetic import arithmetic
-from tests.benchmarks.needs import skip
+from tests.benchmarks.timing import device_named, seconds
 
 #: Tokens of a pair, and width, of the towers of ViT-B-32.
 TOWERS = {"image": (50, 768), "text": (77, 512)}
-
-
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median of a call's seconds, after three that warm up."""
-    times = []
-    for _ in range(repeats + 3):
-        begin = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[3:])
 
 
 def main() -> None:
@@ -42,9 +28,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        skip("no GPU here")
+    device = device_named(options.device)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).bfloat16()
@@ -64,11 +48,11 @@ def main() -> None:
                 (2, lambda x=stacked, w=w: linear(x, w)),  # type: ignore[misc]
             ]
             with arithmetic("bf16"):
-                rates = [2e-12 * n * rows * deep * wide / seconds(form, device) for n, form in forms]
+                rates = [2e-12 * n * rows * deep * wide / seconds(form, device, 20, 3) for n, form in forms]
             print(f"| {tower} | {rows} | {deep} | {wide} | {' | '.join(f'{rate:.3g}' for rate in rates)} |", flush=True)
     source = drawn(options.pairs, 2**20 if device.type == "cuda" else 2**10)
     target = torch.empty_like(source)
-    taken = seconds(lambda: target.copy_(source), device)
+    taken = seconds(lambda: target.copy_(source), device, 20, 3)
     print(f"\ncopy: {2e-12 * source.nbytes / taken:.2f} TB/s")
 
 

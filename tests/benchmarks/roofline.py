@@ -4,11 +4,11 @@
 
 The passes run here, on the CPU, with random images and captions of full length; every operator but views is taken for a
 kernel that reads its arguments from memory once and writes its result; those of `pipeline.influence.fused` count as the
-one kernel that they are on a GPU. A kernel takes as long as its operations at the
-matrix rate (TFlop/s in bfloat16; half of it in tf32) or its bytes at the bandwidth (TB/s), whichever is longer.
-`share`: useful operations, 3 and 6 times those of a forward pass, over what the matrix rate would do in that time. What
-a pass does once whatever its size (casting weights, moving them) is taken per `--batch` pairs. This is a limit of these
-kernels, not a measurement of a GPU.
+one kernel that they are on a GPU. A kernel takes as long as its operations at the matrix rate (TFlop/s in bfloat16;
+half of it in tf32) or its bytes at the bandwidth (TB/s), whichever is longer. `share`: useful operations, 3 and 6 times
+those of a forward pass, over what the matrix rate would do in that time. What a pass does once whatever its size
+(casting weights, moving them) is taken per `--batch` pairs. This is a limit of these kernels, not a measurement of a
+GPU.
 """
 
 from __future__ import annotations

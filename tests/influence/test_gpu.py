@@ -10,13 +10,13 @@ import torch
 from scipy.stats import spearmanr
 from torch.nn import functional
 
-from pipeline.influence import Batches, Scorer, Settings, fused, prepare_run
+from pipeline.influence import Scorer, Settings, fused, prepare_run
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.transfers import on_device
 from pipeline.replay.schedule import TrainingSettings, data_order
 from pipeline.replay.train import Trainer
 from tests.benchmarks.attention import by_torch
-from tests.benchmarks.models import digit_pairs, small_model, trained_checkpoint
+from tests.benchmarks.models import two_checkpoints
 from tests.influence.test_devices import trainer_of, training_that_moves
 from tests.replay.pairs import MODEL, Factory, MemoryPairs
 
@@ -55,10 +55,7 @@ FORMS = {
 @pytest.fixture(scope="module")
 def case():
     """Two checkpoints of a briefly trained model, batches, and pairs to score."""
-    model = small_model()
-    pool = digit_pairs(model, 448)
-    checkpoints = [trained_checkpoint(model, pool[:256], steps) for steps in (10, 20)]
-    return model, checkpoints, Batches(pool[:32], pool[64:128], pool[256:320]), pool[384:]
+    return two_checkpoints()
 
 
 def scores(case, settings, device, plans=None):

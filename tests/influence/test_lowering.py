@@ -15,7 +15,7 @@ from pipeline.influence.passes import Passes
 from pipeline.influence.tangents import TangentRules
 from pipeline.influence.twice import TwiceDifferentiable
 from pipeline.types import longest_caption
-from tests.benchmarks.models import digit_pairs, small_model, trained_checkpoint
+from tests.benchmarks.models import digit_pairs, small_model, trained_checkpoint, two_checkpoints
 from tests.benchmarks.precision import FACTORS, Tf32
 from tests.influence.test_models import make_model, pairs_of
 from tests.influence.test_tangents import assert_same, random_like, tensors
@@ -53,18 +53,15 @@ def test_a_ranking_survives_bfloat16(trained, settings):
 
 
 @pytest.fixture(scope="module")
-def two_checkpoints():
-    """A model, two of its checkpoints, batches, and pairs to score."""
-    model = small_model("digits-vit")
-    pool = digit_pairs(model, 448)
-    checkpoints = [trained_checkpoint(model, pool[:256], steps) for steps in (10, 20)]
-    return model, checkpoints, Batches(pool[:32], pool[64:128], pool[256:320]), pool[384:]
+def short_run():
+    """Two checkpoints of a briefly trained model, batches, and pairs to score."""
+    return two_checkpoints("digits-vit")
 
 
 @pytest.mark.parametrize("estimator", ["tracin", "diff-in", "z0", "diff-in-self", "clip-score"])
-def test_a_ranking_survives_tf32(two_checkpoints, estimator):
+def test_a_ranking_survives_tf32(short_run, estimator):
     """Emulated. With the losses' logits in tf32 those of `z0` and `diff-in-self` fall to 0.967 and 0.987."""
-    model, checkpoints, batches, pairs = two_checkpoints
+    model, checkpoints, batches, pairs = short_run
     settings = Settings(estimator=estimator, projections=4, eigenpairs=2)
     found = []
     for precision in ("fp32", "tf32"):
