@@ -189,7 +189,7 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(section: type[BaseModel], prefix: str, choices: Choices, depth: int) -> Iterator[str]:
-    """Lines of a section: prose after `# `, keys left at their defaults after `#` alone."""
+    """Lines of a section: prose after `# `, keys left at their defaults after `#` alone, sections always live."""
     pad = "  " * depth
     for name, info in section.model_fields.items():
         key = f"{prefix}{name}"
@@ -198,8 +198,7 @@ def _section(section: type[BaseModel], prefix: str, choices: Choices, depth: int
             if depth == 0:
                 yield ""
             yield from _prose(inner.__doc__ or "", pad)
-            live = any(chosen.startswith(f"{key}.") for chosen in choices.values)
-            yield f"{pad}{'' if live else '#'}{name}:"
+            yield f"{pad}{name}:"
             yield from _section(inner, f"{key}.", choices, depth + 1)
             continue
         yield from _prose(meaning(info), pad)

@@ -50,6 +50,23 @@ def test_every_key_is_there_and_uncommenting_gives_the_defaults(
         assert " ".join(setting.meaning.split()) in prose, setting.key
 
 
+def test_a_key_that_is_uncommented_by_itself_is_set_where_it_stands(
+    make_shards: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    text, _ = draft_config(make_shards(shards=1, samples=10), machine=SMALL)
+    before, score, after = text.partition("\nscore:\n")
+    path = tmp_path / "my.yaml"
+    path.write_text(before + score + after.replace("#batch_size: 1024", "batch_size: 64", 1))
+    config = load_config(path)
+    assert config.score.batch_size == 64
+    assert config.proxy == load_config_of(text, tmp_path).proxy
+
+
+def load_config_of(text: str, folder: Path) -> Config:
+    (folder / "text.yaml").write_text(text)
+    return load_config(folder / "text.yaml")
+
+
 def test_a_gpu_machine_gets_the_full_model(make_shards: Callable[..., list[str]]) -> None:
     text, _ = draft_config(make_shards(shards=1, samples=10), machine=LARGE)
     assert "\n  #model: ViT-B-32\n" in text

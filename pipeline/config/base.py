@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -20,3 +20,17 @@ class Section(BaseModel):
     """Base of all config sections: unknown keys are errors, values never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_keep_their_defaults(cls, given: Any) -> Any:
+        """Without the keys of sections that hold nothing: YAML reads `score:` with only comments below it as null."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None or not cls._always_has(key)}
+
+    @classmethod
+    def _always_has(cls, key: str) -> bool:
+        """Whether `key` is a section that cannot be null."""
+        annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
+        return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -19,6 +19,20 @@ from pipeline.config.tree import Config
 from pipeline.errors import ConfigError
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which a key that stands twice in one mapping is an error: the first one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice in one section", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None, out: str | None = None) -> Config:
     """Read a YAML config, apply `a.b=c` overrides (values are YAML) and check everything.
 
@@ -27,7 +41,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
     """
     name = os.fspath(path)
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError("expected a config file, found nothing there", file=name) from None
     except IsADirectoryError:

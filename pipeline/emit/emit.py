@@ -133,11 +133,20 @@ def emit(
     else:
         storage.remove_folder(folder.shards)  # of an earlier hand-over
     train = train_command(config, folder, lines, summary.tars)
-    summary = replace(summary, warnings=train.warnings())
+    summary = replace(summary, warnings=[*_of_repeated_uids(selection.kept, summary.uids), *train.warnings()])
     storage.write_bytes(folder.train_script, train.render().encode())
     storage.write_bytes(folder.card, _card(run, config, inventory, selection, summary, command).encode())
     marks.write_mark(folder.mark, fingerprint, asdict(summary))
     return summary
+
+
+def _of_repeated_uids(kept: int, uids: int) -> list[str]:
+    if uids == kept:
+        return []
+    return [
+        f"uids.npy names {uids:,} uids for {kept:,} kept pairs, as some have the uid of another (repeated in their "
+        "json, or shards of one file name); everything else has each of them"
+    ]
 
 
 def _check_unchanged(shards: Sequence[ShardInfo]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
 from pipeline.data.positions import Positions
 from pipeline.data.shards import expand
-from pipeline.engine.progress import Display, Tally
+from pipeline.engine.progress import Display, Tally, say
 from pipeline.engine.scorer_spec import model_identity
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError, FingerprintError, InputError
@@ -71,6 +72,19 @@ def take_inventory(job: Job) -> None:
         raise InputError(f"{first.url}: expected image-text pairs, found none here{reason} or in any other shard")
     write_inventory(job.folder.inventory, [found[number] for number in range(len(urls))])
     storage.remove_folder(marks.folder)
+    _warn_of_equal_names(urls)
+
+
+def _warn_of_equal_names(urls: list[str]) -> None:
+    """Say so where shards of different folders have one file name: a uid that is made up is of file name and key."""
+    name, shards = Counter(map(storage.basename, urls)).most_common(1)[0]
+    if shards > 1:
+        say(
+            "inventory",
+            f"warning: {plural(shards, 'shard')} are named {name}: pairs in them that have one key and no uid of "
+            "their own are taken for one pair wherever uids count (uids.npy, draws, evaluate.truth); give them names "
+            "of their own",
+        )
 
 
 def _known_shards(job: Job, urls: list[str]) -> dict[int, ShardInfo]:

@@ -58,6 +58,16 @@ def test_manifest_and_uids_say_what_the_keep_lists_say(tmp_path: Path) -> None:
     uids = np.load(made.folder.uids)
     assert [f"{high:016x}{low:016x}" for high, low in uids.tolist()] == sorted(uid for _, uid, _, _ in kept)
     assert summary.uids == len(kept) == summary.counts["kept"] == 12
+    assert not any("uids" in warning for warning in summary.warnings)
+
+
+def test_pairs_that_share_a_uid_are_warned_of(tmp_path: Path) -> None:
+    shards = [url for folder in ("a", "b") for url in write_shards(tmp_path / folder, shards=1, samples=8)]
+    made, summary = emitted(tmp_path, shards, select={"keep": 1.0})
+    assert Path(shards[0]).name == Path(shards[1]).name
+    assert len(made.kept()) == summary.counts["kept"] == 16
+    assert len(np.load(made.folder.uids)) == summary.uids == 8
+    assert "uids.npy names 8 uids for 16 kept pairs" in summary.warnings[0]
 
 
 def test_the_counts_add_up_with_rejected_pairs(tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ def write(tmp_path: Path, text: str) -> str:
         ("data: {shards: a.tar}\nevaluate: {baselines: [right-only]}", "expected truth with the baseline right-only"),
         ("data: {shard: a.tar}", "data.shard: expected a known key (did you mean 'shards'?)"),
         ("data:\n  shards: a.tar\n bla: [", "expected readable YAML: line 3, column 2: expected <block end>"),
+        (
+            "data: {shards: a.tar}\nscore: {batch_size: 8}\nscore: {loss: pool}",
+            "expected readable YAML: line 3, column 1: the key 'score' stands twice in one section",
+        ),
+        ("data:\nscore:", "data: expected a value, this key is needed"),
         ("data: {shards: %(folder)s}", "this folder has no .tar, .tar.gz, .tgz, .tar.zst (put images and captions"),
         ("data: {shards: nowhere}", "data.shards: expected shards, no file matches the pattern, found 'nowhere'"),
         ("data: {shards: nowhere/*.tar}", "data.shards: expected shards, no file matches the pattern"),
@@ -106,6 +111,12 @@ def test_a_bad_config_is_one_line_and_status_2(
     assert printed[0].startswith(f"error: {path}: ")
     assert line in printed[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_section_with_nothing_in_it_has_its_defaults(tmp_path: Path) -> None:
+    whole = load_config(write(tmp_path, "data: {shards: a.tar}\n"))
+    empty = "score:\n  #batch_size: 8\nselect:\n  balance:\nevaluate:\n"
+    assert load_config(write(tmp_path, f"data: {{shards: a.tar}}\n{empty}")) == whole
 
 
 def test_a_missing_config_and_an_unknown_model_are_status_2(

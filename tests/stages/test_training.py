@@ -79,3 +79,10 @@ def test_training_and_taking_over_end_each_others_marks(
         found.append(checksums(job))
     assert found[:2] == found[2:]
     assert found[0] != found[1]
+
+
+def test_shards_of_one_file_name_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    training._warn_of_equal_names(["a/0.tar", "b/1.tar"])
+    assert not capsys.readouterr().err
+    training._warn_of_equal_names(["a/0.tar", "b/1.tar", "s3://c/1.tar"])
+    assert "2 shards are named 1.tar" in capsys.readouterr().err
