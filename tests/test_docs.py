@@ -140,12 +140,18 @@ def test_commands_parse(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    ["diffprune prune my.yaml", "diffprune run", "diffprune run a.yaml --set select.kep=1", "make prun", "frobnicate",
-     "ray job submit -- python -m jobs.prune my.yaml"],
-)  # fmt: skip
-def test_wrong_commands_are_found(wrong: str, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r".*"):
+    ("wrong", "why"),
+    [
+        ("diffprune prune my.yaml", r"\['prune', 'my.yaml'\]"),
+        ("diffprune run", "Missing parameter: config"),
+        ("diffprune run a.yaml --set select.kep=1", "select.kep: expected a known key"),
+        ("make prun", r"\['make', 'prun'\]"),
+        ("frobnicate", "unknown program"),
+        ("ray job submit -- python -m jobs.prune my.yaml", r"\['my.yaml'\]"),
+    ],
+)
+def test_wrong_commands_are_found(wrong: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=why):
         check_command(shlex.split(wrong), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Reading a config: the only module that knows YAML.
+"""Reading a config from YAML.
 
 A config is checked as a whole before any work; what is wrong with it is one `ConfigError` that names the file, the key,
 what was expected and what was found.

@@ -1,4 +1,1 @@
-"""open_clip models as proxies: building them, their families, and the files that hold their checkpoints.
-
-Nothing is imported here: `pipeline.data` needs `pipeline.models.compat` alone.
-"""
+"""open_clip models as proxies: building them, their families, and the files that hold their checkpoints."""

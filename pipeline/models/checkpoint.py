@@ -89,9 +89,10 @@ def load_checkpoint(
             what is a parameter.
         step: optimizer steps so far; overrides what the file says, and is needed where it says nothing.
         lr: rate of the last step; the same.
-        run: the proxy run it belongs to; null takes the file's, else 0.
+        run: the proxy run it belongs to; None takes the file's, else 0.
 
-    Raises `InputError` for a file that is absent, broken, or of another model.
+    Raises `InputError` for a file that is absent, broken, or of another model, `ValueError` for one that is not ours
+    without a `model`.
     """
     if url.endswith(".safetensors"):
         tensors, header = _read_safetensors(url)
