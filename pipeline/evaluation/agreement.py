@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.correlation import Floats, Interval, difference_of_spearman, mean_spearman
+from pipeline.evaluation.correlation import Floats, Interval, difference_of_spearman, mean_spearman, spearman
 from pipeline.evaluation.lds import predicted_outcomes
 
 Bools = NDArray[np.bool_]
@@ -41,31 +42,32 @@ class Measured:
 class Line:
     """One line of the table.
 
+    What carries over to another model is asked of the utilities averaged over all runs but one, against what that
+    one's seed shows, mean over the seeds; None where there is one seed alone.
+
     Attributes:
         estimator: its name.
         directions: cost of the directions of one run, in forward passes over the pairs.
         scoring: cost of scoring with one run, likewise.
         loo: rank correlation with leave-one-out in the same run, mean over runs.
-        loo_mean: the same with utilities and changes averaged over the runs first.
         loo_partial: as `loo` with a share of each pair taken away; None where that was not measured.
-        lds_same: LDS of a run's utilities with the outcomes of the same seed, mean over runs.
-        lds_one: LDS of one run's utilities, mean over runs (outcomes averaged over seeds).
-        lds: LDS of the utilities averaged over all runs.
-        ahead_same: by how much `lds_same` of `unrolled (checkpoints)` is above this one's; None without it.
-        ahead: the same of `lds`.
+        loo_other: rank correlation with leave-one-out of another seed.
+        lds: LDS of a run's utilities with the outcomes of the same seed, mean over runs.
+        lds_other: LDS with the outcomes of another seed.
+        behind: by how much `lds` of `unrolled (checkpoints)` is above this one's; None without it.
+        behind_other: the same of `lds_other`.
     """
 
     estimator: str
     directions: float
     scoring: float
     loo: Interval
-    loo_mean: Interval
     loo_partial: Interval | None
-    lds_same: Interval
-    lds_one: Interval
+    loo_other: Interval | None
     lds: Interval
-    ahead_same: Interval | None
-    ahead: Interval | None
+    lds_other: Interval | None
+    behind: Interval | None
+    behind_other: Interval | None
 
 
 #: The estimator that the others are compared with.
@@ -74,37 +76,45 @@ LEADER = "unrolled (checkpoints)"
 
 def table(measured: Measured) -> list[Line]:
     """One line per estimator, in the order given."""
-    outcome = measured.outcomes.mean(0, keepdims=True)
-    each = np.repeat(outcome, len(measured.outcomes), 0)
-    lines: list[Line] = []
+    outcomes = measured.outcomes
+    several = len(outcomes) > 1
     leader = measured.utilities.get(LEADER)
+    lines: list[Line] = []
     for name, utilities in measured.utilities.items():
-        mean = utilities.mean(0, keepdims=True)
         left_out = utilities[:, measured.rows]
-        predicted = predicted_outcomes(mean, measured.halves)
         by_run = predicted_outcomes(utilities, measured.halves)
-        ahead_same = ahead = None
+        behind = behind_other = None
         if leader is not None and name != LEADER:
-            best = predicted_outcomes(leader.mean(0, keepdims=True), measured.halves)
-            best_by_run = predicted_outcomes(leader, measured.halves)
-            ahead_same = difference_of_spearman(best_by_run, by_run, measured.outcomes)
-            ahead = difference_of_spearman(best, predicted, outcome)
+            best = predicted_outcomes(leader, measured.halves)
+            behind = difference_of_spearman(best, by_run, outcomes)
+            behind_other = difference_of_spearman(_of_others(best), _of_others(by_run), outcomes) if several else None
         lines.append(
             Line(
                 estimator=name,
                 directions=measured.costs[name][0],
                 scoring=measured.costs[name][1],
                 loo=mean_spearman(left_out, measured.changes),
-                loo_mean=mean_spearman(mean[:, measured.rows], measured.changes.mean(0, keepdims=True)),
                 loo_partial=None if measured.partial is None else mean_spearman(left_out, measured.partial),
-                lds_same=mean_spearman(by_run, measured.outcomes),
-                lds_one=mean_spearman(by_run, each),
-                lds=mean_spearman(predicted, outcome),
-                ahead_same=ahead_same,
-                ahead=ahead,
+                loo_other=mean_spearman(_of_others(left_out), measured.changes) if several else None,
+                lds=mean_spearman(by_run, outcomes),
+                lds_other=mean_spearman(_of_others(by_run), outcomes) if several else None,
+                behind=behind,
+                behind_other=behind_other,
             )
         )
     return lines
+
+
+def _of_others(values: Floats) -> Floats:
+    """For each run the mean over the other ones: `[s, k]` gives `[s, k]`."""
+    others: Floats = (values.sum(0) - values) / (len(values) - 1)
+    return others
+
+
+def between_seeds(outcomes: Floats) -> float:
+    """Mean rank correlation of two seeds' outcomes `[s, h]`; NaN for one seed. If low, nothing carries over."""
+    found = [spearman(one, other) for one, other in combinations(outcomes, 2)]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def raw_rows(measured: Measured) -> Iterable[dict[str, object]]:

@@ -21,10 +21,13 @@ MOST_SETS = 32
 class RunsLine:
     """One estimator averaged over some of the runs: mean and standard deviation over sets of that many runs.
 
+    The sets overlap, so that the deviation falls with their size whatever is measured; None where there is one set.
+
     Attributes:
         estimator: its name.
         runs: how many runs are averaged.
-        lds: rank correlation of the halves' summed utilities with their outcomes averaged over all seeds.
+        lds: rank correlation of the halves' summed utilities with their outcomes in a seed that is not among the
+            runs, mean over those; None for all runs.
         lds_std: its standard deviation over the sets.
         auroc: how well low utility finds the wrong pairs; None where they are not known.
         auroc_std: its standard deviation over the sets.
@@ -32,8 +35,8 @@ class RunsLine:
 
     estimator: str
     runs: int
-    lds: float
-    lds_std: float
+    lds: float | None
+    lds_std: float | None
     auroc: float | None
     auroc_std: float | None
 
@@ -41,22 +44,27 @@ class RunsLine:
 def by_runs(measured: Measured, wrong: Bools | None) -> Iterable[RunsLine]:
     """A line per estimator and number of runs, from one to all; each run's utilities are standardised first."""
     count = len(measured.outcomes)
-    outcome = measured.outcomes.mean(0)
+    known = wrong if wrong is not None and wrong.any() else None
     for name, utilities in measured.utilities.items():
         standard = _standardised(utilities)
         for runs in range(1, count + 1):
-            means = np.stack([standard[list(chosen)].mean(0) for chosen in _sets(count, runs)])
-            found = [spearman(predicted_outcomes(mean, measured.halves), outcome) for mean in means]
-            known = wrong is not None and wrong.any()
-            rates = [auroc(mean, wrong) for mean in means] if known and wrong is not None else None
-            yield RunsLine(
-                estimator=name,
-                runs=runs,
-                lds=float(np.mean(found)),
-                lds_std=float(np.std(found)),
-                auroc=None if rates is None else float(np.mean(rates)),
-                auroc_std=None if rates is None else float(np.std(rates)),
-            )
+            found, rates = [], []
+            for chosen in _sets(count, runs):
+                mean = standard[list(chosen)].mean(0)
+                predicted = predicted_outcomes(mean, measured.halves)
+                unseen = np.delete(measured.outcomes, chosen, axis=0)
+                if len(unseen):
+                    found.append(float(np.mean([spearman(predicted, outcome) for outcome in unseen])))
+                if known is not None:
+                    rates.append(auroc(mean, known))
+            yield RunsLine(name, runs, *_over_sets(found), *_over_sets(rates))
+
+
+def _over_sets(found: list[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation."""
+    if not found:
+        return None, None
+    return float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None
 
 
 def _standardised(utilities: Floats) -> Floats:

@@ -21,22 +21,20 @@ _TRUTH_COLUMNS = ("uid", "clean", "caption_class")
 
 @dataclass(frozen=True)
 class Detection:
-    """Quality of a ranking of suspects.
+    """Quality of a ranking of suspects. Pairs of one value count as in the mean over all their orders.
 
     Attributes:
         auroc: chance that a wrong pair is ranked below a right one (0.5 is blind).
         average_precision: area under precision over recall, wrong pairs found from the low end.
         precision: share of wrong pairs among the `suspects` lowest.
-        recall: share of the wrong pairs that are among the `suspects` lowest.
         base_rate: share of wrong pairs in all.
-        suspects: how many lowest pairs `precision` and `recall` look at.
+        suspects: how many pairs are wrong, so that `precision` is recall as well.
         pairs: how many pairs have a known truth and a finite value.
     """
 
     auroc: float
     average_precision: float
     precision: float
-    recall: float
     base_rate: float
     suspects: int
     pairs: int
@@ -55,23 +53,23 @@ def auroc(values: Floats, wrong: Bools) -> float:
     return float(above.mean() / len(high))
 
 
-def detect(values: Floats, wrong: Bools, suspects: int) -> Detection:
+def detect(values: Floats, wrong: Bools) -> Detection:
     """Judge a ranking, `values [n]` (low is suspect), against `wrong [n]`. Non-finite values are left out."""
     finite = np.isfinite(values)
     values, wrong = values[finite], wrong[finite]
-    suspects = min(suspects, len(values))
-    found = wrong[np.argsort(values, kind="stable")]
-    hits = np.cumsum(found)
-    precision = hits / np.arange(1, len(found) + 1)
-    n_wrong = int(found.sum())
+    _, group = np.unique(values, return_inverse=True)
+    sizes = np.bincount(group)
+    hits = np.bincount(group, weights=wrong)
+    ends, found = np.cumsum(sizes), np.cumsum(hits)
+    n_wrong = int(wrong.sum())
+    nan = float("nan")
     return Detection(
         auroc=auroc(values, wrong),
-        average_precision=float(precision[found].mean()) if n_wrong else float("nan"),
-        precision=float(found[:suspects].mean()) if suspects else float("nan"),
-        recall=float(hits[suspects - 1] / n_wrong) if suspects and n_wrong else float("nan"),
-        base_rate=float(found.mean()) if len(found) else float("nan"),
-        suspects=suspects,
-        pairs=len(found),
+        average_precision=float((hits * found / ends).sum() / n_wrong) if n_wrong else nan,
+        precision=float(np.interp(n_wrong, [0, *ends], [0, *found]) / n_wrong) if n_wrong else nan,
+        base_rate=float(wrong.mean()) if len(wrong) else nan,
+        suspects=n_wrong,
+        pairs=len(wrong),
     )
 
 

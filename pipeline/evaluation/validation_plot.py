@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 import matplotlib
@@ -13,8 +14,8 @@ from pipeline.evaluation.by_runs import RunsLine
 
 _PANELS = (
     ("loo", "leave-one-out, same run"),
-    ("lds_same", "random halves (LDS), same run"),
-    ("lds", "random halves (LDS), all runs"),
+    ("lds", "random halves (LDS), same run"),
+    ("lds_other", "random halves (LDS), another seed"),
 )
 
 
@@ -30,6 +31,8 @@ def plot(lines: Sequence[Line], runs: Sequence[RunsLine]) -> bytes:
     for panel, (key, title) in zip(panels, _PANELS, strict=True):
         for place, line in zip(places, lines, strict=True):
             found = getattr(line, key)
+            if found is None:
+                continue
             panel.plot([found.low, found.high], [place, place], color="#4477aa", linewidth=2)
             panel.plot([found.value], [place], "o", color="#4477aa")
         panel.axvline(0, color="#999999", linewidth=0.8)
@@ -44,7 +47,7 @@ def plot(lines: Sequence[Line], runs: Sequence[RunsLine]) -> bytes:
 
 
 def _against_runs(figure: SubFigure, runs: Sequence[RunsLine]) -> None:
-    known = [("lds", "LDS, all seeds' outcomes")]
+    known = [("lds", "LDS, a seed that is not among them")]
     if any(line.auroc is not None for line in runs):
         known.append(("auroc", "AUROC of low utility for wrong captions"))
     panels = figure.subplots(1, len(known), squeeze=False)[0]
@@ -52,7 +55,11 @@ def _against_runs(figure: SubFigure, runs: Sequence[RunsLine]) -> None:
         for name in dict.fromkeys(line.estimator for line in runs):
             own = [line for line in runs if line.estimator == name]
             panel.plot(
-                [line.runs for line in own], [getattr(line, key) for line in own], "o-", label=name, markersize=4
+                [line.runs for line in own],
+                [math.nan if (value := getattr(line, key)) is None else value for line in own],
+                "o-",
+                label=name,
+                markersize=4,
             )
         panel.set(title=title, xlabel="runs averaged")
         panel.set_xticks(sorted({line.runs for line in runs}))

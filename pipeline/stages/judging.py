@@ -25,7 +25,7 @@ class Judgement:
 
     Attributes:
         by: the rankings, by name: `utility`, `similarity`, `select` (what the selection ranks by) and those of
-            `evaluate.compare`; precision and recall at the true number of wrong captions.
+            `evaluate.compare`; precision at the true number of wrong captions.
         pruned: pairs with a known truth that are not kept.
         wrong: how many of these have a wrong caption.
     """
@@ -76,5 +76,5 @@ def _judge(config: Config) -> Judgement:
         plain = {"policy": "rank", "spread": None}
         select = SelectConfig.model_validate(config.select.model_dump() | changes | plain)
         values = ranked_values(job.folder, select, job.inventory, seed=config.seed, map_tasks=thread_map)
-        by[name] = detect(values[known], wrong[known], int(wrong.sum()))
+        by[name] = detect(values[known], wrong[known])
     return Judgement(by, int((out & known).sum()), int((out & wrong).sum()))

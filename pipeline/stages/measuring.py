@@ -16,7 +16,7 @@ from pipeline.allocator import keep_freed_memory
 from pipeline.config import Config, ValidateConfig
 from pipeline.data.decode import uid_to_id
 from pipeline.data.sampling import load_pairs
-from pipeline.evaluation.agreement import Measured, raw_rows, table
+from pipeline.evaluation.agreement import Measured, between_seeds, raw_rows, table
 from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import losses_without, suspects, with_swapped_captions
 from pipeline.evaluation.deletion import deletions, random_deletions
@@ -204,6 +204,7 @@ def write_results(folder: str, config: Config, seeds: list[dict[str, Any]]) -> l
             "target_loss": [seed["losses"] for seed in seeds],
             "eta_lambda_max": [seed["steepness"] for seed in seeds],
             "stability_limit": seeds[0]["stability_limit"],
+            **storage.without_nan({"outcomes_between_seeds": between_seeds(measured.outcomes)}),
         },
     )
     storage.write_bytes(storage.join(folder, "validation.svg"), plot(lines, runs))
@@ -227,4 +228,4 @@ def _cleaning(measured: Measured, wrong: Bools | None) -> dict[str, Detection]:
     """How well low utility (mean over the runs) finds the wrong pairs, precision at their true number."""
     if wrong is None:
         return {}
-    return {name: detect(values.mean(0), wrong, int(wrong.sum())) for name, values in measured.utilities.items()}
+    return {name: detect(values.mean(0), wrong) for name, values in measured.utilities.items()}

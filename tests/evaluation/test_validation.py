@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation.agreement import LEADER, Measured, table
+from pipeline.evaluation.agreement import LEADER, Measured, between_seeds, table
 from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import suspects, with_swapped_captions
 from pipeline.evaluation.correlation import bootstrapped, mean_spearman, spearman
@@ -213,14 +213,47 @@ def test_table_and_plot_of_a_known_case() -> None:
     best, chance = table(measured)
     assert best.loo.value == pytest.approx(1)
     assert best.lds.value == pytest.approx(1)
-    assert best.ahead is None
+    assert best.behind is None
     assert best.lds.above(chance.lds)
-    assert chance.ahead is not None
-    assert chance.ahead.low > 0
+    assert chance.behind is not None
+    assert chance.behind.low > 0
     assert best.loo_partial is None
     runs = list(by_runs(measured, effects.mean(0) < 0))
     assert plot([best, chance], runs) == plot([best, chance], runs)
     assert plot([best, chance], [])
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_what_carries_over_is_asked_of_seeds_that_are_not_in_the_average(shared: float) -> None:
+    rng = np.random.default_rng(0)
+    effects = shared * rng.normal(size=40) + (1 - shared) * rng.normal(size=(4, 40))
+    halves = random_halves(40, 200, 0)
+    outcomes = predicted_outcomes(effects, halves)
+    measured = Measured(
+        utilities={LEADER: effects, "half": effects + rng.normal(size=(4, 40))},
+        costs={LEADER: (0.0, 1.0), "half": (0.0, 1.0)},
+        rows=np.arange(12),
+        changes=effects[:, :12],
+        halves=halves,
+        outcomes=outcomes,
+    )
+    line, half = table(measured)
+    lines = [found for found in by_runs(measured, None) if found.estimator == LEADER]
+    assert line.lds.value == pytest.approx(1)
+    assert line.lds_other is not None
+    assert line.loo_other is not None
+    assert half.behind_other is not None
+    others = [line.lds_other.value, *(found.lds for found in lines[:3] if found.lds is not None)]
+    assert len(others) == 4
+    assert others == pytest.approx([shared] * 4, abs=0.25)
+    assert line.loo_other.value == pytest.approx(shared, abs=0.6)
+    assert half.behind_other.value == pytest.approx(0.3 * shared, abs=0.3)
+    assert between_seeds(outcomes) == pytest.approx(shared, abs=0.25)
+    assert lines[3].lds is None
+    assert [found.lds_std is None for found in lines] == [False, False, False, True]
+    alone = table(replace(measured, utilities={LEADER: effects[:1]}, outcomes=outcomes[:1], changes=effects[:1, :12]))
+    assert alone[0].lds_other is None
+    assert np.isnan(between_seeds(outcomes[:1]))
 
 
 def test_a_run_says_how_many_were_trained() -> None:
@@ -247,11 +280,13 @@ def test_averaging_runs_helps_where_their_errors_differ() -> None:
     )
     lines = list(by_runs(measured, effects < 0))
     assert [line.runs for line in lines] == [1, 2, 3, 4, 5]
-    assert all(before.lds < after.lds for before, after in pairwise(lines))
+    rates = [line.lds for line in lines[:4] if line.lds is not None]
+    assert len(rates) == 4
+    assert all(before < after for before, after in pairwise(rates))
     assert lines[-1].auroc is not None
     assert lines[0].auroc is not None
     assert lines[-1].auroc > lines[0].auroc + 0.1
-    assert lines[-1].lds_std == 0
+    assert lines[-1].auroc_std is None
     assert all(line.auroc is None for line in by_runs(measured, None))
 
 
