@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: A difference that seeds alone would give in fewer cases than these is taken for one of the sets.
+LEVEL = 0.05
+
 
 @dataclass(frozen=True)
 class Result:
@@ -30,3 +33,16 @@ class Result:
         """Mean and spread of `values`."""
         std = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
         return Result(name, series, share, size, metric, float(np.mean(values)), std, len(values), values)
+
+    def differs_from(self, other: Result) -> bool:
+        """Whether the means differ by more than the seeds explain: Welch's t test; False where a set has one seed."""
+        if self.seeds < 2 or other.seeds < 2:
+            return False
+        from scipy.special import stdtr  # the driver needs it at its very end alone
+
+        errors = np.array([self.std**2 / self.seeds, other.std**2 / other.seeds])
+        if not errors.any():
+            return self.mean != other.mean
+        freedom = errors.sum() ** 2 / (errors**2 / [self.seeds - 1, other.seeds - 1]).sum()
+        t = abs(self.mean - other.mean) / np.sqrt(errors.sum())
+        return bool(2 * stdtr(freedom, -t) < LEVEL)
