@@ -17,9 +17,11 @@ EstimatorName = Literal[
 
 
 class Section(BaseModel):
-    """Base of all config sections: unknown keys are errors, values never change after loading."""
+    """Base of all config sections: unknown keys and infinite numbers are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod

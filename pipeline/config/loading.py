@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML, in which a key that stands twice in one mapping is an error: the first one would be lost."""
+    """Plain YAML in which `5e-4` is a number, as in YAML 1.2, and a key that stands twice in one mapping an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -31,6 +32,11 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None, out: str | None = None) -> Config:
@@ -97,7 +103,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError("expected a section to set a key in", key=f"--set {key}", found=node)
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError("expected a YAML value", key=f"--set {key}", found=text) from None
 

@@ -9,6 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 
+#: Characters of a section up to which it is shown.
+_SHOWN = 80
+
+
 @dataclass(frozen=True)
 class Problem:
     """The dotted key, what was expected there (begins with `expected`), and what was found; None where nothing was.
@@ -38,7 +42,10 @@ def first_problem(error: ValidationError, given: Mapping[str, Any]) -> Problem:
     expected = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "expected ")
     if not expected.startswith("expected"):
         expected = f"expected {expected[0].lower()}{expected[1:]}"
-    return Problem(key, expected, problem["input"])
+    found = problem["input"]
+    if kind == "value_error" and isinstance(found, Mapping) and len(str(found)) > _SHOWN:
+        found = None  # what is wrong between its keys is said in words, which the whole section would drown
+    return Problem(key, expected, found)
 
 
 def _key(location: tuple[int | str, ...], given: Any, *, kind: str) -> str:

@@ -69,14 +69,19 @@ class TargetConfig(Section):
     def _known_caption(cls, value: str | None) -> str | None:
         return None if value is None else known_caption(value)
 
+    @field_validator("prompt")
+    @classmethod
+    def _place_for_the_caption(cls, value: str) -> str:
+        if "{}" not in value:
+            raise ValueError("expected a {} where the caption goes")
+        return value
+
     @model_validator(mode="after")
     def _shards_given(self) -> TargetConfig:
         if (self.kind == "shards") != (self.shards is not None):
             raise ValueError("expected target.shards with, and only with, target.kind: shards")
         if self.kind != "shards" and (self.caption is not None or self.prompt != "{}"):
             raise ValueError("expected target.caption and target.prompt only with target.kind: shards")
-        if "{}" not in self.prompt:
-            raise ValueError("expected a {} in target.prompt, where the caption goes")
         return self
 
 

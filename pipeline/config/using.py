@@ -14,7 +14,7 @@ from pipeline.config.problems import first_problem
 class Threshold(Section):
     """Keep what lies at or above a value."""
 
-    threshold: Annotated[float, Field(allow_inf_nan=False)]
+    threshold: float
     """Smallest value that is kept."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -151,8 +152,8 @@ def _open_clip(url: str, model: nn.Module | None, step: int | None, lr: float | 
     tree = _read_torch(url)
     state = tree.get("state_dict")
     if not isinstance(state, dict):
-        raise InputError(f"{url}: expected open_clip's 'state_dict', found the keys {', '.join(map(str, tree))}")
-    params, buffers = _split(url, {name.removeprefix("module."): value for name, value in state.items()}, model)
+        raise InputError(f"{url}: expected open_clip's 'state_dict', found the keys {_some(map(str, tree))}")
+    params, buffers = _split(url, {_own_name(name): value for name, value in state.items()}, model)
     optimizer = tree.get("optimizer")
     groups = optimizer["param_groups"] if optimizer else []
     adam = _adam_state(url, params, optimizer) if optimizer else None
@@ -169,6 +170,11 @@ def _open_clip(url: str, model: nn.Module | None, step: int | None, lr: float | 
     return Checkpoint(step=step, lr=lr, run=0, params=params, buffers=buffers, adam=adam, gain=gain)
 
 
+def _own_name(name: str) -> str:
+    """A tensor's name without what DistributedDataParallel and `torch.compile` put before it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+
+
 def _gain(group: dict[str, Any]) -> float:
     """`Checkpoint.gain` of a group of an optimizer: SGD's alone has a dampening, and Nesterov's form settles alike."""
     momentum = group["momentum"] if "dampening" in group else 0.0
@@ -181,7 +187,9 @@ def _read_torch(url: str) -> dict[str, Any]:
             tree = torch.load(io.BytesIO(storage.read_bytes(url)), map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{url}: expected a checkpoint: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # its text advises to load without `weights_only`, which runs what is in the file
+        raise InputError(f"{url}: expected a checkpoint of tensors and plain values, found something else") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{url}: expected a whole checkpoint of tensors and plain values: {reason}") from None
     if not isinstance(tree, dict):

@@ -70,10 +70,6 @@ def write(tmp_path: Path, text: str) -> str:
             "data: {shards: a.tar}\ntarget: {prompt: 'a {}'}",
             "target: expected target.caption and target.prompt only with",
         ),
-        (
-            "data: {shards: a.tar}\ntarget: {kind: shards, shards: b.tar, prompt: a photo}",
-            "target: expected a {} in target.prompt",
-        ),
         ("- a list", "expected a mapping of sections"),
         ("data: [", "expected readable YAML"),
         (
@@ -95,6 +91,11 @@ def write(tmp_path: Path, text: str) -> str:
             "data: {shards: a.tar}\nscore: {batch_size: 8}\nscore: {loss: pool}",
             "expected readable YAML: line 3, column 1: the key 'score' stands twice in one section",
         ),
+        ("data: {shards: a.tar}\nproxy: {lr: .inf}", "proxy.lr: expected a finite number, found inf"),
+        (
+            "data: {shards: a.tar}\ntarget: {kind: shards, shards: b.tar, prompt: a photo}",
+            "target.prompt: expected a {} where the caption goes, found 'a photo'",
+        ),
         ("data:\nscore:", "data: expected a value, this key is needed"),
         ("data: {shards: %(folder)s}", "this folder has no .tar, .tar.gz, .tgz, .tar.zst (put images and captions"),
         ("data: {shards: nowhere}", "data.shards: expected shards, no file matches the pattern, found 'nowhere'"),
@@ -111,6 +112,13 @@ def test_a_bad_config_is_one_line_and_status_2(
     assert printed[0].startswith(f"error: {path}: ")
     assert line in printed[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, "data: {shards: a.tar}\nselect: {keep: 5e-1}\nproxy: {lr: 1E-3}\n"), ["proxy.steps=1e3"]
+    )
+    assert (config.select.keep, config.proxy.lr, config.proxy.steps) == (0.5, 0.001, 1000)
 
 
 def test_a_section_with_nothing_in_it_has_its_defaults(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def optimizer_state(model: PairModel, lr: Any) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("prefix", ["module.", "", "_orig_mod.module.", "module._orig_mod."])
 @pytest.mark.parametrize("lr", [3e-4, np.float64(3e-4), np.float32(3e-4)])
 def test_adams_state_finds_its_names(model: PairModel, tmp_path: Path, prefix: str, lr: Any) -> None:
     path = open_clip_file(model, tmp_path / "epoch_3.pt", optimizer_state(model, lr), prefix)
