@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-
 #: Characters of a section up to which it is shown.
 _SHOWN = 80
 
