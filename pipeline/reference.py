@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import annotated_types
@@ -22,10 +22,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import Config
+from pipeline.data.inventory import ShardInfo
 from pipeline.data.reasons import Reason
-from pipeline.emit.manifest import SelectionFolder
+from pipeline.emit.manifest import ManifestLine, SelectionFolder
 from pipeline.replay.files import RecordFolder
 from pipeline.run import RunFolder
+from pipeline.selection.summary import SelectionSummary
 from pipeline.store import storage
 from pipeline.store.scores import score_schema
 
@@ -128,16 +130,38 @@ def configuration_reference() -> str:
     lines = [
         "# Configuration",
         "",
-        "A config is a YAML file. `--set a.b=c` overrides a key; an unknown key is an error.",
+        "A config is a YAML file; an unknown key is an error. `diffprune init SHARDS` writes a commented one.",
+        "",
+        "- `--set a.b=c` overrides a key. The value is YAML: `--set 'select.keep={threshold: 0.1}'` needs the quotes",
+        "  (for the shell) and the space after the colon (for YAML).",
+        "- Relative paths count from the working directory, not from the config's folder.",
+        "- What may be written in `select.by`, `select.where` and `select.spread` is under",
+        "  [formulas](concepts.md#formulas-for-a-selection).",
+        "- `demo:train`, `demo:target`, `demo:test` and `demo:truth` stand for parts of the built-in demo data. They",
+        "  are written to `out`, which must then be a local folder, and need scikit-learn (`pip install '.[demo]'`).",
+        "",
     ]
-    lines += ["`diffprune init SHARDS` writes a commented one. What may be written in `select.by`, `select.where` and"]
-    lines += ["`select.spread` is under [formulas](concepts.md#formulas-for-a-selection).", ""]
     lines += _settings_table("Top level", "", Config)
     for name, field in Config.model_fields.items():
         section = section_of(field.annotation)
         if section is not None:
             lines += _settings_table(f"`{name}`", f"{name}.", section)
+    lines += ["## Small models", "", "Model configs that come with diffprune, for `proxy.model`.", ""]
+    lines += ["| name | parameters | input, pixels | tokens |", "|---|---|---|---|"]
+    for name, (parameters, pixels, tokens) in _SMALL_MODELS.items():
+        lines.append(f"| `{name}` | {parameters} million | {pixels} | {tokens} |")
     return "\n".join(lines) + "\n"
+
+
+#: The small models by name: parameters in millions, side of the input in pixels, length of the context in tokens.
+_SMALL_MODELS = {
+    "digits-vit": (1.7, 16, 12),
+    "tiny-convnext": (1.8, 32, 16),
+    "tiny-resnet": (2.9, 32, 16),
+    "tiny-vit": (3.4, 32, 16),
+    "tiny-siglip": (3.6, 32, 16),
+    "tiny-fastvit": (4.9, 64, 16),
+}
 
 
 def _settings_table(title: str, prefix: str, section: type[BaseModel]) -> list[str]:
@@ -163,6 +187,9 @@ def outputs_reference(embedding_size: int = 512) -> str:
     ]
     for path, text in known:
         lines.append(f"| `{path}` | {_cell(text)} |")
+    for title, text, rows in _contents():
+        lines += ["", f"## {title}", "", text, "", "| name | what it is |", "|---|---|"]
+        lines += [f"| `{name}` | {_cell(meaning)} |" for name, meaning in rows.items()]
     lines += ["", "## Columns of `scores/*.parquet`", ""]
     lines += ["One row per input sample, in input order, rejected ones included.", ""]
     lines += ["| column | type | may be null | meaning |", "|---|---|---|---|"]
@@ -174,6 +201,74 @@ def outputs_reference(embedding_size: int = 512) -> str:
     lines += [f"| `{reason.value}` | {_cell(text)} |" for reason, text in _reasons()]
     return "\n".join(lines) + "\n"
 
+
+def _contents() -> Iterator[tuple[str, str, dict[str, str]]]:
+    """What is in the files that others read: heading, a sentence, and columns or keys with what each is."""
+    yield "Columns of `inventory.parquet`", "One row per input shard, in order.", _attributes(ShardInfo)
+    yield "Keys of `pruned/manifest.jsonl`", "One line per input shard, in order.", _attributes(ManifestLine)
+    names = (field.name for field in fields(SelectionSummary) if field.name != "folder")
+    selection = {name: _SELECTION_KEYS[name] for name in names}
+    yield "Keys of `pruned/selection.json`", "What a selection says of itself.", selection
+    yield "Keys of `summary.json`", "Of a stage that has not run there is nothing.", _SUMMARY_KEYS
+    yield "Keys of `evaluation/results.json`", "`rows` is a list, one entry per set of pairs:", _RESULT_KEYS
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """The attributes of a dataclass by name, from the section `Attributes` of its docstring."""
+    section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
+    texts = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    found = {name: " ".join((text[0].upper() + text[1:]).replace("None ", "null ").split()) for name, text in texts}
+    return {field.name: found[field.name] for field in fields(kind)}
+
+
+_SELECTION_KEYS = {
+    "name": "The selection's name.",
+    "scores": "A fingerprint of all score files that were used.",
+    "seed": "The run's seed, which decides what is drawn.",
+    "config": "The `select` section.",
+    "total": "Pairs in the score files: those kept, pruned and rejected.",
+    "scored": "Pairs with a score, of which a fraction is taken.",
+    "kept": "Pairs that are kept.",
+    "pruned": "Pairs that are not kept, by reason.",
+    "rejected": "Pairs without a score, by `status`.",
+    "threshold": "The ranked value of the last pair kept; null where groups have their own.",
+    "shortfall": "Pairs that a fraction asks for beyond those that can be kept.",
+    "harmful_kept": "With `significant`: harmful pairs that were needed to meet the quota.",
+    "groups": "With `balance`: `name`, `size` (pairs that can be kept) and `kept` of each group.",
+    "sources": "`name`, `pairs` and `kept` of each source.",
+    "shards": "`shard` (its number), `url`, `rows` and `kept` of each input shard.",
+    "seconds": "Seconds of each pass over the scores.",
+    "clusters": "`name`, `size` and `kept` of each cluster of embeddings, where any were found.",
+}
+
+_SUMMARY_KEYS = {
+    "seconds": "Seconds of each stage.",
+    "scores.shards": "Input shards.",
+    "scores.scored_shards": "Shards with scores.",
+    "scores.failed_shards": "Shards that were set aside, each with the reason.",
+    "scores.pairs": "Rows of the score files, rejected pairs included.",
+    "scores.rejected": "Pairs without a score.",
+    "scores.rejected_by_reason": "The same by `status`.",
+    "scores.worker_seconds": "Seconds of all workers by phase: `load`, `waiting`, `score`, `commit`.",
+    "scores.pairs_per_worker_second": "Rows over the seconds of `score`.",
+    "scores.predicted": "With `score.sample`: the share, and how well the other scores were predicted.",
+    "counts": "Of the last selection: `selection` (its name), `in`, `kept`, `pruned`, `rejected`, both by reason "
+    "(`pruned_by_reason`, `rejected_by_reason`), `threshold`.",
+    "quality": "With `evaluate.truth`: how well the selection finds wrong captions (`auroc`, `precision`, "
+    "`base_rate`), and each ranking that was judged (`by`).",
+}
+
+_RESULT_KEYS = {
+    "set": "The set's name.",
+    "series": "What chose it.",
+    "share": "What the choice keeps of the scored pairs; null for sets of their own size.",
+    "size": "Its pairs.",
+    "metric": "What was measured.",
+    "mean": "Mean over the seeds.",
+    "std": "Standard deviation over the seeds (n - 1); null with one seed.",
+    "seeds": "Trainings.",
+    "values": "The metric of each training.",
+}
 
 #: Files and folders (with a `/` at the end) that no class of paths knows.
 _OTHER_FILES = {

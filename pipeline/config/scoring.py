@@ -15,7 +15,7 @@ class DataConfig(Section):
 
     shards: Shards
     """WebDataset tars: a brace pattern, a glob, a local folder, a list, a `.txt` file of URLs, `::`-joined patterns;
-    paths or fsspec URLs."""
+    paths or fsspec URLs. `demo:train` is the built-in demo data."""
     caption: str = "txt"
     """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json. What is handed over for training has
     it as `txt`."""
@@ -54,7 +54,7 @@ class TargetConfig(Section):
     """`holdout`: a seeded part of the training pairs, left out of the proxy run; `shards`: other pairs; `train`:
     the training pairs themselves."""
     shards: Shards | None = None
-    """With `kind: shards`: where the target pairs are (forms as in `data.shards`)."""
+    """With `kind: shards`: where the target pairs are (forms as in `data.shards`; `demo:target` of the demo data)."""
     caption: str | None = None
     """With `kind: shards`: where the captions are, as in `data.caption`; null takes that. For a labelled set
     `json:KEY` names the key with the class's name."""
@@ -101,7 +101,7 @@ class ProxyConfig(Section):
 
     model: str = "ViT-B-32"
     """An open_clip model name, or a `.json` file with an open_clip model config, or one of the small configs
-    shipped here (`tiny-vit`, ...)."""
+    shipped here (`tiny-vit`, ...; the page on the configuration lists them)."""
     pretrained: str | None = None
     """A weights file (open_clip `.pt`, `.safetensors`) to start from; null starts at random."""
     checkpoints: list[str] | None = None
@@ -190,8 +190,10 @@ class ScoreConfig(Section):
     estimator: EstimatorName = "diff-in"
     """The estimator; `diffprune estimators` lists them with their costs."""
     method: Literal["auto", "exact", "central", "forward"] = "auto"
-    """How Diff-In's bracket is computed: Hessian-vector product and mixed second derivative, central difference of
-    two tangent passes, or forward passes only."""
+    """How Diff-In's bracket is computed: `exact` by a Hessian-vector product and a mixed second derivative, `central`
+    by a central difference of two tangent passes, `forward` by differences of losses. `auto` is `exact` with
+    `parameters: projections`, else `central`. `forward` also replaces the tangent pass of `tracin` and `moso` by two
+    forward passes."""
     loss: Literal["marginal", "row"] = "marginal"
     """The loss of one pair against R: with what it does to the others as a negative, or without."""
     parameters: str = "all"
@@ -212,7 +214,9 @@ class ScoreConfig(Section):
     wait 10 to 60 s for each multiple of 8 tokens in their captions, less where this machine's cache has them. This
     changes speed, not the scores (to rounding); `diffprune plan` does not count on it."""
     embeddings: bool = False
-    """Store the normalised embedding of the last checkpoint (image and text, float16) in the score files."""
+    """Store the normalised embedding of the last checkpoint (image and text, float16) in the score files. Needed by
+    `select.policy: infomax`, `select.balance.by: cluster`, `select.dedup.cosine` and `select.fill: representative` or
+    `diverse`, unless `select.embeddings` names a joined run that has them."""
     projections: PositiveInt = 64
     """Random directions of the projected forms of `diff-in-self`, `tracin-self` and `grand`."""
     eigenpairs: PositiveInt = 16
@@ -249,10 +253,11 @@ class EngineConfig(Section):
 
     workers: PositiveInt | None = None
     """Scoring actors, whether or not there is room for all of them yet: an autoscaling cluster grows to fit them. Null
-    takes one per GPU, or without GPUs one per `cpus_per_worker`; on a cluster that was joined, as many again are asked
-    for, so that one that can grow does."""
+    takes as many as fit: one per GPU, or without GPUs at most 8 on each machine (more with a small `cpus_per_worker`).
+    On a cluster that was joined twice as many are asked for, so that one that can grow does."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
-    """CPUs of an actor; null shares the machine's CPUs out evenly."""
+    """CPUs of an actor; null divides a machine's CPUs evenly among its GPUs, or without GPUs among 8 actors (one CPU
+    each where there are fewer). Where machines differ, the smallest share counts."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
     """GPUs of an actor; null takes one where the cluster has GPUs."""
     memory_per_worker: PositiveInt | None = None
@@ -269,7 +274,8 @@ class EngineConfig(Section):
     """Seconds before the first retry; doubled each time."""
     shard_timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds without news from a worker that has shards in hand, after which it is taken to hang, is killed and is
-    started anew; null takes 20 times the longest shard so far, and half an hour at least."""
+    started anew; null takes 20 times the longest shard so far and half an hour at least, and 6 hours before the first
+    shard is back. It holds for the tasks of `inventory` and `emit`, too."""
     start_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds that a scoring worker may take to load model, checkpoints and directions; one that takes longer is killed
     and started anew, `retries` times."""
@@ -283,4 +289,5 @@ class EngineConfig(Section):
     stale: Literal["refuse", "redo"] = "refuse"
     """What happens to finished results that were made with other settings."""
     address: str | None = None
-    """A running Ray cluster (`auto`, `ray://...`); null joins the job's own, else starts a local one."""
+    """A running Ray cluster (`auto`, `ray://...`); null joins the cluster of the submitted job or of `RAY_ADDRESS`, and
+    without either starts a Ray on this machine."""

@@ -55,14 +55,15 @@ class DedupConfig(Section):
     exact: bool = False
     """Drop pairs whose image bytes and caption repeat, keeping the one of highest utility."""
     cosine: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Drop near-duplicates above this cosine similarity of image embeddings (SemDeDup); null does not."""
+    """Drop near-duplicates above this cosine similarity of image embeddings (SemDeDup); null does not. Needs
+    embeddings."""
 
 
 class BalanceConfig(Section):
     """Quotas that keep groups of pairs represented."""
 
     by: Literal["none", "caption", "cluster"] = "none"
-    """Groups: pairs of equal caption, or clusters of embeddings."""
+    """Groups: pairs of equal caption, or clusters of embeddings (which need embeddings)."""
     quota: Literal["proportional", "equal", "complexity"] = "proportional"
     """Share of each group: by its size, the same for all, or (clusters) by how spread out it is and how far from
     others, whatever its size (Density-Based Pruning)."""
@@ -77,7 +78,8 @@ class SelectConfig(Section):
     name: str = "default"
     """Name of this selection; several live side by side under one run."""
     keep: Keep = 0.7
-    """A fraction in (0, 1] (float), a count (integer), `{threshold: x}`, or `{drop_lowest: a, drop_highest: b}`."""
+    """A fraction in (0, 1] (float), a count (integer), `{threshold: x}`, or `{drop_lowest: a, drop_highest: b}`. `1` is
+    one pair, `1.0` all of them. A threshold needs `policy: rank` and no `balance`."""
     by: str = "utility"
     """The value that is ranked, higher is kept: a column or a formula such as `0.7 * rank(utility) + 0.3 *
     rank(similarity)`."""
@@ -92,11 +94,13 @@ class SelectConfig(Section):
     """The joined run whose `embedding` column clusters and near-duplicates are found by; null takes this run's."""
     policy: Literal["rank", "significant", "infomax"] = "rank"
     """`rank` cuts the ranking; `significant` removes only what is harmful beyond its spread and fills up from the
-    ties; `infomax` also avoids redundancy."""
+    ties (it needs `proxy.runs` of 2 or more, or a `spread`); `infomax` also avoids redundancy (it needs embeddings:
+    `score.embeddings`)."""
     significance: Annotated[float, Field(ge=0)] = 1.0
     """With `significant`: a pair is harmful when its utility is below minus this many `utility_std`."""
     fill: Literal["random", "representative", "diverse", "utility"] = "random"
-    """With `significant`: how the rest of the quota is chosen among the ties."""
+    """With `significant`: how the rest of the quota is chosen among the ties. `representative` and `diverse` need
+    embeddings."""
     redundancy: Annotated[float, Field(ge=0)] = 0.3
     """With `infomax`: weight of the similarity to what is already kept."""
     dedup: DedupConfig = DedupConfig()
@@ -137,7 +141,8 @@ class EmitConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Training on what was kept, against baselines of the same size; pairs held out as the target are in no set."""
+    """Training on what was kept, against baselines of the same size; pairs held out as the target are in no set.
+    With `evaluate.shards` set `diffprune run` does it, too, after `emit`; `diffprune plan` leaves it out."""
 
     seeds: PositiveInt = 3
     """Training runs per set; mean and standard deviation are reported."""
@@ -152,10 +157,12 @@ class EvaluateConfig(Section):
     """Other choices of the same size trained beside the kept one, by name: the keys of `select` that differ, such as
     `{Diff-In alone: {by: utility}}`. With `truth` their rankings are judged, too."""
     shards: Shards | None = None
-    """Pairs to measure on; zero-shot accuracy where captions form few classes, else retrieval recall. Never used
-    before."""
+    """Pairs to measure on, used for nothing else; zero-shot accuracy where captions form few classes, else retrieval
+    recall. `demo:test` is that part of the demo data."""
     truth: str | None = None
-    """A CSV of `uid`, `clean`, `caption_class`, for judging only: how well low utility finds wrong captions."""
+    """A CSV of `uid`, `clean` (the true class) and `caption_class` (the class that the caption names), for judging
+    only: how well low utility finds wrong captions. A pair is wrong where the two differ. `demo:truth` is that of the
+    demo data."""
     keeps: list[Fraction] | None = None
     """Sizes for a coreset curve; null evaluates only the selection's own size."""
 
@@ -215,8 +222,8 @@ class TrackConfig(Section):
     the run's folder."""
 
     wandb: str | None = None
-    """A project of Weights & Biases (`pip install 'diffprune[wandb]'`, then `wandb login` or `WANDB_MODE=offline`);
-    null logs nothing there."""
+    """A project of Weights & Biases (`pip install '.[wandb]'`, then `wandb login` or `WANDB_MODE=offline`); null logs
+    nothing there."""
 
     @field_validator("wandb")
     @classmethod
