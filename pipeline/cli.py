@@ -137,8 +137,10 @@ def plan(
 def estimators() -> None:
     """List the estimators: what they cost in passes per pair and checkpoint, and what they are good for.
 
-    A tangent pass costs about three forward passes. Scoring always adds one forward pass at the last checkpoint, for
-    loss and similarity. A utility is the score with the sign that makes higher mean keep.
+    A tangent pass costs about three forward passes, or about two where many share one point (`tracin-self`, `grand`,
+    `diff-in-self`). Loss and similarity come from the pass at the last checkpoint; `diff-in` and `random`, and with
+    `score.method: forward` also `tracin` and `moso`, take one more forward pass for them. A utility is the score with
+    the sign that makes higher mean keep.
 
     Example: `diffprune estimators`, then `diffprune run my.yaml --set score.estimator=tracin`
     """
