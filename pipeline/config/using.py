@@ -195,7 +195,7 @@ class ValidateConfig(Section):
     leave_out: PositiveInt = 64
     """Pairs left out, one at a time."""
     partial: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Also take only this share of each pair away (0.1, say): an estimator that foretells that and not the removal of
+    """Also take only this share of each pair away (0.1, say): an estimator that predicts that and not the removal of
     the whole pair is right to first order, and the pair too large a step for it; null does not."""
     halves: PositiveInt = 64
     """Random halves trained on for the linear datamodelling score."""
