@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from pipeline.cli import invoke
+from pipeline.cli import invoke, leave
 
 #: Commands that can take up shards that were set aside.
 _RETRYING = {"run", "score"}
@@ -32,4 +32,4 @@ def main(command: str, description: str | None) -> None:
     overrides = [part for value in given.set for part in ("--set", value)]
     out = ["--out", given.out] if given.out else []
     retry = ["--retry-failed"] if getattr(given, "retry_failed", False) else []
-    sys.exit(invoke([command, given.config, *overrides, *out, *retry]))
+    leave(invoke([command, given.config, *overrides, *out, *retry]))

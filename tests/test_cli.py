@@ -269,3 +269,11 @@ def test_verify_lists_what_is_off(capfd: pytest.CaptureFixture[str], tmp_path: P
     out, err = capfd.readouterr()
     assert "00000.parquet" in out
     assert "found in" in err
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["frobnicate"], 2)])
+def test_a_command_ends_with_its_status_whatever_the_interpreter_would_do(arguments: list[str], status: int) -> None:
+    code = "import atexit, os, pipeline.cli; atexit.register(os.abort); pipeline.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=240)
+    assert done.returncode == status
+    assert (done.stdout or done.stderr).endswith("\n")

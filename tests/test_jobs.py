@@ -18,6 +18,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) 
         return 0
 
     monkeypatch.setattr(entry, "invoke", invoke)
+    monkeypatch.setattr(entry, "leave", sys.exit)
     monkeypatch.setattr(sys, "argv", ["job", *arguments])
     with pytest.raises(SystemExit) as ended:
         entry.main(command, None)
