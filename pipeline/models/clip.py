@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict
 from importlib import resources
 from math import log
 from pathlib import Path
@@ -27,6 +28,9 @@ from pipeline.errors import InputError
 from pipeline.types import Features, Tree, longest_caption
 
 Tokenize = Callable[[list[str]], Tensor]
+
+#: Keys of a `preprocess_cfg` that decide a model's pixels beside their number.
+_PIXELS = ("mean", "std", "interpolation", "resize_mode")
 
 
 class PairModel(nn.Module):
@@ -156,6 +160,22 @@ def build_model(
     preprocess = {"size": model.visual.image_size, **preprocess}
     model.attach_input(_image_spec(preprocess), tokenize)
     return model.eval()
+
+
+def other_preprocessing(name: str) -> dict[str, Any]:
+    """Where all published weights of a named model want other pixels than `build_model` gives it: what they want.
+
+    Then mean, std, interpolation and resize mode as open_clip lists them, for a `preprocess_cfg`; else empty. A model
+    that open_clip's trainer started at random has open_clip's own pixels whatever its name.
+    """
+    if name not in open_clip.list_models():
+        return {}
+    plain = asdict(_image_spec({"size": 1}))
+    published = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    wanted = [{key: cfg[key] for key in _PIXELS if cfg.get(key) is not None} for cfg in published]
+    if not wanted or any(all(plain[key] == value for key, value in cfg.items()) for cfg in wanted):
+        return {}
+    return wanted[0]
 
 
 def split_state(model: nn.Module) -> tuple[Tree, Tree]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pipeline.config import Config, ProxyConfig
 from pipeline.data.decode import Decoder
 from pipeline.errors import ConfigError, InputError
-from pipeline.models.clip import PairModel, build_model
+from pipeline.models.clip import PairModel, build_model, other_preprocessing
 from pipeline.models.takeover import import_checkpoints
 from pipeline.stages.job import Job
 
@@ -30,13 +30,28 @@ class ComputingJob(Job):
         return Decoder.configured(model.image_spec, model.tokenize, self.config.data)
 
 
-def check_proxy(config: Config) -> None:
-    """Raises `ConfigError` when the proxy of a config cannot be built, or does not take the weights given."""
+def check_proxy(config: Config) -> str:
+    """What to know of the proxy before it is used, "" for nothing.
+
+    Raises `ConfigError` when it cannot be built, or does not take the weights given.
+    """
+    proxy = config.proxy
     try:
         ComputingJob(config).model()
     except InputError as error:
-        weights = config.proxy.pretrained is not None and _can_be_built(config.proxy)
+        weights = proxy.pretrained is not None and _can_be_built(proxy)
         raise ConfigError(str(error), key="proxy.pretrained" if weights else "proxy.model") from None
+    if proxy.pretrained is None and proxy.checkpoints is None:
+        return ""
+    other = other_preprocessing(proxy.model)
+    if not other:
+        return ""
+    listed = ", ".join(f"{key} {value}" for key, value in other.items())
+    return (
+        f"warning: published weights of {proxy.model} expect images with {listed}, which is not what they get here "
+        "(open_clip's own, as its trainer takes for a new model): if yours come from them, give proxy.model as a JSON "
+        'file {"model_cfg": ..., "preprocess_cfg": ...}'
+    )
 
 
 def _can_be_built(proxy: ProxyConfig) -> bool:

@@ -197,8 +197,8 @@ def _prepare(config: Config, *, proxy: bool) -> None:
     """What needs a process of its own to be found wrong, before any work is done. Raises `ConfigError`."""
     if uses_demo(config):
         run_task(_make_demo, config, stage="demo", config=config.engine)
-    if proxy:
-        run_task(_check_proxy, config, stage="check", config=config.engine)
+    if proxy and (note := run_task(_check_proxy, config, stage="check", config=config.engine)):
+        say("check", note)
 
 
 def _make_demo(config: Config) -> None:
@@ -207,7 +207,7 @@ def _make_demo(config: Config) -> None:
     make_demo(demo_folder(config), seed=config.seed)
 
 
-def _check_proxy(config: Config) -> None:
+def _check_proxy(config: Config) -> str:
     from pipeline.stages.computing import check_proxy
 
-    check_proxy(config)
+    return check_proxy(config)
