@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -99,7 +100,8 @@ def _check(urls: list[str], pattern: str, key: str) -> None:
     if not urls:
         folder = storage.is_local(pattern) and os.path.isdir(storage.local_path(pattern))
         nothing = f"this folder has no {', '.join(SUFFIXES)}" if folder else "no file matches the pattern"
-        hint = " (put images and captions into one: tar --sort=name -cf 00000.tar *.jpg *.txt)" if folder else ""
+        command = f"tar --sort=name -cf 00000.tar -C {shlex.quote(storage.local_path(pattern))} ."
+        hint = f" (put images and captions into one: {command})" if folder else ""
         raise ConfigError(f"expected shards, {nothing}{hint}", key=key, found=pattern)
     for url in urls:
         if not storage.basename(url).endswith(SUFFIXES):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -12,6 +16,7 @@ import pytest
 from fsspec import AbstractFileSystem
 
 from pipeline.data import shards
+from pipeline.data.reader import ShardReader
 from pipeline.data.shards import expand
 from pipeline.errors import ConfigError
 from tests.conftest import Bucket
@@ -47,6 +52,28 @@ def test_a_folder_means_the_tars_in_it(folder: Path, monkeypatch: pytest.MonkeyP
     assert names(expand(f"{folder}/more[1]/")) == ["a.tar.gz", "b.tar.zst", "c.tgz"]
     monkeypatch.chdir(folder)
     assert expand(".") == [f"{folder}/{number:05d}.tar" for number in range(3)]
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")
+def test_the_command_that_is_hinted_at_makes_a_shard_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = tmp_path / "my pairs"
+    pairs.mkdir()
+    for name in ("a", "a-1", "b"):
+        for ending in ("jpg", "txt"):
+            (pairs / f"{name}.{ending}").write_text(name)
+    with pytest.raises(ConfigError, match="this folder has no") as error:
+        expand(str(pairs))
+    command = re.search(r"\(.*: (tar .*)\)", str(error.value))
+    assert command is not None
+    made = subprocess.run(shlex.split(command[1]), check=False, capture_output=True, text=True)
+    if "--sort" in made.stderr:
+        pytest.skip("this tar does not sort")
+    with ShardReader("00000.tar") as reader:
+        found = [(os.path.basename(sample.key), sample.image, sample.caption) for sample in reader]
+    assert found == [(name, name.encode(), name) for name in ("a-1", "a", "b")]
 
 
 def test_list_keeps_its_order(folder: Path) -> None:
