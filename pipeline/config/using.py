@@ -140,6 +140,10 @@ class EmitConfig(Section):
     """Epochs in the printed open_clip command."""
 
 
+#: Sets that are trained and rankings that are judged without `evaluate.compare`.
+_BUILT_IN = ("kept", "full", "random", "clip-score", "right-only", "utility", "similarity", "select")
+
+
 class EvaluateConfig(Section):
     """Training on what was kept, against baselines of the same size; pairs held out as the target are in no set.
     With `evaluate.shards` set `diffprune run` does it, too, after `emit`; `diffprune plan` leaves it out."""
@@ -170,6 +174,8 @@ class EvaluateConfig(Section):
     @classmethod
     def _keys_of_select(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, changes in value.items():
+            if name in _BUILT_IN:
+                raise ValueError(f"expected a name that is not built in, {name} is ({', '.join(_BUILT_IN)})")
             try:
                 SelectConfig.model_validate(changes)
             except ValidationError as error:

@@ -31,9 +31,7 @@ _HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
 _UID = re.compile(r"[0-9a-fA-F]{32}")
 #: The usual cause is `tar cf shard.tar *.jpg *.txt`: the files of a sample must be neighbours in a tar, and what is
 #: named on its command line stays in that order, even with `--sort=name`.
-_SAME_KEY = (
-    "an earlier sample of this shard has the same key (tar --sort=name -C FOLDER . keeps its files together)"
-)
+_SAME_KEY = "an earlier sample of this shard has the same key (tar --sort=name -C FOLDER . keeps its files together)"
 #: What `tarfile` raises on bytes that are no tar; errors of storage are other ones and pass through.
 _NOT_A_TAR = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError)
 #: How `tarfile` names a zero block (the closing marker) and the end of the file where a header should be.

@@ -15,6 +15,9 @@ from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.text import count, number, plain, plus_minus
 
+#: The series of what the selection itself keeps, rather than a baseline or another choice.
+OURS = "kept"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -95,7 +98,7 @@ def _curves(metric: str, rows: list[Result]) -> list[Figure]:
         Curve(
             name if len(points) > 1 else points[0].set,
             [(row.size, row.mean, row.std) for row in points],
-            "kept" if is_ours(name) else "rejected",
+            "kept" if name == OURS else "rejected",
         )
         for name, points in series.items()
     ]
@@ -111,7 +114,7 @@ def _figure(metric: str, rows: list[Result]) -> Figure:
     for row in rows:
         spread = row.std if math.isfinite(row.std) else 0.0
         note = f"{plus_minus(row.mean, row.std)}, {count(row.size)} pairs"
-        css = "kept" if is_ours(row.set) else "rejected"
+        css = "kept" if row.series == OURS else "rejected"
         intervals.append(Interval(row.set, row.mean, row.mean - spread, row.mean + spread, note, css))
     see = f"{rows[0].set} comes out best"
     if len(rows) > 1:
@@ -124,8 +127,3 @@ def _figure(metric: str, rows: list[Result]) -> Figure:
     return interval_figure(
         metric[:1].upper() + metric[1:], see, f"{metric}, {'lower' if better < 0 else 'higher'} is better", intervals
     )
-
-
-def is_ours(name: str) -> bool:
-    """Whether a set is the selection that the page is about, rather than a baseline."""
-    return name.startswith("kept")

@@ -84,6 +84,13 @@ def write(tmp_path: Path, text: str) -> str:
             "data: {shards: a.tar}\nevaluate: {compare: {mine: {keep: 1.5}}}",
             "evaluate.compare: expected keys of select, mine.keep: expected a fraction in (0, 1], found {'mine'",
         ),
+        *(
+            (
+                f"data: {{shards: a.tar}}\nevaluate: {{compare: {{{name}: {{by: loss}}}}}}",
+                f"evaluate.compare: expected a name that is not built in, {name} is (kept, full, random, clip-score, ",
+            )
+            for name in ("kept", "full", "random", "clip-score", "right-only", "utility", "similarity", "select")
+        ),
         ("data: {shards: a.tar}\nevaluate: {baselines: [right-only]}", "expected truth with the baseline right-only"),
         ("data: {shard: a.tar}", "data.shard: expected a known key (did you mean 'shards'?)"),
         ("data:\n  shards: a.tar\n bla: [", "expected readable YAML: line 3, column 2: expected <block end>"),

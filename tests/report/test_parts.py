@@ -172,6 +172,15 @@ def test_sets_of_several_sizes_are_drawn_as_curves() -> None:
     assert "everything: 0.600 at 100" in section.figures[0].wide
 
 
+def test_only_what_the_selection_keeps_has_its_colour() -> None:
+    def drawn(series: str) -> list[str]:
+        rows = [Result(f"{series} {size} %", size, "accuracy", size / 100, 0.01, 3, series) for size in (30, 70)]
+        return [figure.wide for figure in evaluation_section(rows).figures]
+
+    for ours, other in zip(drawn("kept"), drawn("kept by loss"), strict=True):
+        assert ('class="kept"' in ours, 'class="kept"' in other) == (True, False)
+
+
 def test_best_set_is_named_by_the_metric_direction() -> None:
     def results(metric: str) -> list[Result]:
         return [Result("kept", 5, metric, 0.9, 0.01, 3), Result("random", 5, metric, 0.5, 0.01, 3)]
