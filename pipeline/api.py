@@ -81,7 +81,7 @@ class PairScores:
     Attributes:
         utility: `[b]`, higher means keep.
         score: `[b]`, in the estimator's published sign.
-        terms: `[b, m]`, one per checkpoint; they add up to `score`.
+        terms: `[b, m]`, one per checkpoint, by run and step; they add up to `score`.
         loss: `[b]`, nats, against the reference batch.
         similarity: `[b]`, cosine of image and text.
     """
@@ -108,8 +108,8 @@ def score_pairs(
     """Influence of pairs held in memory: the directions of all checkpoints, then passes over the pairs.
 
     Args:
-        model: of `build_model`; its own weights are not used.
-        checkpoints: of one or several runs, by ascending step within a run.
+        model: of `build_model`; its own weights are not used. It is moved to `device` and left there.
+        checkpoints: of one or several runs, in any order.
         pairs: of `encode_pairs`.
         batches: R, B and V.
         settings: the estimator and how it is computed; null is Diff-In.
@@ -140,7 +140,7 @@ def score_pairs(
     planned = []
     model = model.to(device)
     for run in runs:
-        of_run = [checkpoint for checkpoint in checkpoints if checkpoint.run == run]
+        of_run = sorted((each for each in checkpoints if each.run == run), key=lambda each: each.step)
         plans = prepare_run(
             model, of_run, batches, settings, dataset_size=dataset_size or len(pairs), num_runs=len(runs)
         )

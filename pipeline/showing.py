@@ -148,17 +148,29 @@ def _verdict(run: RunFolder, name: str, pair: Pair, kept: bool) -> str:
         return f"kept: {cut}"
     if by == "utility" and summary.threshold is not None and pair.utility < summary.threshold:
         return f"pruned: its utility {number(pair.utility)} is below the threshold {number(summary.threshold)}"
-    return f"pruned: {_other_reasons(summary)}"
+    return f"pruned: {_other_reasons(summary, pair)}"
 
 
-def _other_reasons(summary: SelectionSummary) -> str:
-    """What may have pruned a pair that the threshold alone does not explain."""
+def _other_reasons(summary: SelectionSummary, pair: Pair) -> str:
+    """What may have pruned a pair whose utility, where that is what is ranked, is not below the threshold."""
     by, where = summary.config.get("by"), summary.config.get("where")
     reasons = [reason for reason, pairs in summary.pruned.items() if pairs]
     if reasons == ["quota"]:
-        return f"{by} is below {number(summary.threshold)}" if summary.threshold is not None else "its group is full"
+        return _outranked(summary, pair)
     names = [f"where {where}" if reason == "where" else reason for reason in reasons]
     return f"by {' or '.join(names)} (select.by: {by})" if names else "by its rank"
+
+
+def _outranked(summary: SelectionSummary, pair: Pair) -> str:
+    by, threshold, keep = summary.config.get("by"), summary.threshold, summary.config.get("keep")
+    has_top = isinstance(keep, dict) and keep.get("drop_highest", 0) > 0
+    if threshold is None:
+        return "it lies outside the band of its group" if has_top else "its group is full"
+    if by != "utility":
+        return f"{by} is below {number(threshold)}" + (" or lies above the band" if has_top else "")
+    if has_top and pair.utility > threshold:
+        return f"its utility {number(pair.utility)} lies above the band that is kept"
+    return f"its utility is the threshold {number(threshold)}, which more pairs have than are kept"
 
 
 def _nearest(

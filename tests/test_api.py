@@ -93,6 +93,23 @@ def test_runs_are_averaged_and_utility_has_the_sign_that_keeps() -> None:
         pipeline.score_pairs(model, [], pairs, batches)
 
 
+def test_the_order_of_checkpoints_does_not_matter() -> None:
+    model = pipeline.build_model("digits-vit", seed=1)
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue", "white", "black", "grey")]
+    pairs = pipeline.encode_pairs(model, images, [f"number {n}" for n in range(6)])
+    batches = Batches(reference=pairs[:3], gradient=pairs[:3], target=pairs[3:])
+    checkpoints = []
+    for run, step in ((0, 5), (0, 10), (1, 5), (1, 10)):
+        params, buffers = split_state(pipeline.build_model("digits-vit", seed=10 * run + step))
+        checkpoints.append(Checkpoint(step=step, lr=1e-2, run=run, params=params, buffers=buffers))
+    found, reversed_ = (
+        pipeline.score_pairs(model, order, pairs, batches, Settings(estimator="unrolled"))
+        for order in (checkpoints, checkpoints[::-1])
+    )
+    for name in ("utility", "score", "terms", "loss", "similarity"):
+        assert torch.equal(getattr(found, name), getattr(reversed_, name)), name
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="expected a run's folder"):
         pipeline.open_scores(str(tmp_path))

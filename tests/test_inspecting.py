@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from pipeline import inspecting
+from pipeline.config import DedupConfig, SelectConfig
 from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.inspecting import first_problem, inspect_shards, print_inspection
 from pipeline.pictures import half_blocks
+from pipeline.selection.select import select as run_selection
 from pipeline.showing import Story, print_story, tell
+from pipeline.store.commits import commit_scores
+from pipeline.store.fingerprint import Fingerprint
 from tests.helpers import image_bytes, sample_members, write_tar
 from tests.report.synthetic import DIMENSION, HOSTILE_AT, Made, make_run, select
 
@@ -191,9 +198,6 @@ def test_needs_a_run(tmp_path: Path) -> None:
 
 
 def test_verdict_says_what_pruned_a_pair(tmp_path: Path) -> None:
-    from pipeline.config import DedupConfig, SelectConfig
-    from pipeline.selection.select import select as run_selection
-
     made = make_run(tmp_path, shards=2, samples=30, size=16, extras=False)
     run_selection(made.run, SelectConfig(keep=0.5), seed=0)
     run_selection(made.run, SelectConfig(name="wide", keep=1.0, where="index < 20", dedup=DedupConfig()), seed=0)
@@ -208,3 +212,50 @@ def test_verdict_says_what_pruned_a_pair(tmp_path: Path) -> None:
     assert best.verdicts["default"].startswith("kept: utility at or above")
     select(made.run, made.tables, "bare", -np.inf, "utility")
     assert tell(made.run.root, best.pair.uid).verdicts["bare"] == "kept"
+
+
+def verdict_of(made: Made, pair: int, **settings: Any) -> str:
+    """What a selection with these settings is said to do with a pair (its place in the run)."""
+    run_selection(made.run, SelectConfig.model_validate(settings), seed=0)
+    return tell(made.run.root, str(made.column("uid")[pair]), neighbours=0).verdicts["default"]
+
+
+def test_verdicts_of_a_band(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2, samples=30, size=16, extras=False)
+    utility = made.column("utility")
+    order = [int(place) for place in np.argsort(utility) if np.isfinite(utility[place])]
+    band = {"drop_lowest": 0.2, "drop_highest": 0.2}
+    above = verdict_of(made, order[-1], keep=band)
+    assert re.fullmatch(r"pruned: its utility \S+ lies above the band that is kept", above)
+    assert "is below the threshold" in verdict_of(made, order[0], keep=band)
+    assert verdict_of(made, order[len(order) // 2], keep=band).startswith("kept: utility at or above")
+    assert verdict_of(made, order[0], keep=band, by="-utility").endswith("or lies above the band")
+    clusters = {"by": "cluster", "clusters": 3}
+    assert verdict_of(made, order[-1], keep=band, balance=clusters) == "pruned: it lies outside the band of its group"
+
+
+def test_a_pair_that_ties_with_the_last_one_kept_is_not_said_to_be_below_it(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=1, samples=30, size=16, extras=False)
+    (table,) = made.tables
+    signs = table.set_column(table.column_names.index("utility"), "utility", pc.sign(table["utility"]))
+    fingerprint = Fingerprint({"estimator": "diff-in"})
+    commit_scores(made.run, made.inventory[0], signs, fingerprint, estimator="diff-in", seconds={}, finished=0.0)
+    verdicts = {verdict_of(made, int(place), keep=1) for place in np.flatnonzero(made.column("utility") > 0)}
+    assert verdicts == {
+        "kept: utility at or above 1.00",
+        "pruned: its utility is the threshold 1.00, which more pairs have than are kept",
+    }
+
+
+def test_verdicts_where_the_threshold_is_not_one_value(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2, samples=30, size=16, extras=False)
+    utility, spread = made.column("utility"), made.column("utility_std")
+    lowest = int(np.nanargmin(utility))
+    assert utility[lowest] < -spread[lowest]
+    harmful = int((utility < -spread).sum())
+    scored = int(np.isfinite(utility).sum())
+    significant = {"policy": "significant", "keep": scored - harmful}
+    assert verdict_of(made, lowest, **significant) == "pruned: by harmful (select.by: utility)"
+    assert verdict_of(made, int(np.nanargmax(utility)), **significant) == "kept: its group's quota"
+    clusters = {"by": "cluster", "clusters": 3}
+    assert verdict_of(made, lowest, keep=0.5, balance=clusters) == "pruned: its group is full"
