@@ -131,7 +131,7 @@ def _rate(commits: list[tuple[float, int]]) -> float | None:
 def print_status(root: str) -> None:
     """Print `run_status` as a small table, and why shards failed."""
     status = run_status(root)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # paths may look like either
     table = Table(show_header=False, box=None, title=f"Run {root}", title_justify="left")
     for name in ("inventory", "train", "directions", "score", "select", "emit", "report"):
         table.add_row(name, "done" if status.stages.get(name) else "not finished")

@@ -27,14 +27,14 @@ def show_plan(config: Config) -> None:
     require_scores(job)
     say_other_scores(job, "select")
     plan = select(job.folder, config.select, seed=config.seed, dry_run=True, map_tasks=thread_map)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # sources and shards have names of others' making
     console.print(
         f"{plan.total:,} pairs: {plan.kept:,} kept, {_by_reason('pruned', plan.pruned)}, "
         f"{_by_reason('rejected', plan.rejected)}",
         soft_wrap=True,
     )
     if plan.threshold is not None:
-        console.print(f"threshold: {config.select.by} >= {plan.threshold:.6g}", markup=False, soft_wrap=True)
+        console.print(f"threshold: {config.select.by} >= {plan.threshold:.6g}", soft_wrap=True)
     if plan.shortfall:
         console.print(f"{plan.shortfall:,} fewer than asked for: no more can be kept")
     if plan.harmful_kept:
@@ -66,7 +66,7 @@ def _show_shares(title: str, entries: list[tuple[str, int, int]], console: Conso
     for heading in (title, "pairs", "kept", "share"):
         table.add_column(heading, justify="left" if heading == title else "right")
     for name, pairs, kept in entries[:LONGEST_TABLE]:
-        table.add_row(name, f"{pairs:,}", f"{kept:,}", text.percent(kept / pairs) if pairs else "")
+        table.add_row(text.plain(name), f"{pairs:,}", f"{kept:,}", text.percent(kept / pairs) if pairs else "")
     console.print(table)
     _count_rest(len(entries), console)
 
@@ -79,7 +79,7 @@ def _count_rest(entries: int, console: Console) -> None:
 def show_comparison(root: str, first: str, second: str) -> None:
     """Print the overlap of two selections of a run, and where they differ most."""
     found = compare(RunFolder(root), first, second, map_tasks=thread_map)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # sources and shards have names of others' making
     names = _short([shard.name for shard in found.shards]) | {"": NO_SOURCE}
     for overlaps, title in (([found.overall], "all"), (found.sources, "source"), (found.shards, "shard")):
         table = Table(title=f"by {title}", title_justify="left", box=None)
@@ -87,7 +87,7 @@ def show_comparison(root: str, first: str, second: str) -> None:
             table.add_column(heading, justify="left" if heading == title else "right")
         for overlap in overlaps[:LONGEST_TABLE]:
             counts = (f"{overlap.both:,}", f"{overlap.only_a:,}", f"{overlap.only_b:,}")
-            table.add_row(names.get(overlap.name, overlap.name), *counts, text.percent(overlap.jaccard))
+            table.add_row(text.plain(names.get(overlap.name, overlap.name)), *counts, text.percent(overlap.jaccard))
         console.print(table)
         _count_rest(len(overlaps), console)
     both, only_first, only_second = found.mean_utility

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline import text
 from pipeline.emit.summary import account
@@ -117,10 +117,10 @@ def speak_of_selection(job: Job) -> None:
 
 def show(job: Job, results: list[Result], console: Console | None = None) -> None:
     """Print the table that a run ends with."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)  # errors and paths may look like either
     speak_of_selection(job)
     summary = _read(job)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
     counts = summary["counts"]
     rejected = counts["rejected"]
     table.add_row(

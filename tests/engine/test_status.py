@@ -92,6 +92,13 @@ def test_selecting_and_emitting_are_done_when_their_last_files_are_there(tmp_pat
     assert done() == (True, False)
 
 
+def test_a_folder_is_printed_as_it_is_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(str(tmp_path / "[/x]"))
+    write_inventory(run.inventory, shard_infos(1))
+    print_status(run.root)
+    assert "[/x]" in "".join(capsys.readouterr().out.split())
+
+
 def test_while_a_sample_is_scored_its_files_are_counted_and_then_those_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

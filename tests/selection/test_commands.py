@@ -10,13 +10,14 @@ import pytest
 from pipeline.config import Config, parse_config
 from pipeline.data.inventory import ShardInfo, write_inventory
 from pipeline.errors import StageError
+from pipeline.evaluation.results import Result
 from pipeline.run import RunFolder
 from pipeline.selection.scan import input_fingerprint
 from pipeline.selection.tasks import thread_map
 from pipeline.stages import looking, selecting
 from pipeline.stages.job import Job
 from pipeline.stages.mapping import ordered_map
-from pipeline.stages.summary import note_selection, selection_is_current, speak_of_selection
+from pipeline.stages.summary import note_selection, selection_is_current, show, speak_of_selection
 from pipeline.store import storage
 from tests.selection.scores import kept, row, select, write_run
 
@@ -110,6 +111,38 @@ def test_compare_prints_overlap_and_where_it_is_least(tmp_path, capsys):
     out = capsys.readouterr().out
     assert ["all", "4", "8", "8", "20.0", "%"] in [line.split() for line in out.splitlines()]
     assert "rank correlation of the two rankings: \u22121.00" in out
+
+
+HOSTILE = ["[/x]", "shop [sale]", "[red]a", ":smile:", "\x1b[31mred", "two\nlines"]
+AS_SHOWN = ["[/x]", "shop [sale]", "[red]a", ":smile:", "[31mred", "two lines"]
+
+
+def test_sources_are_printed_as_they_are_called(tmp_path, capsys):
+    rows = [row(n, float(n), source=HOSTILE[n % 6]) for n in range(12)]
+    run = write_run(tmp_path, [rows])
+    config = with_inventory(run, [rows], keep=0.5)
+    select(run, config.select, seed=0)
+    select(run, config.select.model_copy(update={"name": "half", "keep": 0.4}), seed=0)
+    looking.show_plan(config)
+    dry = capsys.readouterr().out
+    looking.show_comparison(run.root, "default", "half")
+    compared = capsys.readouterr().out
+    for name in AS_SHOWN:
+        for printed in (dry, compared):
+            assert any(line.lstrip().startswith(f"{name} ") for line in printed.splitlines()), name
+    assert "\x1b" not in dry + compared
+
+
+def test_the_last_table_shows_paths_names_and_errors_as_they_are(tmp_path, capsys):
+    rows = [row(n, float(n)) for n in range(10)]
+    run = write_run(tmp_path / "[/x]", [rows])
+    config = with_inventory(run, [rows], keep=0.5)
+    select(run, config.select, seed=0)
+    storage.write_json(run.summary, {"seconds": {}, "scores": {"failed_shards": ["a.tar: [Errno 5] [/b]"]}})
+    show(Job(config), [Result.of("[/mine] 50 %", "[/mine]", 0.5, 5, ":smile:", [0.5])])
+    shown = "".join(capsys.readouterr().out.split())
+    for text in ("[/x]/report/index.html", "a.tar: [Errno 5] [/b]", "[/mine] 50 %", ":smile:"):
+        assert "".join(text.split()) in shown
 
 
 def test_compare_names_pairs_without_a_source_and_selections_that_are_there(tmp_path, capsys):
