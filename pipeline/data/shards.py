@@ -12,6 +12,7 @@ from typing import Any
 
 import braceexpand
 
+from pipeline.config import Config
 from pipeline.data.stream import SUFFIXES, patiently
 from pipeline.errors import ConfigError
 from pipeline.store import storage
@@ -33,6 +34,16 @@ def expand(shards: str | list[str], key: str = "data.shards") -> list[str]:
     if count > 1:
         raise ConfigError("expected each shard once, one is named again", key=key, found=twice)
     return urls
+
+
+def also_measured_on(config: Config) -> dict[str, set[str]]:
+    """The shards of `evaluate.shards` that the scores or the target are made of too, by the key that names them."""
+    if config.evaluate is None or config.evaluate.shards is None:
+        return {}
+    measured = set(expand(config.evaluate.shards, "evaluate.shards"))
+    others = {"data.shards": config.data.shards, "target.shards": config.target.shards}
+    shared = {key: measured & set(expand(shards, key)) for key, shards in others.items() if shards is not None}
+    return {key: found for key, found in shared.items() if found}
 
 
 def _expand(pattern: str, key: str) -> Iterator[str]:

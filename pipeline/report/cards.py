@@ -28,12 +28,23 @@ class Gallery:
     about: str
 
 
-GALLERIES = (
-    Gallery("highest", "Highest", "The pairs of highest utility, best first: training on them helps the target most."),
-    Gallery("lowest", "Lowest", "The pairs of lowest utility, worst first: training on them works against the target."),
-    Gallery("threshold", "Around the threshold", "The pairs nearest to the cut, best first: here the choice is tight."),
-    Gallery("rejected", "Rejected", "The first pairs of each reason for which no score could be computed."),
-)
+GALLERIES = ("highest", "lowest", "threshold", "rejected")
+#: Estimators whose utility is the expected help to the target.
+FOR_A_TARGET = frozenset({"diff-in", "tracin", "unrolled", "z0"})
+
+
+def galleries(estimator: str) -> list[Gallery]:
+    """All galleries in the order of the page; what is said of them is true of this estimator."""
+    helps, harms = "", ""
+    if estimator in FOR_A_TARGET:
+        helps, harms = ": training on them helps the target most", ": training on them works against the target"
+    tight = "here the choice is tight"
+    return [
+        Gallery("highest", "Highest", f"The pairs of highest utility, best first{helps}."),
+        Gallery("lowest", "Lowest", f"The pairs of lowest utility, worst first{harms}."),
+        Gallery("threshold", "Around the threshold", f"The pairs nearest to the cut, best first: {tight}."),
+        Gallery("rejected", "Rejected", "The first pairs of each reason for which no score could be computed."),
+    ]
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def make_cards(
     """Cards of all galleries, in order; `clusters` has the number of the cluster of some pairs."""
     return [
         _card(
-            gallery.id,
+            gallery,
             pair,
             found,
             contents.get((pair.shard, pair.index)),
@@ -76,7 +87,7 @@ def make_cards(
             str(clusters.get((pair.shard, pair.index), "")),
         )
         for gallery in GALLERIES
-        for pair in found.galleries.get(gallery.id, [])
+        for pair in found.galleries.get(gallery, [])
     ]
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from pipeline.config import Config
+from pipeline.data.shards import also_measured_on
+from pipeline.errors import DiffpruneError
 from pipeline.report.curves import Curve, curve_figure
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.plots import Figure
@@ -34,8 +37,9 @@ class Result:
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """A plot per metric, and all numbers."""
+    """What was trained and measured on, a plot per metric, and all numbers."""
 
+    about: str
     figures: list[Figure]
     table: Table
 
@@ -68,7 +72,7 @@ def _result(row: dict[str, Any]) -> Result | None:
         return None
 
 
-def evaluation_section(results: list[Result]) -> EvaluationSection:
+def evaluation_section(results: list[Result], config: Config) -> EvaluationSection:
     """Compare the sets by each metric."""
     by_metric = sorted(results, key=lambda result: result.metric)
     metrics = {metric: list(rows) for metric, rows in groupby(by_metric, key=lambda result: result.metric)}
@@ -84,7 +88,27 @@ def evaluation_section(results: list[Result]) -> EvaluationSection:
         for result in results
     ]
     heads = ("set", "pairs", "mean \u00b1 standard deviation", "seeds")
-    return EvaluationSection(figures, Table("Models trained on each set", heads, rows, frozenset({1, 2, 3})))
+    table = Table("Models trained on each set", heads, rows, frozenset({1, 2, 3}))
+    return EvaluationSection(_about(config), figures, table)
+
+
+def _about(config: Config) -> str:
+    start = "from scratch" if config.proxy.pretrained is None else "from the weights of proxy.pretrained"
+    return f"Models trained {start} on each set for the same number of steps{_measured_on(config)}."
+
+
+def _measured_on(config: Config) -> str:
+    """Whether other pairs were measured on than were used; nothing where the shards can no longer be told."""
+    if config.evaluate is None:
+        return ""
+    try:
+        shared = also_measured_on(config)
+    except (OSError, DiffpruneError):
+        return ""
+    if not shared:
+        return ", measured on shards that nothing else has used"
+    named = " and ".join(f"{count(len(urls))} also named by {key}" for key, urls in shared.items())
+    return f", measured on evaluate.shards ({named}): unused pairs would not give these numbers"
 
 
 def _curves(metric: str, rows: list[Result]) -> list[Figure]:

@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, read_inventory
 from pipeline.errors import StageError
 from pipeline.report import evaluation, predicted, sections, tables
-from pipeline.report.cards import GALLERIES, make_cards
+from pipeline.report.cards import FOR_A_TARGET, galleries, make_cards
 from pipeline.report.clusters import find_clusters
 from pipeline.report.collect import Comparison, Findings, collect
 from pipeline.report.contents import fetch
@@ -88,10 +88,11 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "notes": _notes(found, summary.get("quality") or {}),
         "profile": tables.profile_table(found) if found.scored else None,
         "quality": tables.quality_table(summary.get("quality") or {}),
-        "evaluation": evaluation.evaluation_section(results) if results else None,
+        "evaluation": evaluation.evaluation_section(results, config) if results else None,
         "scores": _scores(found),
         "predicted": predicted.predicted_section(run) if config.score.sample < 1 else None,
-        "galleries": [gallery for gallery in GALLERIES if found.galleries.get(gallery.id)],
+        "galleries": [each for each in galleries(config.score.estimator) if found.galleries.get(each.id)],
+        "for_a_target": config.score.estimator in FOR_A_TARGET,
         "cards": cards,
         "reasons": sorted({card.reason for card in cards}),
         "card_sources": sorted({card.source for card in cards if card.source}),
@@ -100,6 +101,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "group_sections": groups,
         "pruned": tables.pruned_table(run, found.selection),
         "rejections": tables.rejection_table(found),
+        "missing_shards": found.missing_shards,
         "comparisons": [_comparison(comparison, found.selection) for comparison in found.comparisons],
         "provenance": [table for table in _provenance(run, summary) if table],
         "changed": changed,
@@ -125,6 +127,8 @@ def lead(found: Findings, config: Config) -> str:
     text += f" {config.score.estimator}. "
     if found.pruned and by != "utility":
         text += f"{count(found.pruned)} that rank lower are pruned. "
+    elif found.pruned and (config.score.estimator not in FOR_A_TARGET or not found.cut.sharp):
+        text += f"{count(found.pruned)} are pruned. "
     elif found.pruned:
         text += f"{count(found.pruned)} are pruned because others are expected to help the target more. "
     if rejected:

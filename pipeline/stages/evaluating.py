@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from pipeline.config import Config
-from pipeline.data.shards import expand
+from pipeline.data.shards import also_measured_on
 from pipeline.device import gpus_for_a_task
 from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task, run_tasks
@@ -101,14 +101,9 @@ def _set_of(training: _Training) -> tuple[str, str, float | None]:
 
 def _warn_of_shared_shards(config: Config) -> None:
     """Say so where models are measured on pairs that they are trained on, or that the choice was made for."""
-    assert config.evaluate is not None
-    assert config.evaluate.shards is not None
-    measured = set(expand(config.evaluate.shards, "evaluate.shards"))
-    for key, shards in (("data.shards", config.data.shards), ("target.shards", config.target.shards)):
-        shared = measured & set(expand(shards, key)) if shards is not None else set()
-        if shared:
-            named = f"{plural(len(shared), 'shard')} of evaluate.shards, {min(shared)} first, also named by {key}"
-            say("evaluate", f"{named}: what is measured on them is not what unused pairs would give")
+    for key, shared in also_measured_on(config).items():
+        named = f"{plural(len(shared), 'shard')} of evaluate.shards, {min(shared)} first, also named by {key}"
+        say("evaluate", f"{named}: what is measured on them is not what unused pairs would give")
 
 
 def _training(job: Job, pairs: WrittenSet, measured: list[Version]) -> _Training:

@@ -22,6 +22,8 @@ from pipeline.run import RunFolder
 from pipeline.text import duration, number, percent, plain, plus_minus, size
 from tests.helpers import image_bytes, write_shards
 
+CONFIG = parse_config({"data": {"shards": []}})
+
 
 @pytest.mark.parametrize(
     ("value", "text"),
@@ -166,7 +168,7 @@ def test_sets_of_several_sizes_are_drawn_as_curves() -> None:
         return Result(f"{series} {size} %", size, "accuracy", mean, 0.01, 3, series)
 
     rows = [result(series, size, 0.5 + size / 1000) for size in (70, 30) for series in ("kept", "random")]
-    section = evaluation_section([*rows, Result("everything", 100, "accuracy", 0.6, 0.01, 3, "full")])
+    section = evaluation_section([*rows, Result("everything", 100, "accuracy", 0.6, 0.01, 3, "full")], CONFIG)
     assert [figure.title for figure in section.figures] == ["Accuracy by pairs kept", "Accuracy"]
     assert "kept: 0.530 at 30, 0.570 at 70; random" in section.figures[0].wide
     assert "everything: 0.600 at 100" in section.figures[0].wide
@@ -175,18 +177,19 @@ def test_sets_of_several_sizes_are_drawn_as_curves() -> None:
 def test_only_what_the_selection_keeps_has_its_colour() -> None:
     def drawn(series: str) -> list[str]:
         rows = [Result(f"{series} {size} %", size, "accuracy", size / 100, 0.01, 3, series) for size in (30, 70)]
-        return [figure.wide for figure in evaluation_section(rows).figures]
+        return [figure.wide for figure in evaluation_section(rows, CONFIG).figures]
 
     for ours, other in zip(drawn("kept"), drawn("kept by loss"), strict=True):
         assert ('class="kept"' in ours, 'class="kept"' in other) == (True, False)
 
 
 def test_best_set_is_named_by_the_metric_direction() -> None:
-    def results(metric: str) -> list[Result]:
-        return [Result("kept", 5, metric, 0.9, 0.01, 3), Result("random", 5, metric, 0.5, 0.01, 3)]
+    def see(metric: str) -> str:
+        results = [Result("kept", 5, metric, 0.9, 0.01, 3), Result("random", 5, metric, 0.5, 0.01, 3)]
+        return evaluation_section(results, CONFIG).figures[0].see
 
-    assert evaluation_section(results("accuracy")).figures[0].see.startswith("kept comes out best, ahead of random")
-    assert evaluation_section(results("target loss")).figures[0].see.startswith("random comes out best")
+    assert see("accuracy").startswith("kept comes out best, ahead of random")
+    assert see("target loss").startswith("random comes out best")
 
 
 def test_quality_table_takes_one_ranking_or_several() -> None:

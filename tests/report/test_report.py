@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import SelectConfig
+from pipeline.config import Config, SelectConfig, parse_config
 from pipeline.errors import StageError
+from pipeline.estimators import ESTIMATORS
 from pipeline.report import write_report
+from pipeline.report.cards import FOR_A_TARGET
 from pipeline.run import RunFolder
 from pipeline.selection.select import select
 from pipeline.store import storage
+from tests.helpers import write_shards
 from tests.report import screenshots
 from tests.report.synthetic import Made, make_run
 
@@ -230,3 +233,46 @@ def test_the_lead_names_the_formula_that_chose(tmp_path: Path) -> None:
     page = Path(write_report(made.run, config)).read_text(encoding="utf-8")
     assert f"chosen by {by}, with utility from the estimator" in page
     assert by not in Path(write_report(made.run, made.config)).read_text(encoding="utf-8")
+
+
+def changed(config: Config, section: str, **values: object) -> Config:
+    tree = config.model_dump(mode="json")
+    return parse_config({**tree, section: {**(tree[section] or {}), **values}})
+
+
+def words_of(made: Made, config: Config) -> str:
+    return Page(Path(write_report(made.run, config)).read_text(encoding="utf-8")).words
+
+
+def test_the_target_is_spoken_of_only_where_an_estimator_has_one(made: Made) -> None:
+    assert {facts.name for facts in ESTIMATORS if facts.needs.startswith("target")} == FOR_A_TARGET
+    phrases = ("helps the target most", "works against the target", "expected to help the target more", "should not.")
+    for estimator in ("diff-in", "random", "el2n", "clip-score", "moso"):
+        page = words_of(made, changed(made.config, "score", estimator=estimator))
+        assert [phrase in page for phrase in phrases] == [estimator == "diff-in"] * 4, estimator
+
+
+def test_pairs_without_scores_are_not_said_to_have_one(tmp_path: Path) -> None:
+    made = make_run(tmp_path, shards=2, samples=30, size=16)
+    storage.remove(made.run.score_mark(0))  # the only shard with rejected pairs
+    page = words_of(made, made.config)
+    assert "1 shard of 2 have no scores" in page
+    assert "every one of the input has a score" not in page
+    assert "No pair of the shards that have scores was rejected." in page
+
+
+def test_measured_on_used_shards_is_said(made: Made, tmp_path: Path) -> None:
+    (unused,) = write_shards(tmp_path, shards=1, samples=1)
+    data = made.config.data.shards
+    assert "on each set for the same number of steps. " in words_of(made, made.config)
+    own = words_of(made, changed(made.config, "evaluate", shards=unused))
+    assert "Models trained from scratch on each set" in own
+    assert ", measured on shards that nothing else has used." in own
+    shared = words_of(made, changed(made.config, "evaluate", shards=[unused, *data[:2]]))
+    assert "measured on evaluate.shards (2 also named by data.shards): unused pairs would not give these" in shared
+    assert "nothing else has used" not in shared
+    gone = words_of(made, changed(made.config, "evaluate", shards=str(tmp_path / "gone.tar")))
+    assert "on each set for the same number of steps. " in gone
+    (tmp_path / "weights.pt").touch()
+    started = words_of(made, changed(made.config, "proxy", pretrained=str(tmp_path / "weights.pt")))
+    assert "Models trained from the weights of proxy.pretrained on each set" in started
