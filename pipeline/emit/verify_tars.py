@@ -82,8 +82,11 @@ def _check_tar(stem: str, fingerprint: str) -> Generator[str, None, int]:
     try:
         size = storage.size(tar)
         found = [printable(key) for key in read_keys(tar)]
-    except (FileNotFoundError, InputError):
+    except FileNotFoundError:
         yield f"{tar}: missing"
+        return stats.successes
+    except InputError as error:
+        yield str(error)
         return stats.successes
     if size != stats.bytes:
         yield f"{tar}: truncated or changed: expected {stats.bytes} bytes, found {size}"

@@ -11,9 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.emit import verify_tars
 from pipeline.emit.emit import emit
 from pipeline.emit.summary import account
 from pipeline.emit.verify import verify
+from pipeline.errors import InputError
 from pipeline.selection.summary import read_summary
 from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
@@ -70,6 +72,16 @@ def test_damage_is_found(run: Path, name: str) -> None:
     assert all("\n" not in problem for problem in problems)
     # What is broken is told where it is, not once per thing that depends on it.
     assert len(problems) <= 5, problems
+
+
+def test_a_tar_that_cannot_be_read_now_is_not_called_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str) -> list[str]:
+        raise InputError(f"{url}: HTTP 503, service unavailable")
+
+    monkeypatch.setattr(verify_tars, "read_keys", refuse)
+    problems = verify(str(run))
+    assert problems
+    assert all(re.search(r"shards/0000\d\.tar: HTTP 503", problem) for problem in problems), problems
 
 
 def test_an_inventory_that_is_none_is_one_problem(run: Path) -> None:
