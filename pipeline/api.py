@@ -12,11 +12,14 @@ from torch import Tensor
 
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import Sample
+from pipeline.data.reasons import Reason
 from pipeline.errors import ConfigError, InputError
 from pipeline.influence import Batches, Scorer, Settings, prepare_run, utility_of
 from pipeline.models.clip import PairModel
 from pipeline.types import Checkpoint, PairBatch
 
+#: Pillow's modes that a PNG can hold; others (CMYK) become RGB.
+_PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
 #: As `data.max_pixels`.
 MAX_PIXELS = 64_000_000
 
@@ -31,7 +34,7 @@ def encode_pairs(
 
     Args:
         model: of `build_model`.
-        images: Pillow images, or encoded ones (JPEG, PNG, WebP).
+        images: Pillow images, or encoded ones (JPEG, PNG, WebP). Pillow images in CMYK and the like become RGB first.
         captions: one per image.
         uids: 32 hex digits per pair; null numbers the pairs. A pair whose uid is in the reference batch is not
             counted against itself.
@@ -52,7 +55,7 @@ def encode_pairs(
             index=index,
             key=str(index),
             uid=uids[index] if uids is not None else f"{index:016x}{0:016x}",
-            image=image if isinstance(image, bytes) else _encoded(image),
+            image=image if isinstance(image, bytes) else _encoded(image, index),
             image_type="png",
             caption=caption,
             meta=None,
@@ -68,9 +71,12 @@ def encode_pairs(
     return decoded.batch
 
 
-def _encoded(image: Image.Image) -> bytes:
+def _encoded(image: Image.Image, index: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
+    try:
+        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=0)
+    except (OSError, ValueError) as error:  # a lazily opened file is read only here
+        raise InputError(f"pair {index}: {Reason.CORRUPT_IMAGE}: {error}") from None
     return buffer.getvalue()
 
 

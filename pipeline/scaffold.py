@@ -18,6 +18,7 @@ from pipeline.data.shards import expand
 from pipeline.errors import ConfigError
 from pipeline.inspecting import Inspection, first_problem, inspect_shards
 from pipeline.reference import meaning, section_of
+from pipeline.selection.tasks import usable_cpus
 from pipeline.store import storage
 from pipeline.text import count, percent, plural, size
 
@@ -64,7 +65,7 @@ def look_at_machine() -> Machine:
     """What this machine has: CPUs that this process may use, memory, GPUs."""
     import torch
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = usable_cpus()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,7 +74,18 @@ def test_pairs_that_cannot_be_used_are_named() -> None:
         pipeline.encode_pairs(model, [image, b"no image"], ["a", "b"])
     with pytest.raises(InputError, match="as many captions"):
         pipeline.encode_pairs(model, [image], ["a", "b"])
-    assert len(pipeline.encode_pairs(model, [image], ["a"])) == 1
+    broken = io.BytesIO()
+    Image.new("RGB", (200, 200), "red").save(broken, "JPEG")
+    with pytest.raises(InputError, match=r"pair 1: corrupt-image: .*truncated"):
+        pipeline.encode_pairs(model, [image, Image.open(io.BytesIO(broken.getvalue()[:-100]))], ["a", "b"])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "F", "CMYK", "YCbCr", "HSV"])
+def test_images_of_every_mode_are_taken(mode: str) -> None:
+    model = pipeline.build_model("digits-vit")
+    found = pipeline.encode_pairs(model, [Image.new(mode, (20, 20))], ["a"])
+    if mode == "CMYK":
+        assert bool((found.images == 255).all()), "no ink is white"
 
 
 def test_runs_are_averaged_and_utility_has_the_sign_that_keeps() -> None:

@@ -95,7 +95,12 @@ class Block:
         return array.view(np.uint8).reshape(len(new), array.itemsize)
 
     def _ask_for(self, files: OpenFiles, runs: list[tuple[int, int, int]], begins: Int64, ends: Int64) -> None:
-        """Have the system read runs from disk that will be copied soon, all at once rather than one after the other."""
+        """Have the system read runs from disk that will be copied soon, all at once rather than one after the other.
+
+        Systems without such a call (macOS) read them when they are copied.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
         for sample, start, stop in runs:
             begin, end = int(begins[start]), int(ends[stop - 1])
             file = files.descriptor(self.inputs[self.owner[sample]].url)

@@ -27,7 +27,7 @@ SAMPLE_SEED = 106
 
 def draws(ids: Tensor, config: Config) -> Tensor:
     """For each pair where in the sample it is, float64 `[n]`, evenly spread over [0, 1); 1 and above: not in it."""
-    return uniform(ids, config.seed + SAMPLE_SEED) / config.score.sample
+    return uniform(ids, (config.seed + SAMPLE_SEED) % 2**63) / config.score.sample
 
 
 def in_sample(ids: Tensor, config: Config) -> Tensor:

@@ -23,6 +23,11 @@ class MapTasks(Protocol):
         ...
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use; all of them where the system (macOS) has no way to say so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def chunks(items: Sequence[Item], most: int = MAX_TASKS) -> list[Sequence[Item]]:
     """`items` in order, in at most `most` runs of nearly equal length."""
     count = min(most, len(items))
@@ -32,5 +37,5 @@ def chunks(items: Sequence[Item], most: int = MAX_TASKS) -> list[Sequence[Item]]
 
 def thread_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterable[Result]:
     """`map` with one thread per CPU: reading Parquet and counting in numpy run outside the interpreter's lock."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         yield from pool.map(function, items)

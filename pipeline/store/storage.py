@@ -124,7 +124,7 @@ def atomic_path(path: str) -> Iterator[str]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
 
@@ -169,7 +169,7 @@ def make_folder(url: str) -> None:
 def remove(url: str) -> None:
     """Remove a file if it is there."""
     if is_local(url):
-        if os.path.exists(local_path(url)):
+        with suppress(FileNotFoundError):
             os.unlink(local_path(url))
         return
     fs, path = filesystem(url)
@@ -198,7 +198,7 @@ def remove_temporary(folder: str, *, below: bool = True) -> None:
         return
     for path, folders, files in os.walk(local_path(folder)):
         for name in [name for name in files if name.startswith(TEMPORARY_PREFIX)]:
-            os.unlink(os.path.join(path, name))
+            remove(os.path.join(path, name))
         for name in [name for name in folders if name.startswith(TEMPORARY_PREFIX)]:
             folders.remove(name)
             shutil.rmtree(os.path.join(path, name), ignore_errors=True)

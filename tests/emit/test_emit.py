@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Config, parse_config
+from pipeline.emit.card import size_category
 from pipeline.emit.emit import EmitSummary, emit
 from pipeline.emit.keys import key_words, keys_repeat
 from pipeline.emit.manifest import read_manifest
@@ -209,6 +210,14 @@ def test_the_card_has_front_matter_counts_and_provenance(tmp_path: Path) -> None
     for info in made.inventory:
         assert f"| `{info.url}` | 8 | {info.bytes} |" in body
     assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("pairs", "name"),
+    [(999, "n<1K"), (1000, "1K<n<10K"), (10**11, "100B<n<1T"), (10**12 - 1, "100B<n<1T"), (10**12, "n>1T")],
+)
+def test_sizes_have_the_names_of_the_hub(pairs: int, name: str) -> None:
+    assert size_category(pairs) == name
 
 
 def test_the_card_says_what_the_scores_and_the_selection_are_made_with_whatever_the_config_says(tmp_path: Path) -> None:

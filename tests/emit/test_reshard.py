@@ -77,6 +77,12 @@ def test_every_kept_pair_is_there_once_byte_for_byte(tmp_path: Path, seed: int |
     assert not [name for name in files_of(tmp_path / "out") if name.startswith(storage.TEMPORARY_PREFIX)]
 
 
+def test_systems_that_take_no_advice_on_reading_are_written_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_run(tmp_path / "run", write_shards(tmp_path / "in", shards=2))
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert sum(stats.successes for stats in reshard(plan_of(made, tmp_path / "out"))) == len(made.kept())
+
+
 def test_sizes_are_near_equal_numbers_contiguous_and_stats_and_sizes_agree(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", write_shards(tmp_path / "in", shards=3, samples=9), keep=17 / 27)
     reshard(plan_of(made, tmp_path / "out"))

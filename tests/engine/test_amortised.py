@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config import Config
+from pipeline.config import Config, parse_config
 from pipeline.data.decode import uid_to_id
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.reader import read_shard
@@ -196,6 +196,13 @@ def test_only_runs_that_hold_a_pair_out_predict_it(tmp_path: Path, monkeypatch: 
     # Where one run counts there is no spread over runs.
     one = [row is not None and None in row for row in found["terms"].to_pylist()]
     assert found["utility_std"].filter(one).null_count == sum(one)
+
+
+def test_every_seed_that_a_config_may_have_draws_a_sample() -> None:
+    tree = {"data": {"shards": []}, "score": {"sample": 0.5}}
+    ids = torch.arange(100)
+    drawn = [in_sample(ids, parse_config({**tree, "seed": seed})) for seed in (2**63 - 1, 2**63 - 106, 2**63 - 107)]
+    assert all(0 < int(each.sum()) < 100 for each in drawn)
 
 
 def test_the_sample_depends_on_uid_and_seed_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,11 @@ def test_the_same_bytes_whatever_runs_the_tasks(tmp_path):
         files = storage.list_files(run.selection(name) + "/keep", ".parquet")
         contents.append([storage.read_bytes(url) for url in files])
     assert contents[0] == contents[1] == contents[2]
+
+
+def test_threads_are_started_where_the_system_does_not_say_how_many_cpus_a_process_has(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert list(thread_map(abs, [-1, 2])) == [1, 2]
 
 
 def test_dry_run_counts_and_writes_nothing(tmp_path):

@@ -55,6 +55,11 @@ def test_what_is_written_is_read_back(root: str) -> None:
         storage.read_bytes(url)
 
 
+def test_a_file_that_another_process_removes_first_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.os.path, "exists", lambda path: True)
+    storage.remove(str(tmp_path / "gone"))
+
+
 def test_json_keeps_its_order_and_refuses_what_is_none(root: str) -> None:
     url = storage.join(root, "a.json")
     storage.write_json(url, {"b": 1, "a": [2.5, None]})
