@@ -17,7 +17,7 @@ from pipeline.run import RunFolder
 from pipeline.selection.prepare import make_recipe, work_out
 from pipeline.selection.ranks import RankSketch, RankTable, merged
 from pipeline.selection.recipe import OpenShard, Recipe
-from pipeline.selection.scan import ScoreShard, committed_shards, input_fingerprint
+from pipeline.selection.scan import ScoreShard, committed_shards, joined_fingerprint
 from pipeline.selection.summary import SelectionSummary, read_summary
 from pipeline.selection.tasks import MapTasks, chunks
 from pipeline.selection.write import keep_file
@@ -67,10 +67,10 @@ def compare(run: RunFolder, a: str, b: str, *, map_tasks: MapTasks = map) -> Com
 
     Raises `StageError` where one is missing, or was made from scores that have changed since.
     """
-    shards, _ = committed_shards(run)
+    shards, own = committed_shards(run)
     summaries = [read_summary(run, name) for name in (a, b)]
     for summary in summaries:
-        if summary.scores != input_fingerprint(run, summary.config["join"]):
+        if summary.scores != joined_fingerprint(own, summary.config["join"]):
             raise StageError(f"{summary.folder}: made from other scores; make it again with `diffprune select`")
     recipes = tuple(_ranking(run, summary, shards, map_tasks) for summary in summaries)
     sketches = list(map_tasks(partial(_sketch_values, recipes), chunks(shards)))

@@ -19,7 +19,7 @@ from pipeline.selection.keys import order_keys, value_of
 from pipeline.selection.prepare import Progress
 from pipeline.selection.quotas import Counts, count_of, share_out
 from pipeline.selection.recipe import HARMFUL, Recipe
-from pipeline.selection.scan import ScoreShard, committed_shards, input_fingerprint
+from pipeline.selection.scan import ScoreShard, committed_shards, joined_fingerprint
 from pipeline.selection.tasks import MapTasks
 
 
@@ -76,9 +76,9 @@ def plan_selection(
     `StageError` without scores or when a count cannot be met, `InputError` for joined runs over other pairs.
     """
     tell = progress or (lambda _: None)
-    shards, _ = committed_shards(run)
+    shards, own = committed_shards(run)
     recipe = replace(prepare.make_recipe(config, shards[0], seed, scratch), left_out=left_out or {})
-    fingerprint = input_fingerprint(run, config.join)
+    fingerprint = joined_fingerprint(own, config.join)
     recipe = prepare.work_out(run, recipe, shards, tell, map_tasks)
     prepare.check_some_can_be_kept(recipe, shards)
     recipe, clusters = structure.find_structure(config, recipe, shards, tell, map_tasks)

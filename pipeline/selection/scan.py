@@ -65,9 +65,13 @@ def input_fingerprint(run: RunFolder, join: Mapping[str, str]) -> str:
 
     Raises `StageError` where one of the runs has none.
     """
-    found = committed_shards(run)[1]
+    return joined_fingerprint(committed_shards(run)[1], join)
+
+
+def joined_fingerprint(own: str, join: Mapping[str, str]) -> str:
+    """`input_fingerprint` of a run whose scores have the fingerprint `own` of `committed_shards`."""
     joined = [f"{name} {committed_shards(RunFolder(root))[1]}" for name, root in sorted(join.items())]
-    return storage.checksum("\n".join([found, *joined]).encode()) if joined else found
+    return storage.checksum("\n".join([own, *joined]).encode()) if joined else own
 
 
 class ScoreFile:

@@ -10,8 +10,10 @@ from scipy.stats import spearmanr
 
 from pipeline.config import SelectConfig
 from pipeline.errors import StageError
+from pipeline.selection import scan
 from pipeline.selection.compare import compare
 from pipeline.store import storage
+from pipeline.store.commits import read_marks
 from tests.selection.scores import kept, row, select, write_run
 
 
@@ -40,6 +42,20 @@ def test_overlap_ranks_and_where_they_differ(tmp_path):
     assert found.mean_rank_difference == pytest.approx(np.abs(ranks[0] - ranks[1]).mean(), abs=1e-6)
     numbers = [20 * shard + index for shard, index in a & b]
     assert found.mean_utility[0] == pytest.approx(utility[numbers].mean(), abs=1e-6)
+
+
+def test_the_marks_of_each_run_are_read_once(tmp_path, monkeypatch):
+    rows = [row(n, float(n)) for n in range(9)]
+    run, other = (write_run(tmp_path / name, [rows]) for name in "ab")
+    asked = []
+    monkeypatch.setattr(scan, "read_marks", lambda folder: asked.append(folder.root) or read_marks(folder))
+    config = SelectConfig(keep=0.5, join={"b": other.root})
+    done = select(run, config, seed=0)
+    assert done.scores == scan.input_fingerprint(run, config.join)
+    assert asked.count(run.root) == 2, "once for the selection, once for the line above"
+    asked.clear()
+    compare(run, "default", "default")
+    assert asked.count(run.root) == 1
 
 
 def test_a_selection_with_itself(tmp_path):
