@@ -73,17 +73,18 @@ def build_cache(
     """Decode the pairs at `positions` (all, if None) into `folder`; bad ones are left out, the rest are sorted.
 
     Goes on where an interrupted call stopped, opens what is complete, and starts anew where the folder was made from
-    other shards, positions or preprocessing. One process at a time builds a folder. `tell` is called with the pairs
-    decoded so far, every `CHUNK` samples; `places` as for `samples_at`.
+    other shards, positions or preprocessing, or where rows that it has noted are not there. One process at a time
+    builds a folder. `tell` is called with the pairs decoded so far, every `CHUNK` samples; `places` as for
+    `samples_at`.
     """
     wanted = np.arange(offsets(inventory)[-1]) if positions is None else np.unique(np.asarray(positions, np.int64))
     fingerprint = _fingerprint(inventory, decoder, caption, wanted)
-    if _read(folder, "cache.json").get("fingerprint") == fingerprint:
-        return open_cache(folder)
     shapes = _shapes(decoder)
-    progress = _read(folder, "progress.json")
+    done, progress = (_read(folder, name) for name in ("cache.json", "progress.json"))
+    if done.get("fingerprint") == fingerprint and _are_there(folder, done["rows"], shapes):
+        return open_cache(folder)
     storage.remove(storage.join(folder, "cache.json"))
-    if progress.get("fingerprint") != fingerprint:
+    if progress.get("fingerprint") != fingerprint or not _are_there(folder, progress["rows"], shapes):
         storage.remove(storage.join(folder, "progress.json"))
         progress = {"fingerprint": fingerprint, "shards": 0, "rows": 0}
     storage.make_folder(folder)
@@ -148,6 +149,14 @@ def _shapes(decoder: Decoder) -> dict[str, list[int]]:
 
 def _row_bytes(name: str, shapes: dict[str, list[int]]) -> int:
     return int(np.prod(shapes[name], dtype=np.int64)) * np.dtype(_TYPES[name]).itemsize
+
+
+def _are_there(folder: str, rows: int, shapes: dict[str, list[int]]) -> bool:
+    """Whether every array's file has these rows at least: a cleaner of old files may have taken some of them."""
+    files = {name: _file(folder, name) for name in _TYPES}
+    return not rows or all(
+        file.exists() and file.stat().st_size >= rows * _row_bytes(name, shapes) for name, file in files.items()
+    )
 
 
 def _file(folder: str, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -299,6 +300,25 @@ def test_rows_of_another_cache_that_broke_off_are_none_of_this_one(
         build_cache(folder, inventory, broken, "txt", positions=np.array([0]))
     cache = build_cache(folder, inventory, make_decoder(), "txt")
     assert same(cache.batch(np.arange(len(cache))), everything(inventory))
+
+
+@pytest.mark.parametrize("array", ["images", "positions"])
+@pytest.mark.parametrize("left", [None, 16])
+@pytest.mark.parametrize("finished", [True, False])
+def test_cache_whose_rows_are_gone_is_built_anew(
+    inventory: list[ShardInfo], tmp_path: Path, finished: bool, left: int | None, array: str
+) -> None:
+    folder = tmp_path / "cache"
+    build_cache(str(folder), inventory, make_decoder(), "txt")
+    if not finished:
+        (folder / "cache.json").unlink()
+    if left is None:
+        (folder / f"{array}.bin").unlink()
+    else:
+        os.truncate(folder / f"{array}.bin", left)
+    cache = build_cache(str(folder), inventory, make_decoder(), "txt")
+    assert same(cache.batch(np.arange(len(cache))), everything(inventory))
+    assert cache.positions.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 10, 11]
 
 
 def test_finished_cache_reads_no_shard(inventory: list[ShardInfo], tmp_path: Path) -> None:
