@@ -25,8 +25,9 @@ TRIES = 10
 def crop_boxes(seed: int, run: int, step: int, batch: int, size: tuple[int, int]) -> NDArray[np.int64]:
     """Top, left, height and width of the crop of each pair of a step's batch, int64 `[batch, 4]`.
 
-    torchvision's `RandomResizedCrop`: the first of ten drawn crops that fits into the image, else the whole image.
-    Drawn for the whole batch, so that a pair's crop does not depend on how workers share the batch out.
+    As in torchvision's `RandomResizedCrop`, the first of ten drawn crops that fits into the image. Where none does, the
+    whole image; torchvision's takes that too where the image's own ratio is in `RATIO`, and else a central crop of the
+    nearest ratio that is. Drawn for the whole batch, so that a pair's crop does not depend on how workers share the batch out.
     """
     height, width = size
     draws = generator(seed, run, CROPS, step).random((4, TRIES, batch))
