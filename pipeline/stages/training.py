@@ -210,22 +210,29 @@ def train(job: Job) -> None:
     proxy_job = ProxyJob(training, partial(build_proxy, config), pairs, job.folder, identity=_identity(job))
     steps = TrainingSettings.of(training, max(job.samples, config.proxy.batch_size)).steps * config.proxy.runs
     tally = Tally(steps)
-    seen = [0] * config.proxy.runs
+    taken = [0] * config.proxy.runs
     with Display("train", "steps", tally) as display:
 
         def show(run: int, progress: dict[str, Any]) -> None:
             tally.total = int(progress["steps"]) * config.proxy.runs
-            new = int(progress["step"]) - seen[run]
-            if not any(seen):
-                tally.begin(new)
-            else:
-                for _ in range(new):
-                    tally.add()
-            seen[run] += new
+            _count(tally, taken, run, int(progress["step"]))
             display.tick()
 
         tally.total = tally.done = sum(train_runs(proxy_job, show, display.note))
     job.write_mark(mark, fingerprint, {"runs": config.proxy.runs})
+
+
+def _count(tally: Tally, taken: list[int], run: int, step: int) -> None:
+    """A run has taken `step` steps, of which `taken` says for each run what was counted: fewer where it went back to a
+    resume point."""
+    new = step - taken[run]
+    if not any(taken):
+        tally.begin(new)
+    else:
+        for _ in range(new):
+            tally.add()
+        tally.done += min(new, 0)
+    taken[run] = step
 
 
 def _fingerprint(job: Job) -> Fingerprint:

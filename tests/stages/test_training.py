@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 
 from pipeline.config import Config
+from pipeline.engine.progress import Display
 from pipeline.errors import InputError
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
@@ -79,6 +80,22 @@ def test_training_and_taking_over_end_each_others_marks(
         found.append(checksums(job))
     assert found[:2] == found[2:]
     assert found[0] != found[1]
+
+
+def test_steps_that_a_run_takes_again_are_counted_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run's worker is lost after 90 steps and goes on from the resume point after 20."""
+    shown: list[tuple[int, int]] = []
+
+    def trained(job: Any, progress: Callable[[int, dict[str, Any]], None], note: Any) -> list[int]:
+        for run, step in [(0, 40), (0, 90), (1, 10), (0, 30), (1, 50), (0, 100), (1, 100)]:
+            progress(run, {"step": step, "steps": 100})
+        return [100, 100]
+
+    monkeypatch.setattr(training, "train_runs", trained)
+    monkeypatch.setattr(Display, "tick", lambda display: shown.append((display.tally.done, display.tally.total)))
+    proxy = config.proxy.model_copy(update={"steps": 100, "batch_size": 4, "runs": 2, "checkpoints": None})
+    train(Job(config.model_copy(update={"proxy": proxy})))
+    assert shown == [(done, 200) for done in (40, 90, 100, 40, 80, 150, 200)]
 
 
 def test_shards_of_one_file_name_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
