@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 #: Times the longest silence seen so far.
@@ -89,3 +90,14 @@ def kill(tasks: Iterable[Any]) -> None:
         _, running = ray.wait([task], timeout=0)
         if running:
             ray.cancel(task, force=True)
+
+
+@contextmanager
+def killed_by_errors(tasks: Callable[[], Iterable[Any]]) -> Iterator[None]:
+    """Kill these Ray tasks when the block is left by an error: nothing is written once the stage has said so."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
+            kill(tasks())
+        raise

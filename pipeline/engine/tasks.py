@@ -6,9 +6,8 @@ import math
 import queue
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from pipeline.engine.interrupt import Interruption
 from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
-from pipeline.patience import Patience, Silence, kill
+from pipeline.patience import Patience, Silence, kill, killed_by_errors
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.task_marks import TaskMarks
@@ -121,7 +120,7 @@ def run_tasks(
     with (
         Display(stage, unit, tally) as display,
         Interruption(lambda: display.note("finishing what is in hand (again: stop at once)")) as stop,
-        _ended_with(in_hand),
+        killed_by_errors(lambda: (ref for ref, _ in in_hand.values())),
     ):
         while not waiting.finished():
             if stop.requested and waiting.idle():
@@ -254,17 +253,6 @@ class _Pulses:
     def _count(self) -> None:
         if self._begun is not None:
             self._tally.begun = sum(map(self._begun, self._found.values()))
-
-
-@contextmanager
-def _ended_with(in_hand: dict[int, tuple[Any, float]]) -> Iterator[None]:
-    """Kill what is in hand when the block is left by an error: nothing is written once the stage has said so."""
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):  # the cluster may be gone; what went wrong first is what counts
-            kill(ref for ref, _ in in_hand.values())
-        raise
 
 
 @dataclass(frozen=True)

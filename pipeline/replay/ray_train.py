@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.config import Config
 from pipeline.device import device_of_this_task, gpus_for_a_task
 from pipeline.errors import DiffpruneError, StageError
-from pipeline.patience import Patience, Silence, kill
+from pipeline.patience import Patience, Silence, kill, killed_by_errors
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.schedule import Rows
 from pipeline.run import RunFolder
@@ -116,33 +116,34 @@ def _gather(
     steps: dict[int, int] = {}
     stuck = ""
     watch.silence.begins()
-    while in_hand:
-        done, _ = ray.wait(list(in_hand), timeout=POLL_SECONDS)
-        moved = watch.look()
-        if not (moved or done) and watch.silence.is_too_long():
-            stuck = f"no step of training for {watch.silence.seconds:.0f} s (storage, or a deadlock)"
-            note(f"{stuck}: what trains is killed and goes on from the last resume point")
-            watch.silence.begins()
-            if function is _train_alone:
-                kill(in_hand)
-                done = list(in_hand)
-                ray.wait(done, num_returns=len(done), timeout=KILLED_WITHIN)
-        for ref in done:
-            run = in_hand.pop(ref)
-            watch.silence.begins()
-            try:
-                steps[run] = ray.get(ref, timeout=0)
-            except RayTaskError as error:
-                if stuck and isinstance(error.cause, WorkersLostError):
-                    raise _lost(stuck) from None
-                if isinstance(error.cause, DiffpruneError | OSError):
-                    raise error.cause from None
-                raise
-            except RayError as error:
-                if not left[run]:
-                    raise _lost(stuck or error) from None
-                left[run] -= 1
-                in_hand[task.remote(sent, run)] = run
+    with killed_by_errors(lambda: in_hand):
+        while in_hand:
+            done, _ = ray.wait(list(in_hand), timeout=POLL_SECONDS)
+            moved = watch.look()
+            if not (moved or done) and watch.silence.is_too_long():
+                stuck = f"no step of training for {watch.silence.seconds:.0f} s (storage, or a deadlock)"
+                note(f"{stuck}: what trains is killed and goes on from the last resume point")
+                watch.silence.begins()
+                if function is _train_alone:
+                    kill(in_hand)
+                    done = list(in_hand)
+                    ray.wait(done, num_returns=len(done), timeout=KILLED_WITHIN)
+            for ref in done:
+                run = in_hand.pop(ref)
+                watch.silence.begins()
+                try:
+                    steps[run] = ray.get(ref, timeout=0)
+                except RayTaskError as error:
+                    if stuck and isinstance(error.cause, WorkersLostError):
+                        raise _lost(stuck) from None
+                    if isinstance(error.cause, DiffpruneError | OSError):
+                        raise error.cause from None
+                    raise
+                except RayError as error:
+                    if not left[run]:
+                        raise _lost(stuck or error) from None
+                    left[run] -= 1
+                    in_hand[task.remote(sent, run)] = run
     return [steps[run] for run in sorted(steps)]
 
 
