@@ -27,7 +27,7 @@ def crop_boxes(seed: int, run: int, step: int, batch: int, size: tuple[int, int]
 
     As in torchvision's `RandomResizedCrop`, the first of ten drawn crops that fits into the image. Where none does, the
     whole image; torchvision's takes that too where the image's own ratio is in `RATIO`, and else a central crop of the
-    nearest ratio that is. Drawn for the whole batch, so that a pair's crop does not depend on how workers share the batch out.
+    nearest ratio that is. Drawn for the whole batch, so that a pair's crop does not depend on how workers share it out.
     """
     height, width = size
     draws = generator(seed, run, CROPS, step).random((4, TRIES, batch))
