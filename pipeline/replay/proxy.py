@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, DiffpruneError
+from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint, serialise_checkpoint
 from pipeline.models.clip import PairModel
 from pipeline.replay.files import RecordFolder
@@ -85,8 +85,6 @@ def train_proxy(
     if not marks.is_current(files.mark, marks.read_mark(files.mark), fingerprint, config.engine.stale):
         session = _Session(trainer, files, fingerprint, recorded, config.proxy.resume_every)
         losses = session.resume(config.engine.stale)
-        if workers.rank == 0:
-            storage.remove(files.failure)
         if workers.rank == 0 and trainer.step == 0:
             _remove_outdated(folder, files)
             storage.write_bytes(files.initial, initial)
@@ -100,10 +98,6 @@ def train_proxy(
         board = None if workers.rank else Board(folder, config, f"run-{run:03d}", trainer.step + 1)
         try:
             session.train(losses, board, progress)
-        except DiffpruneError as error:
-            if workers.rank == 0:
-                storage.write_json(files.failure, {"step": trainer.step, "error": str(error)})
-            raise
         finally:
             if board is not None:
                 board.close()

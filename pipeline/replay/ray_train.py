@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,12 @@ WORKER_POLL_SECONDS = 5.0
 #: Seconds that a process which is killed is waited for.
 KILLED_WITHIN = 10.0
 
-#: Seconds in which the driver says that workers which share a run are silent.
+#: Seconds in which the driver says that workers which share a run are silent, or those that gave up end by themselves.
 SAID_WITHIN = 5.0
+
+#: Seconds that workers which share a run wait for each other: each decodes its pairs before the first step, and those
+#: that hang are ended by their silence.
+MEETING_SECONDS = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,29 @@ class ProxyJob:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def train(self, run: int, **where: Any) -> int:
-        """Train one run here; the number of its steps."""
+        """Train one run here; the number of its steps. An error that ends it for good is left in `failed.json`."""
         from pipeline.replay.proxy import train_proxy
 
-        pairs = self.open_pairs()
-        record = train_proxy(
-            self.config, self.model_factory, pairs, self.folder, run, rows=self.rows, identity=self.identity, **where
-        )
+        try:
+            pairs = self.open_pairs()
+            record = train_proxy(
+                self.config,
+                self.model_factory,
+                pairs,
+                self.folder,
+                run,
+                rows=self.rows,
+                identity=self.identity,
+                **where,
+            )
+        except DiffpruneError as error:
+            storage.write_json(self.failure(run), {"error": str(error)})
+            raise
         return len(record.rates)
+
+    def failure(self, run: int) -> str:
+        """The file that says why a run stopped for good."""
+        return RecordFolder.of(self.folder, run).failure
 
 
 def train_runs(
@@ -88,6 +108,8 @@ def train_runs(
     `train_proxy` raises, and `StageError` when workers were lost or hung too often.
     """
     proxy = job.config.proxy
+    for run in range(proxy.runs):
+        storage.remove(job.failure(run))
     watch = _Watch(job, progress)
     if proxy.workers == 1:
         return _gather(_train_alone, job, range(proxy.runs), watch, note, num_gpus=_gpus(job))
@@ -160,8 +182,6 @@ def _train_distributed(job: ProxyJob, run: int) -> int:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    files = RecordFolder.of(job.folder, run)
-    storage.remove(files.failure)
     gpus = _gpus(job)
     trainer = TorchTrainer(
         _train_shared,
@@ -171,20 +191,23 @@ def _train_distributed(job: ProxyJob, run: int) -> int:
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
         ),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=MEETING_SECONDS),
         run_config=RunConfig(
             name=f"run-{run:03d}",
             storage_path=_storage_path(job.folder),
             failure_config=FailureConfig(max_failures=job.config.engine.retries),
         ),
     )
+    lost: TrainingFailedError | None = None
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _lost(error) from None
-    if storage.exists(files.failure):
-        raise StageError(storage.read_json(files.failure)["error"])
-    return int(storage.read_json(files.progress)["steps"])
+        lost = error
+    if storage.exists(job.failure(run)):
+        raise StageError(storage.read_json(job.failure(run))["error"])
+    if lost is not None:
+        raise _lost(lost)
+    return int(storage.read_json(RecordFolder.of(job.folder, run).progress)["steps"])
 
 
 def _storage_path(folder: RunFolder) -> str:
@@ -200,24 +223,30 @@ def _train_shared(parts: dict[str, Any]) -> None:
     from pipeline.replay.workers import Group
 
     job: ProxyJob = parts["job"]
+    run: int = parts["run"]
+    if storage.exists(job.failure(run)):
+        return  # Ray has started all workers anew since one gave up: trying again would end the same way
+    ended = threading.Event()
     # Nobody else can end this process alone: what is left of a killed `ray.train` may keep its CPUs for good.
-    threading.Thread(target=_end_when_silent, args=(job,), daemon=True).start()
+    threading.Thread(target=_end_when_stuck, args=(job, run, ended), daemon=True).start()
     device = get_device()
-    workers = Group(device)
-    try:
-        job.train(parts["run"], device=device, workers=workers)
-    except DiffpruneError as error:
-        # Trying again would end the same way, so this is no failure to Ray: the driver reads the reason and raises it.
-        if workers.rank == 0:
-            storage.write_json(RecordFolder.of(job.folder, parts["run"]).failure, {"error": str(error)})
+    # That a worker gives up is no failure to Ray: the driver reads the reason and raises it.
+    with suppress(DiffpruneError):
+        job.train(run, device=device, workers=Group(device))
+    ended.set()
 
 
-def _end_when_silent(job: ProxyJob) -> None:
-    """End this process when no worker has taken a step for too long: `ray.train` starts all of them anew."""
+def _end_when_stuck(job: ProxyJob, run: int, ended: threading.Event) -> None:
+    """End this process when no worker has taken a step for too long, or when it waits for one that has given up.
+
+    `ray.train` then starts all of them anew.
+    """
     watch = _Watch(job, lambda run, state: None)
     while not watch.silence.is_too_long():
         time.sleep(WORKER_POLL_SECONDS)
         watch.look()
+        if read_pulse(job.failure(run)) is not None and not ended.wait(SAID_WITHIN):
+            break
     time.sleep(SAID_WITHIN)  # the driver looks at the same files: it says so before anything ends
     os._exit(1)
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -16,10 +17,12 @@ from pipeline.config import Config
 from pipeline.errors import StageError
 from pipeline.models.clip import PairModel
 from pipeline.models.manifest import Manifest
+from pipeline.replay.files import RecordFolder
 from pipeline.replay.proxy import train_proxy
-from pipeline.replay.ray_train import ProxyJob, train_runs
+from pipeline.replay.ray_train import ProxyJob, _train_distributed, train_runs
 from pipeline.replay.record import Record
 from pipeline.run import RunFolder
+from pipeline.store import storage
 from tests.replay.pairs import Factory, MemoryPairs, config_of
 
 pytestmark = pytest.mark.ray
@@ -153,11 +156,96 @@ def test_workers_that_share_a_run_and_hang_are_killed_and_go_on(tmp_path: Path, 
     assert Record.read(RunFolder(str(tmp_path / "ray"))).losses == pytest.approx(single.losses, rel=1e-4)
 
 
+class Broken:
+    """The process that opens them first trains without end on them; the other one finds them broken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = folder / "process"
+
+    def __call__(self) -> MemoryPairs:
+        try:
+            with self.process.open("x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            raise StageError("the pairs are broken") from None
+        return MemoryPairs()
+
+
+def ends(process: int) -> bool:
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not psutil.pid_exists(process)
+
+
+def test_an_error_of_one_run_ends_the_others(tmp_path: Path, ray_local: None) -> None:
+    config = config_of(runs=2, gpus_per_worker=0, steps=10**6)
+    broken = Broken(tmp_path)
+    with pytest.raises(StageError, match="the pairs are broken"):
+        train_runs(job(tmp_path / "ray", config, Factory(tmp_path), broken))
+    assert ends(int(broken.process.read_text()))
+
+
 def test_divergence_in_a_task_is_the_stages_own_error(tmp_path: Path, ray_local: None) -> None:
     config = config_of(lr=1e30, optimizer="sgd", warmup=0, gpus_per_worker=0)
     with pytest.raises(StageError, match="diverged") as caught:
         train_runs(job(tmp_path, config, Factory(tmp_path)))
     assert "\n" not in str(caught.value)
+    assert storage.read_json(job(tmp_path, config, Factory(tmp_path)).failure(0)) == {"error": str(caught.value)}
+
+
+def test_the_reason_of_an_earlier_failure_goes_when_runs_are_trained_again(tmp_path: Path, ray_local: None) -> None:
+    again = job(tmp_path, config_of(gpus_per_worker=0), Factory(tmp_path))
+    storage.write_json(again.failure(0), {"error": "an earlier one"})
+    train_runs(again)
+    assert not storage.exists(again.failure(0))
+
+
+def test_pairs_that_cannot_be_opened_leave_the_reason(tmp_path: Path) -> None:
+    def broken() -> MemoryPairs:
+        raise StageError("the pairs are broken")
+
+    failing = job(tmp_path, config_of(), Factory(tmp_path), broken)
+    with pytest.raises(StageError):
+        failing.train(0)
+    assert storage.read_json(failing.failure(0)) == {"error": "the pairs are broken"}
+
+
+class GivingUp(Troubled):
+    """The second worker, alone, finds out that they are broken."""
+
+    def trouble(self) -> None:
+        if torch.distributed.get_rank() == 1:
+            raise StageError("a pair is broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("retries", [0, 3])
+def test_a_worker_that_gives_up_ends_the_run_with_its_reason(tmp_path: Path, ray_local: None, retries: int) -> None:
+    """And not the first worker's silence, which waits for it."""
+    config = hasty(config_of(workers=2, gpus_per_worker=0), retries=retries, seconds=300.0)
+    with pytest.raises(StageError, match=r"^a pair is broken$"):
+        train_runs(job(tmp_path, config, Factory(tmp_path), lambda: GivingUp(tmp_path)))
+
+
+def test_workers_wait_for_each_other_for_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for the half hour that Ray would set: one machine may decode its pairs longer than the other."""
+    from ray.train import torch as ray_torch
+
+    seen: list[Any] = []
+
+    class Fake:
+        def __init__(self, *args: Any, torch_config: Any, **options: Any) -> None:
+            seen.append(torch_config)
+
+        def fit(self) -> None:
+            """Nothing to train."""
+
+    shared = job(tmp_path, config_of(workers=2, gpus_per_worker=0), Factory(tmp_path))
+    storage.write_json(RecordFolder.of(shared.folder, 0).progress, {"steps": 12})
+    monkeypatch.setattr(ray_torch, "TorchTrainer", Fake)
+    assert _train_distributed(shared, 0) == 12
+    assert seen[0].timeout_s >= 24 * 3600
 
 
 @pytest.mark.slow
