@@ -5,21 +5,43 @@ from __future__ import annotations
 import ray
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.errors import InputError
+
+#: Bytes of a GPU that a process takes beside torch's allocator, about: its CUDA context and loaded kernels.
+CONTEXT_BYTES = 512 << 20
 
 
-def gpus_for_a_task() -> float:
-    """GPUs to ask for where no config key says it: one where the connected cluster has any."""
+def gpus_for_a_task(given: float | None = None) -> float:
+    """GPUs to ask for: what the config's key says; without it one where the connected cluster has any."""
+    if given is not None:
+        return given
     return float(ray.cluster_resources().get("GPU", 0) > 0)  # type: ignore[no-untyped-call]
 
 
-def device_of_this_task() -> str:
-    """`cuda` where Ray gave this task or actor a GPU, or a part of one, that torch can use; else `cpu`.
+def device_of_this_task(precision: str = "fp32") -> str:
+    """`cuda` where Ray gave this task or actor a GPU, or a part of one; else `cpu`.
 
-    On a CPU this process then keeps the memory that it frees.
+    Of a part it takes no more memory than that. On a CPU this process then keeps the memory that it frees.
+    Raises `InputError` when torch cannot use the GPU, or it does not multiply in `precision` (a config's).
     """
     import torch
 
-    if ray.get_gpu_ids() and torch.cuda.is_available():
-        return "cuda"
-    keep_freed_memory()
-    return "cpu"
+    if not ray.get_gpu_ids():
+        keep_freed_memory()
+        return "cpu"
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        raise InputError(
+            f"expected a GPU that torch can use, as Ray gave this process one; torch {torch.__version__} is built for "
+            f"{built}: install a driver that is new enough for it or a torch for the driver, or set gpus_per_worker: 0"
+        )
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(
+            f"precision: bf16: expected a GPU of compute capability 8.0 or more, found {torch.cuda.get_device_name()}, "
+            "which would emulate it: use fp32"
+        )
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)  # type: ignore[no-untyped-call]
+    if share < 1:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, share / 2))
+    return "cuda"

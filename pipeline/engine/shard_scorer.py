@@ -50,7 +50,7 @@ def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, wor
         [(checkpoint, load_plan(config.out, number)) for number, checkpoint in enumerate(checkpoints)],
         load_batches(config.out).reference,
         settings_of(config),
-        device=device_of_this_task(),
+        device=device_of_this_task(config.score.precision),
         batch_size=config.score.batch_size,
         trained={run: torch.from_numpy(trained_ids(folder, run)) for run in manifest.runs}
         if config.score.held_out

@@ -174,7 +174,7 @@ def _lost(error: Exception | str) -> WorkersLostError:
 
 
 def _train_alone(job: ProxyJob, run: int) -> int:
-    return job.train(run, device=device_of_this_task())
+    return job.train(run, device=device_of_this_task(job.config.proxy.precision))
 
 
 def _train_distributed(job: ProxyJob, run: int) -> int:

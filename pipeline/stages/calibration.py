@@ -101,7 +101,7 @@ def calibrate(config: Config, urls: Sequence[str], plan: WorkerPlan, checkpoints
 
 def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: float, asked: float) -> Rates:
     """Runs in a process like those that score; all but the training step."""
-    device, model = device_of_this_task(), build_model(config.proxy.model, loss=config.proxy.loss)
+    device, model = device_of_this_task(config.score.precision), build_model(config.proxy.model, loss=config.proxy.loss)
     start = time.time() - asked
     count = _seconds_per_sample(url)
     begin = time.perf_counter()
@@ -192,7 +192,7 @@ def _seconds_per_sample(url: str) -> float:
 
 def _training_step(config: Config, url: str, threads: int, seconds: float) -> float:
     """Seconds of a step in a process of a proxy run."""
-    device, model = device_of_this_task(), build_model(config.proxy.model, loss=config.proxy.loss)
+    device, model = device_of_this_task(config.proxy.precision), build_model(config.proxy.model, loss=config.proxy.loss)
     pairs = _first_pairs(config, url, model, threads)
     trainers: dict[int, Trainer] = {}
 

@@ -131,7 +131,7 @@ def write_plans(config: Config, numbers: Sequence[int]) -> dict[str, str]:
     settings = settings_of(config)
     model = job.model()
     checkpoints = [manifest.checkpoints[number].load(model) for number in numbers]
-    model = model.to(device_of_this_task())
+    model = model.to(device_of_this_task(config.score.precision))
     batches = load_batches(config.out)
     runs = len(manifest.runs)
     if settings.estimator in WHOLE_RUN:

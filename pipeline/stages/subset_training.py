@@ -28,7 +28,7 @@ def train_on(config: Config, name: str, positions_file: str, seed: int, pulse_fi
     assert config.evaluate is not None  # checked before any task
     assert config.evaluate.shards is not None
     job = ComputingJob(config)
-    device = device_of_this_task()
+    device = device_of_this_task(config.proxy.precision)
     if device == "cpu":
         torch.set_num_threads(1)
     cache = TrainingPairs(config, judged=True)()
