@@ -45,7 +45,7 @@ def compute_directions(job: Job) -> None:
         name=lambda part: f"checkpoint {', '.join(str(number) for number in part.numbers)}",
         marks=marks,
         unit="checkpoints" if len(parts) == len(manifest.checkpoints) else "runs",
-        gpus=gpus_for_a_task(),
+        gpus=gpus_for_a_task(job.config.engine.gpus_per_worker),
         patience=patience,
     )
     outcome.check("directions")

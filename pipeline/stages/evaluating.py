@@ -77,7 +77,7 @@ def evaluate(job: Job) -> list[Result]:
         config=config.engine,
         on_result=lambda number, result: None,
         unit="trainings",
-        gpus=gpus_for_a_task(),
+        gpus=gpus_for_a_task(config.proxy.gpus_per_worker),
         patience=Patience.of_computing(config.engine.task_timeout),
         pulse=lambda training: (read_pulse(training.pulse), read_pulse(job.folder.decoding)),
         begun=lambda pulse: share_done(pulse[0]),

@@ -21,14 +21,20 @@ from tests.helpers import write_shards
 
 APART, TOGETHER = [[0], [1]], [[0, 1]]
 
+#: Of a task, as the config says.
+GPUS = 0.25
+
 
 def call(function: Callable[[Any], Any], item: Any, **_: Any) -> Any:
     """`run_task` in this process."""
     return function(item)
 
 
-def in_turn(function: Callable[[Any], Any], items: Sequence[Any], *, marks: TaskMarks, **_: Any) -> TaskOutcome:
+def in_turn(
+    function: Callable[[Any], Any], items: Sequence[Any], *, marks: TaskMarks, gpus: float, **_: Any
+) -> TaskOutcome:
     """`run_tasks` in this process, the last task first."""
+    assert gpus == GPUS
     done = [number for number, _ in marks.finished(len(items))]
     for number in reversed(range(len(items))):
         if number not in done and isinstance(failure := _call(function, items[number], number, marks), Failure):
@@ -49,7 +55,7 @@ def test_plans_of_other_settings_that_broke_off_are_computed_again(
             config.model_copy(
                 update={
                     "target": config.target.model_copy(update={"pairs": pairs}),
-                    "engine": config.engine.model_copy(update={"stale": "redo"}),
+                    "engine": config.engine.model_copy(update={"stale": "redo", "gpus_per_worker": GPUS}),
                 }
             )
         )
@@ -65,7 +71,6 @@ def test_plans_of_other_settings_that_broke_off_are_computed_again(
                 raise RuntimeError("killed")
         return {}
 
-    monkeypatch.setattr(directions, "gpus_for_a_task", lambda: 0)
     monkeypatch.setattr(directions, "run_task", call)
     monkeypatch.setattr(directions, "run_tasks", in_turn)
     monkeypatch.setattr(directions, "_write_plans", write)

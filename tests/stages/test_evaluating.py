@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.table import Table
 
 from pipeline.config import parse_config
 from pipeline.evaluation.results import Result
-from pipeline.stages.evaluating import _warn_of_shared_shards
+from pipeline.stages import evaluating
+from pipeline.stages.evaluating import _warn_of_shared_shards, evaluate
+from pipeline.stages.job import Job
 from pipeline.stages.summary import _add_results
 
 
@@ -31,6 +35,24 @@ def test_measuring_on_pairs_that_were_used_is_said(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"evaluate: 1 shard of evaluate.shards, {shards[1]} first, also named by data.shards")
     assert second.startswith(f"evaluate: 2 shards of evaluate.shards, {shards[2]} first, also named by target.shards")
+
+
+def test_trainings_ask_for_the_gpus_of_a_proxy_run(
+    make_shards: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class AskedError(Exception):
+        pass
+
+    def run_tasks(*_: Any, gpus: float, **__: Any) -> None:
+        raise AskedError(gpus)
+
+    monkeypatch.setattr(evaluating, "run_task", lambda *_, **__: [])
+    monkeypatch.setattr(evaluating, "shard_versions", lambda *_: [])
+    monkeypatch.setattr(evaluating, "run_tasks", run_tasks)
+    shards = make_shards(shards=2)
+    sections = {"data": {"shards": shards[:1]}, "evaluate": {"shards": shards[1:]}, "proxy": {"gpus_per_worker": 0.25}}
+    with pytest.raises(AskedError, match=r"0\.25"):
+        evaluate(Job(parse_config({"out": str(tmp_path / "run"), **sections})))
 
 
 def verdicts(results: list[Result]) -> list[str]:
