@@ -61,6 +61,11 @@ def test_dependencies_are_pinned_and_their_extras_exist() -> None:
     assert "+cpu" not in pinned("torch")
 
 
+def test_the_image_has_the_compilers_that_kernels_and_compiled_passes_are_built_with() -> None:
+    (packages,) = [rest for rest in arguments("RUN") if "apt-get install" in rest]
+    assert {"gcc", "g++", "libc6-dev"} <= set(packages.split())
+
+
 def test_the_image_runs_as_a_user_without_rights() -> None:
     (user,) = arguments("USER")
     assert int(user) > 0, "by number, so that Kubernetes can tell that it is not root"
@@ -91,3 +96,12 @@ def test_ray_refuses_the_cluster_file_with_an_unknown_key(cluster: dict[str, Any
 def test_every_machine_is_given_the_token_and_the_mode(cluster: dict[str, Any]) -> None:
     assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
     assert cluster["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+
+
+def test_gpu_machines_need_a_named_image_and_are_refused_with_too_old_a_driver(
+    cluster: dict[str, Any],
+) -> None:
+    assert cluster["available_node_types"]["gpu-spot"]["node_config"]["ImageId"] == "ami-FILL-IN"
+    text = (INFRA / "ray" / "cluster.yaml").read_text()
+    assert re.search(r"# To be filled in: .*driver of 580 or later.*\n.*\n *ImageId: ami-FILL-IN\n", text)
+    assert 'python -c "import torch; assert torch.cuda.is_available()' in cluster["worker_start_ray_commands"][0]
