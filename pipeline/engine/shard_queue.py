@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+#: Failures and deaths in a row from which on a worker rests while others go on.
+FRUITLESS = 3
+
+#: Its first rest, in waits of a shard that raised; each further failure doubles it, so many times at most.
+REST, DOUBLINGS = 10, 7
+
 
 @dataclass
 class _Lane:
-    """What one worker has in hand, and the shards that were in hand when it died."""
+    """What one worker has in hand, and the shards that were in hand when it died; its failures and deaths in a row."""
 
     in_hand: set[int] = field(default_factory=set)
     suspects: deque[int] = field(default_factory=deque)
     alone: bool = False
+    fruitless: int = 0
+    rests_until: float = 0.0
+    committed: float = -math.inf
 
 
 class ShardQueue:
@@ -29,7 +39,11 @@ class ShardQueue:
     When a worker dies with several shards in hand, any of them may have killed it. They become suspects: they go
     back to that same worker, one at a time with nothing else in hand, so that the next death has one cause. A shard
     whose worker dies `retries` times (at least once) with nothing else in hand is given up; other workers never
-    meet it, unless that worker does not come back.
+    meet it, unless that worker does not come back, or rests.
+
+    A worker that fails and dies again and again while others go on is itself the cause, a broken GPU for one, and
+    would fail shards faster than others score them. From `FRUITLESS` times in a row it rests, longer each time, and
+    then gets one new shard at a time until it commits one. What it failed, and had when it died, goes to others.
     """
 
     def __init__(
@@ -63,20 +77,24 @@ class ShardQueue:
         share = -(-self.left() // max(workers, 1))
         if lane.alone or len(lane.in_hand) >= min(self._depth, share):
             return None
+        doubted = self._is_doubted(lane)
+        if doubted and (lane.in_hand or lane.rests_until > self._clock()):
+            return None
         shard: int | None
-        if lane.suspects or self._orphans:
+        if lane.suspects or (self._orphans and not doubted):
             if lane.in_hand:
                 return None
             shard = (lane.suspects or self._orphans).popleft()
             lane.alone = True
         else:
-            shard = self._next()
+            shard = self._next(fresh=doubted)
         if shard is not None:
             lane.in_hand.add(shard)
         return shard
 
-    def _next(self) -> int | None:
-        if self._delayed and self._delayed[0][0] <= self._clock():
+    def _next(self, fresh: bool) -> int | None:
+        """What is due; with `fresh` only what was not tried yet."""
+        if not fresh and self._delayed and self._delayed[0][0] <= self._clock():
             return heapq.heappop(self._delayed)[1]
         if self._cursor == len(self._pending):
             return None
@@ -87,6 +105,8 @@ class ShardQueue:
     def succeeded(self, worker: str, shard: int) -> None:
         """`worker` committed `shard`."""
         self._release(worker, shard)
+        if (lane := self._lanes.get(worker)) is not None:
+            lane.fruitless, lane.committed = 0, self._clock()
         self._open -= 1
         self._failures.pop(shard, None)
         self._deaths.pop(shard, None)
@@ -94,6 +114,7 @@ class ShardQueue:
     def failed(self, worker: str, shard: int) -> bool:
         """`shard` raised an error on `worker`. True: it will be tried again; False: it is given up."""
         self._release(worker, shard)
+        self._failed_again(worker)
         count = self._failures[shard] = self._failures.get(shard, 0) + 1
         if count > self._retries:
             self._open -= 1
@@ -112,19 +133,44 @@ class ShardQueue:
         in_hand = sorted(lane.in_hand)
         lane.in_hand.clear()
         lane.alone = False
+        if blame:
+            self._failed_again(worker)
         if blame and len(in_hand) == 1:
             count = self._deaths[in_hand[0]] = self._deaths.get(in_hand[0], 0) + 1
             if count >= max(self._retries, 1):
                 self._open -= 1
                 return in_hand[0]
         lane.suspects.extendleft(reversed(in_hand))
+        if self.rest(worker):
+            self.removed(worker)
         return None
+
+    def _failed_again(self, worker: str) -> None:
+        lane = self._lanes.setdefault(worker, _Lane())
+        lane.fruitless += 1
+        if lane.fruitless >= FRUITLESS:
+            lane.rests_until = self._clock() + REST * self._wait * 2 ** min(lane.fruitless - FRUITLESS, DOUBLINGS)
+
+    def _is_doubted(self, lane: _Lane) -> bool:
+        """Whether it fails again and again while another, which has shards in hand or just had, does not."""
+        lately = self._clock() - REST * self._wait
+        return lane.fruitless >= FRUITLESS and any(
+            not other.fruitless and (other.in_hand or other.committed > lately) for other in self._lanes.values()
+        )
+
+    def rest(self, worker: str) -> float:
+        """Seconds that `worker` gets nothing for, as long as others go on."""
+        lane = self._lanes.get(worker)
+        return max(lane.rests_until - self._clock(), 0.0) if lane is not None and self._is_doubted(lane) else 0.0
 
     def removed(self, worker: str) -> None:
         """`worker` does not come back: what it had goes to whoever asks next, still one at a time."""
-        lane = self._lanes.pop(worker, None)
+        lane = self._lanes.get(worker)
         if lane is not None:
             self._orphans.extend([*sorted(lane.in_hand), *lane.suspects])
+            lane.in_hand.clear()
+            lane.suspects.clear()
+            lane.alone = False
 
     def attempts(self, shard: int) -> tuple[int, int]:
         """How often `shard` has raised, and how often its worker died with nothing else in hand."""

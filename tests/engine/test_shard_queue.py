@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -141,3 +144,69 @@ def test_no_shard_is_lost_or_settled_twice_whatever_happens(events: list[tuple[s
             step("done", worker)
     assert queue.finished()
     assert sorted(settled) == list(range(7))
+
+
+def test_a_worker_that_fails_while_others_go_on_rests_longer_each_time() -> None:
+    queue, clock = make(100, retries=9)
+    take_all(queue, "good")
+    for rest in (10, 20, 40):
+        while not queue.rest("bad"):
+            shard = queue.take("bad")
+            assert shard is not None
+            queue.failed("bad", shard)
+        assert queue.rest("bad") == rest
+        clock.now += rest - 0.5
+        assert take_all(queue, "bad") == []
+        clock.now += 0.5
+        assert len(take_all(queue, "bad")) == 1, "one at a time, until it commits one"
+        queue.failed("bad", max(queue._lanes["bad"].in_hand))
+        clock.now += queue.rest("bad") - rest * 2
+    clock.now += 1000
+    (probe,) = take_all(queue, "bad")
+    queue.succeeded("bad", probe)
+    assert len(take_all(queue, "bad")) == 3
+
+
+def test_nobody_rests_where_all_fail_or_alone() -> None:
+    queue, _ = make(20, retries=0)
+    for _ in range(5):
+        for worker in "ab":
+            queue.failed(worker, take_all(queue, worker)[0])
+            assert queue.rest(worker) == 0
+    alone, _ = make(5, retries=0)
+    for shard in range(5):
+        assert alone.take("a") == shard
+        alone.failed("a", shard)
+    assert alone.finished()
+
+
+@pytest.mark.parametrize(("dies", "workers", "restart"), [(False, 2, 0), (False, 8, 0), (True, 2, 9), (True, 8, 25)])
+def test_a_broken_gpu_costs_no_shard(dies: bool, workers: int, restart: int) -> None:
+    """Workers with shards of a minute each, of which one fails at once or dies with whatever it is given."""
+    queue, clock = make(40 * workers, retries=3)
+    events: list[tuple[float, str, int]] = []
+    free = dict.fromkeys(map(str, range(workers)), 0.0)
+    lost = []
+    while not queue.finished():
+        for worker in free:
+            while free["0"] <= clock.now or worker != "0":
+                shard = queue.take(worker, workers)
+                if shard is None:
+                    break
+                if worker != "0":
+                    free[worker] = max(free[worker], clock.now) + 60
+                    heapq.heappush(events, (free[worker], worker, shard))
+                elif not dies:
+                    heapq.heappush(events, (clock.now + 0.1, worker, shard))
+            if worker == "0" and dies and queue.in_hand("0"):
+                free["0"] = clock.now + restart
+                lost += [] if (given_up := queue.died("0")) is None else [given_up]
+        clock.now += 1
+        while events and events[0][0] <= clock.now:
+            _, worker, shard = heapq.heappop(events)
+            if worker != "0":
+                queue.succeeded(worker, shard)
+            elif not queue.failed(worker, shard):
+                lost.append(shard)
+    assert lost == []
+    assert clock.now < 1.3 * 60 * 40 * workers / (workers - 1)
