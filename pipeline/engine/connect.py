@@ -72,6 +72,14 @@ def node_is_alive(node_id: str) -> bool:
     return any(node["NodeID"] == node_id and node["Alive"] for node in _nodes())
 
 
+def reserved_here() -> tuple[dict[str, float], dict[str, float]]:
+    """What Ray reserves for this task or actor, and what its machine has."""
+    context = ray.get_runtime_context()
+    here = context.get_node_id()
+    machine = next((dict(node["Resources"]) for node in _nodes() if node["NodeID"] == here), {})
+    return dict(context.get_assigned_resources()), machine  # type: ignore[no-untyped-call]
+
+
 def _nodes() -> list[dict[str, Any]]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return nodes

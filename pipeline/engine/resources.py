@@ -13,12 +13,13 @@ CPU_WORKERS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """Scoring actors: their number, and what Ray reserves for each."""
+    """Scoring actors: their number, what Ray reserves for each, and how many fit the machines that are there."""
 
     workers: int
     cpus: float
     gpus: float
     memory: int | None
+    fitting: int
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `ActorClass.options`."""
@@ -42,19 +43,45 @@ def plan_workers(config: EngineConfig, nodes: list[dict[str, float]], *, may_gro
     cpus = config.cpus_per_worker or _cpu_share(used, gpus)
     fitting = sum(_fits(node, cpus, gpus) for node in used)
     workers = config.workers or max(fitting, 1) * (2 if may_grow else 1)
-    return WorkerPlan(workers, cpus, gpus, config.memory_per_worker)
+    return WorkerPlan(workers, cpus, gpus, config.memory_per_worker, fitting)
+
+
+def decode_threads(config: EngineConfig, assigned: dict[str, float], node: dict[str, float]) -> int:
+    """Threads that decode in an actor: as the config says, else its CPUs, and where the config does not give it these
+    its share of its own machine's: what Ray reserves goes by the machine with the fewest.
+
+    Args:
+        config: the run's.
+        assigned: what Ray reserves for the actor (`CPU`, `GPU`).
+        node: what its machine has.
+    """
+    if config.decode_threads is not None:
+        return config.decode_threads
+    cpus = assigned.get("CPU", 1.0)
+    if config.cpus_per_worker is None:
+        cpus = max(cpus, node.get("CPU", 0.0) / max(_fits(node, cpus, assigned.get("GPU", 0.0)), 1))
+    return max(1, int(cpus))
 
 
 def _cpu_share(nodes: list[dict[str, float]], gpus: float) -> float:
-    """CPUs of a worker such that every machine's are shared out evenly; the smallest share decides."""
-    shares = [
-        node.get("CPU", 0) // (max(1, node["GPU"] // gpus) if gpus else min(node.get("CPU", 0), CPU_WORKERS_PER_NODE))
-        for node in nodes
-        if node.get("CPU", 0) >= 1
-    ]
-    return max(1.0, float(min(shares, default=1.0)))
+    """CPUs of a worker such that every machine's are shared out evenly; the smallest share decides.
+
+    Whole ones, but where GPUs outnumber CPUs.
+    """
+    shares = []
+    for node in nodes:
+        cpus = node.get("CPU", 0.0)
+        if cpus >= 1 or gpus:
+            share = cpus / (max(1, _times(node["GPU"], gpus)) if gpus else min(cpus, CPU_WORKERS_PER_NODE))
+            shares.append(float(int(share)) if share >= 1 else int(share * 10_000) / 10_000)  # as finely as Ray counts
+    return min(shares, default=1.0)
 
 
 def _fits(node: dict[str, float], cpus: float, gpus: float) -> int:
-    by_cpu = int(node.get("CPU", 0) // cpus)
-    return min(by_cpu, int(node.get("GPU", 0) // gpus)) if gpus else by_cpu
+    by_cpu = _times(node.get("CPU", 0.0), cpus)
+    return min(by_cpu, _times(node.get("GPU", 0.0), gpus)) if gpus else by_cpu
+
+
+def _times(whole: float, part: float) -> int:
+    """How often `part` is in `whole`: five times 0.2 in 1."""
+    return int(whole / part + 1e-6)

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 from numpy.typing import NDArray
 
@@ -19,7 +18,9 @@ from pipeline.data.inventory import ShardInfo, check_unchanged
 from pipeline.data.reader import Sample, read_shard
 from pipeline.data.reasons import Reason
 from pipeline.device import device_of_this_task
+from pipeline.engine.connect import reserved_here
 from pipeline.engine.failures import SampleError
+from pipeline.engine.resources import decode_threads
 from pipeline.engine.score_columns import ScoreColumns
 from pipeline.errors import InputError
 from pipeline.influence import Scorer
@@ -59,7 +60,7 @@ def build_scorer(kind: type[Work], config: Config, fingerprint: Fingerprint, wor
     )
     decoder = Decoder.configured(model.image_spec, model.tokenize, config.data)
     runs = np.array([checkpoint.run for checkpoint in checkpoints])
-    threads = config.engine.decode_threads or max(1, int(_cpus()))
+    threads = decode_threads(config.engine, *reserved_here())
     return kind(config, fingerprint, scorer, decoder, runs, threads, worker)
 
 
@@ -207,9 +208,3 @@ class _LastSample:
         for sample in samples:
             self.key = sample.key
             yield sample
-
-
-def _cpus() -> float:
-    """CPUs that Ray has given this process."""
-    resources = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
-    return float(resources.get("CPU", 1))

@@ -1,22 +1,21 @@
-"""What this machine does per second: a few seconds of each kind of work, in as many processes at once as a run has."""
+"""What a process of a plan's calibration does: a few seconds of each kind of work, in a task of its own."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from pipeline.config import Config
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import ShardReader, read_shard
 from pipeline.device import device_of_this_task
-from pipeline.engine.resources import WorkerPlan
+from pipeline.engine.connect import reserved_here
+from pipeline.engine.resources import decode_threads
 from pipeline.errors import InputError
 from pipeline.influence import Batches, ProbePlan, Scorer, Settings, prepare_run
 from pipeline.influence.scorer import random_bytes
@@ -24,88 +23,32 @@ from pipeline.models.clip import PairModel, build_model, split_state
 from pipeline.prepared import settings_of
 from pipeline.replay.schedule import TrainingSettings, data_order
 from pipeline.replay.train import InMemory, Trainer
+from pipeline.stages.costs import Rates
 from pipeline.types import AdamState, Checkpoint, PairBatch
 
-#: Seconds that each kind of work is measured for, about.
-SECONDS = 2.0
 #: Pairs that are decoded, and the most that later measurements work on.
 PAIRS = 512
 #: Fewest pairs of a measurement: below it a pass costs more per pair than in a run.
 FEWEST = 8
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Seconds of one process, while others do the same.
-
-    Attributes:
-        start: from asking for a worker until it has built the model.
-        count: per sample, to count the samples of a shard.
-        decode: per pair, read and decoded by the threads of one worker.
-        checkpoint: per pair, one checkpoint's terms.
-        observe: per pair, the forward pass at a run's last checkpoint.
-        directions: all of one run's checkpoints.
-        step: a training step at the config's batch size.
-        parameters: of the model.
-        directed: values of the vectors at one checkpoint.
-        random: bytes of the random vectors that are in memory at a time.
-        pixels: bytes of a decoded image.
-        tokens: of a caption.
-        embedding: values of one pair's embedding, both towers.
-    """
-
-    start: float
-    count: float
-    decode: float
-    checkpoint: float
-    observe: float
-    directions: float
-    step: float
-    parameters: int
-    directed: int
-    random: int
-    pixels: int
-    tokens: int
-    embedding: int
-
-
-def calibrate(config: Config, urls: Sequence[str], plan: WorkerPlan, checkpoints: int) -> Rates:
-    """Measure in `plan.workers` processes of the connected cluster at once; means over them.
+def measure(config: Config, url: str, checkpoints: int, seconds: float, asked: float) -> Rates:
+    """Seconds of each kind of work in this process, which is like those that score; all but the training step.
 
     Args:
         config: the run's.
-        urls: the input shards; the first ones are read.
-        plan: how many processes, and what each of them asks for.
+        url: the shard that is read.
         checkpoints: recorded ones per run.
+        seconds: how long each kind of work is measured for, about.
+        asked: when this process was asked for, since 1970.
 
-    Raises `InputError` when no pair of these shards can be decoded.
+    Raises `InputError` when too few of the shard's pairs can be decoded.
     """
-    threads = config.engine.decode_threads or max(1, int(plan.cpus))
-    scoring = ray.remote(_measure).options(max_retries=0, **plan.options())
-    # Proxy runs are fewer processes, which share the machine with less.
-    training = ray.remote(_training_step).options(max_retries=0, num_cpus=1, num_gpus=plan.gpus)
-    asked = time.time()
-    shards = [urls[number % len(urls)] for number in range(plan.workers)]
-    try:
-        found: list[Rates] = ray.get(
-            [scoring.remote(config, url, threads, checkpoints, SECONDS, asked) for url in shards]
-        )
-        steps = ray.get([training.remote(config, url, threads, SECONDS) for url in shards[: config.proxy.runs]])
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, InputError) else error from None
-    times = ("start", "count", "decode", "checkpoint", "observe", "directions")
-    means: dict[str, Any] = {name: float(np.mean([getattr(rates, name) for rates in found])) for name in times}
-    return replace(found[0], **means, step=float(np.mean(steps)))
-
-
-def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: float, asked: float) -> Rates:
-    """Runs in a process like those that score; all but the training step."""
     device, model = device_of_this_task(config.score.precision), build_model(config.proxy.model, loss=config.proxy.loss)
     start = time.time() - asked
     count = _seconds_per_sample(url)
     begin = time.perf_counter()
-    pairs = _first_pairs(config, url, model, threads)
+    pairs = _first_pairs(config, url, model)
     decode = (time.perf_counter() - begin) / len(pairs)
     points = [_checkpoint(model, number, config) for number in range(2)]
     settings = settings_of(config)
@@ -138,7 +81,8 @@ def _measure(config: Config, url: str, threads: int, checkpoints: int, seconds: 
     )
 
 
-def _first_pairs(config: Config, url: str, model: PairModel, threads: int) -> PairBatch:
+def _first_pairs(config: Config, url: str, model: PairModel) -> PairBatch:
+    threads = decode_threads(config.engine, *reserved_here())
     decoder = Decoder.configured(model.image_spec, model.tokenize, config.data)
     with read_shard(url, caption=config.data.caption) as reader:
         pairs = decoder.decode_shard(islice(iter(reader), PAIRS), threads).batch
@@ -190,16 +134,18 @@ def _seconds_per_sample(url: str) -> float:
     return (time.perf_counter() - begin) / max(samples, 1)
 
 
-def _training_step(config: Config, url: str, threads: int, seconds: float) -> float:
-    """Seconds of a step in a process of a proxy run."""
+def training_step(config: Config, url: str, seconds: float) -> float:
+    """Seconds of a step in this process, which is like those of a proxy run."""
     device, model = device_of_this_task(config.proxy.precision), build_model(config.proxy.model, loss=config.proxy.loss)
-    pairs = _first_pairs(config, url, model, threads)
+    pairs = _first_pairs(config, url, model)
     trainers: dict[int, Trainer] = {}
 
     def step(size: int) -> None:
         if size not in trainers:
             trainers[size] = _trainer(model, pairs, size, config, device)
-        trainers[size].advance()
+        trainer = trainers[size]
+        trainer.step %= trainer.settings.steps  # a small model is through before the time is over
+        trainer.advance()
 
     return seconds_of(step, config.proxy.batch_size, len(pairs), seconds)
 

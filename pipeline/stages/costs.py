@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.estimators import ESTIMATORS
-from pipeline.stages.calibration import Rates
 
 #: Bytes of a score file per pair without embeddings (measured: docs/operations.md).
 SCORE_BYTES = 90
@@ -24,6 +23,41 @@ REPLAY_STEPS = 4
 PROCESS_BYTES = 800 << 20
 #: Processes that read shards or train at once take this many CPUs each.
 TASK_CPUS = 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one process, while others do the same.
+
+    Attributes:
+        start: from asking for a worker until it has built the model.
+        count: per sample, to count the samples of a shard.
+        decode: per pair, read and decoded by the threads of one worker.
+        checkpoint: per pair, one checkpoint's terms.
+        observe: per pair, the forward pass at a run's last checkpoint.
+        directions: all of one run's checkpoints.
+        step: a training step at the config's batch size.
+        parameters: of the model.
+        directed: values of the vectors at one checkpoint.
+        random: bytes of the random vectors that are in memory at a time.
+        pixels: bytes of a decoded image.
+        tokens: of a caption.
+        embedding: values of one pair's embedding, both towers.
+    """
+
+    start: float
+    count: float
+    decode: float
+    checkpoint: float
+    observe: float
+    directions: float
+    step: float
+    parameters: int
+    directed: int
+    random: int
+    pixels: int
+    tokens: int
+    embedding: int
 
 
 @dataclass(frozen=True)

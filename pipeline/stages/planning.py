@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from statistics import fmean
+from typing import Any
 
+import ray
 from rich.console import Console
 from rich.table import Table
 
@@ -18,19 +22,27 @@ from pipeline.data.demo import make_demo
 from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory
 from pipeline.data.shards import expand
 from pipeline.data.stream import describe
-from pipeline.engine.connect import alive_nodes, connect
+from pipeline.device import gpus_for_a_task
+from pipeline.engine.connect import alive_nodes, cluster_address, connect
 from pipeline.engine.progress import duration, say
 from pipeline.engine.resources import plan_workers
+from pipeline.errors import InputError, StageError
+from pipeline.patience import kill
 from pipeline.replay.schedule import TrainingSettings
-from pipeline.stages.calibration import Rates, calibrate
 from pipeline.stages.checks import check_ahead, check_given
-from pipeline.stages.costs import StageCost, Volume, costs
+from pipeline.stages.costs import Rates, StageCost, Volume, costs
 from pipeline.stages.job import Job, demo_folder, open_job, uses_demo
 from pipeline.store import storage
 from pipeline.text import count, plural, size
 
 #: Shards whose samples are counted where there is no inventory yet, and those whose sizes are asked for.
 COUNTED, SIZED = 8, 200
+
+#: Seconds that each kind of work is measured for, about.
+SECONDS = 2.0
+
+#: Seconds after which a wait for room in the cluster is told, and given up: an autoscaler starts machines in minutes.
+WAITS, WAITS_AT_MOST = 10.0, 900.0
 
 
 def plan(config: Config) -> tuple[list[StageCost], Rates, Volume]:
@@ -62,9 +74,13 @@ def _plan(job: Job) -> tuple[list[StageCost], Rates, Volume]:
     urls = expand(config.data.shards, "data.shards")
     known = _inventory(job, urls)
     with connect(config.engine):
+        if not plan_workers(config.engine, alive_nodes()).fitting:
+            _wait_for_room(plan_workers(config.engine, alive_nodes()).options())
         nodes = alive_nodes()
-        workers = plan_workers(config.engine, nodes)
-        workers = replace(workers, workers=min(workers.workers, len(urls)))
+        asked = plan_workers(config.engine, nodes)
+        there = min(max(asked.fitting, 1), asked.workers, len(urls))
+        # A cluster that was joined may grow to what is asked for; this machine alone does not.
+        workers = min(asked.workers, len(urls)) if cluster_address(config.engine) is not None else there
         checkpoints, runs = _checkpoints(config)
         seen = max(round(known[0] * config.proxy.subset), config.proxy.batch_size)
         volume = Volume(
@@ -73,17 +89,79 @@ def _plan(job: Job) -> tuple[list[StageCost], Rates, Volume]:
             exact=known[2],
             bytes=known[1],
             compressed=any(not url.endswith(".tar") for url in urls),
-            cpus=int(sum(node.get("CPU", 0) for node in nodes)),
-            gpus=int(sum(node.get("GPU", 0) for node in nodes)),
-            workers=workers.workers,
+            cpus=_grown(nodes, "CPU", workers * asked.cpus),
+            gpus=_grown(nodes, "GPU", workers * asked.gpus),
+            workers=workers,
             steps=TrainingSettings.of(config, seen).steps,
             checkpoints=checkpoints,
             runs=runs,
         )
-        kinds = f"measuring each kind of work with {plural(workers.workers, 'worker')}"
-        say("plan", f"{kinds}, which takes a minute or so")
-        rates = calibrate(config, urls, workers, checkpoints)
+        kinds = f"measuring each kind of work with {plural(there, 'worker')}"
+        more = f"; the plan is for the {workers} asked for" if workers > there else ""
+        say("plan", f"{kinds}, which takes a minute or so{more}")
+        rates = _calibrate(config, [urls[n] for n in range(there)], asked.options(), checkpoints)
     return costs(config, rates, volume), rates, volume
+
+
+def _grown(nodes: Sequence[dict[str, float]], kind: str, asked: float) -> int:
+    """What the machines have, or will have once they hold all workers."""
+    return max(int(sum(node.get(kind, 0) for node in nodes)), math.ceil(asked - 1e-6))
+
+
+def _calibrate(config: Config, urls: Sequence[str], options: dict[str, Any], checkpoints: int) -> Rates:
+    """Measure in one process for each of `urls` at once, its shard; means over them.
+
+    Raises `InputError` when no pair of these shards can be decoded, `StageError` when no machine has room.
+    """
+    # Proxy runs are fewer processes, which share the machine with less.
+    training = {"num_cpus": 1, "num_gpus": gpus_for_a_task(config.proxy.gpus_per_worker)}
+    _wait_for_room(options)
+    found: list[Rates] = _at_once(_measure, [(config, url, checkpoints, SECONDS, time.time()) for url in urls], options)
+    _wait_for_room(training)
+    runs = urls[: config.proxy.runs]
+    steps: list[float] = _at_once(_training_step, [(config, url, SECONDS) for url in runs], training)
+    times = ("start", "count", "decode", "checkpoint", "observe", "directions")
+    means: dict[str, Any] = {name: fmean(getattr(rates, name) for rates in found) for name in times}
+    return replace(found[0], **means, step=fmean(steps))
+
+
+def _at_once(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], options: dict[str, Any]) -> list[Any]:
+    """What the calls return, each in a task that asks for `options`."""
+    task = ray.remote(function).options(max_retries=0, **options)
+    try:
+        returned: list[Any] = ray.get([task.remote(*arguments) for arguments in calls])
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, InputError) else error from None
+    return returned
+
+
+def _wait_for_room(options: dict[str, Any]) -> None:
+    """Until a task that asks for `options` has run. Raises `StageError` after `WAITS_AT_MOST` seconds."""
+    probe = ray.remote(_nothing).options(max_retries=0, **options).remote()
+    if ray.wait([probe], timeout=WAITS)[0]:
+        return
+    asked = ", ".join(f"{key}={value:g}" for key, value in options.items() if value)
+    say("plan", f"no machine has room for a process with {asked}; the cluster is asked for it")
+    if not ray.wait([probe], timeout=WAITS_AT_MOST)[0]:
+        kill([probe])
+        raise StageError(f"plan: no machine had room for a process with {asked} within {duration(WAITS_AT_MOST)}")
+
+
+def _nothing() -> None:
+    """Runs where there is room."""
+
+
+def _measure(*arguments: Any) -> Rates:
+    from pipeline.stages.calibration import measure
+
+    return measure(*arguments)
+
+
+def _training_step(*arguments: Any) -> float:
+    from pipeline.stages.calibration import training_step
+
+    return training_step(*arguments)
 
 
 def _inventory(job: Job, urls: Sequence[str]) -> tuple[int, int, bool]:

@@ -19,6 +19,7 @@ from pipeline.models.clip import build_model, split_state
 from pipeline.models.manifest import Manifest, ManifestEntry
 from pipeline.prepared import save_batches, save_plan, score_basis, settings_of
 from pipeline.run import RunFolder
+from pipeline.stages import calibration
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.types import Checkpoint
@@ -26,7 +27,8 @@ from pipeline.types import Checkpoint
 
 def outside_ray(patch: pytest.MonkeyPatch) -> None:
     """Let what a task does be called in a process without Ray, as if it had one CPU and no GPU."""
-    patch.setattr(shard_scorer, "_cpus", lambda: 1.0)
+    for module in (shard_scorer, calibration):
+        patch.setattr(module, "reserved_here", lambda: ({"CPU": 1.0}, {"CPU": 1.0}))
     patch.setattr(ray, "get_gpu_ids", list)
 
 

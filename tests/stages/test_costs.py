@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, parse_config
-from pipeline.stages.calibration import Rates
-from pipeline.stages.costs import StageCost, Volume, costs
+from pipeline.stages.costs import Rates, StageCost, Volume, costs
 
 RATES = Rates(
     start=10.0, count=0.001, decode=0.002, checkpoint=0.1, observe=0.01, directions=40.0, step=0.5,

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.cli import invoke
 from pipeline.config import dump_config
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StageError
 from pipeline.stages import calibration, planning
+from tests.engine.prepared_run import outside_ray
 from tests.helpers import sample_members, write_shards, write_tar
 from tests.integration.runs import small_config
+from tests.stages.test_costs import RATES
 
 DEMO = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "demo.yaml"
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "SECONDS", 0.05)
+    monkeypatch.setattr(planning, "SECONDS", 0.05)
 
 
 @pytest.mark.ray
@@ -62,6 +68,37 @@ def test_a_plan_of_demo_data_needs_none_and_leaves_none(tmp_path: Path, capsys: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_plan_is_measured_in_what_fits_and_made_for_what_a_cluster_grows_to(
+    grows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[tuple[list[str], dict[str, Any]]] = []
+    monkeypatch.setattr(planning, "cluster_address", lambda engine: "head:6379" if grows else None)
+    monkeypatch.setattr(
+        planning, "_calibrate", lambda config, urls, options, _: measured.append((urls, options)) or RATES
+    )
+    shards = write_shards(tmp_path / "in", shards=5)
+    config = small_config(shards, tmp_path / "run", engine={"workers": 64, "cpus_per_worker": 1})
+    _, _, volume = planning.plan(config)
+    assert measured == [(shards[:2], {"num_cpus": 1, "num_gpus": 0})]
+    assert (volume.workers, volume.cpus) == ((5, 5) if grows else (2, 2))
+    assert ("the plan is for the 5 asked for" in capsys.readouterr().err) == grows
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_plan_waits_for_a_machine_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "WAITS", 0.1)
+    monkeypatch.setattr(planning, "WAITS_AT_MOST", 1.0)
+    with pytest.raises(StageError, match="plan: no machine had room for a process with num_cpus=64 within 1 s"):
+        planning._wait_for_room({"num_cpus": 64, "num_gpus": 0})
+    assert "no machine has room for a process with num_cpus=64; the cluster is asked" in capsys.readouterr().err
+
+
 def test_a_plan_of_demo_data_refuses_what_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["plan", str(DEMO), "--set=out=s3://bucket/run"]) == 2
     assert "out: expected a local folder" in capsys.readouterr().err
@@ -86,7 +123,37 @@ def test_a_plan_refuses_what_the_run_would_before_it_measures(
 @pytest.mark.usefixtures("quick")
 def test_what_cannot_be_calibrated_with_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = write_tar(tmp_path / "0.tar", [*sample_members("a", b"no image", "words")])
-    monkeypatch.setattr(calibration, "device_of_this_task", lambda: "cpu")
+    outside_ray(monkeypatch)
     config = small_config([url], tmp_path / "run")
     with pytest.raises(InputError, match=r"0\.tar: expected at least 8 readable pairs to calibrate with, found 0"):
-        calibration._measure(config, url, 1, 2, 0.01, 0.0)
+        calibration.measure(config, url, 2, 0.01, 0.0)
+
+
+def test_steps_are_taken_for_as_long_as_they_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model has been through all steps that there are before the time is over."""
+    taken: list[int] = []
+
+    class Trainer:
+        def __init__(self, model: object, pairs: object, order: Any, settings: Any, device: str) -> None:
+            self.order, self.settings, self.step = order, settings, 0
+
+        def advance(self) -> None:
+            taken.append(int(self.order[self.step, 0]))
+            self.step += 1
+
+    def seconds_of(step: Callable[[int], None], target: int, most: int, seconds: float) -> float:
+        for _ in range(10_000):
+            step(most)
+        return 1.0
+
+    outside_ray(monkeypatch)
+    monkeypatch.setattr(calibration, "Trainer", Trainer)
+    monkeypatch.setattr(calibration, "seconds_of", seconds_of)
+    shards = write_shards(tmp_path / "in", shards=1, samples=20)
+    assert calibration.training_step(small_config(shards, tmp_path / "run"), shards[0], 0.01) == 1.0
+    assert len(taken) == 10_000
+
+
+def test_a_plan_loads_nothing_that_computes() -> None:
+    code = "import sys, pipeline.stages.planning; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=240).strip() == "False"
