@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.errors import InputError
+from pipeline.influence.memory import lacks_memory
 from pipeline.types import Features, PairBatch, Tree, longest_caption
 
 #: A pass: state, one or several directions, images and tokens in; features and their derivatives out.
@@ -76,9 +77,9 @@ class Programs:
             # Kernels have their number of threads built in, and the cache on disk is other processes', too.
             options = {"cpp.threads": torch.get_num_threads()}
             compiled: Callable[..., list[Features]] = torch._inductor.compile(graph, inputs, options=options)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # tracing and compiling raise many types
+            if lacks_memory(error):
+                raise
             text = " ".join(str(error).split())[:300]
             raise InputError(f"the model's passes could not be compiled: {text}; use score.compile: false") from error
         return compiled

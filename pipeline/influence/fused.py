@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn import functional
 
 from pipeline.influence.dense import traced
+from pipeline.influence.memory import lacks_memory
 
 try:
     from pipeline.influence import kernels
@@ -189,19 +190,17 @@ _opaque_attention.register_fake(lambda q, *rest: (_empty(q), _empty(q)))
 def _works(function: Callable[..., Any], device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether a kernel can be built for this GPU and agrees with the formula in float64.
 
-    Raises `torch.OutOfMemoryError`, after which it is not known yet.
+    Where memory lacks it raises what says so, and it is not known yet.
     """
     with disable_proxy_modes_tracing():
         generator = torch.Generator().manual_seed(0)
         try:
             found, expected = _EXAMPLES[function](generator, device, dtype, width)
             found = [value.cpu().double() for value in found]
-        except torch.OutOfMemoryError:
-            raise
         except Exception as problem:  # a missing compiler, an unknown GPU
+            if lacks_memory(problem):
+                raise
             text = " ".join(str(problem).split())
-            if "out of memory" in text:
-                raise torch.OutOfMemoryError(text) from None
             return _refused(function, f"{type(problem).__name__}: {text[:200]}")
         both = zip(found, expected, strict=True)
         error = max(float((one - other).abs().max() / other.abs().max()) for one, other in both)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.influence.hashing import signed, uniform
 from pipeline.influence.losses import Neighbours, error_norms, pair_losses, similarities
+from pipeline.influence.memory import halving
 from pipeline.influence.passes import Jet, Passes, chunks, derivative, joined, joined_jets, pass_size
 from pipeline.influence.per_pair import self_values
 from pipeline.influence.plan import Point, Probe, ProbePlan
@@ -172,18 +173,16 @@ class Scorer:
 
     def in_parts(self, pairs: PairBatch, work: Callable[[PairBatch], Jet]) -> list[Jet]:
         """What `work` gives for consecutive parts; where a GPU's memory does not hold one, they are halved for good."""
-        while True:
-            try:
-                return [work(part) for part in chunks(pairs, self.batch_size)]
-            except torch.OutOfMemoryError:
-                tried = min(self.batch_size, len(pairs))
-                if tried == 1:
-                    raise
-            # Out of the handler, whose traceback held the tensors of the pass.
-            torch.cuda.empty_cache()
-            self.batch_size = (tried + 1) // 2
-            if self.passes.programs is not None:
-                self.passes.programs.size = self.batch_size
+        most = min(self.batch_size, len(pairs))
+
+        def run(size: int) -> list[Jet]:
+            if size < most:
+                self.batch_size = size
+                if self.passes.programs is not None:
+                    self.passes.programs.size = size
+            return [work(part) for part in chunks(pairs, size)]
+
+        return halving(run, most)
 
     def _compile(self) -> None:
         """Compile a first program, by passes over pairs of R: what cannot be compiled fails before any shard."""

@@ -58,10 +58,11 @@ def test_scores_do_not_depend_on_neighbours(estimator):
 class Cramped(nn.Module):
     """Towers whose device holds so many pairs at a time."""
 
-    def __init__(self, towers, room):
+    def __init__(self, towers, room, error=None):
         super().__init__()
         self.towers = towers
         self.room = room
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.tried = []
         self.lost = []
         self.still_held = 0
@@ -72,14 +73,23 @@ class Cramped(nn.Module):
         activations = torch.ones(len(images))
         if len(images) > self.room:
             self.lost.append(weakref.ref(activations))
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise type(self.error)(*self.error.args)  # a new one: a traceback keeps what frames hold
         return self.towers(images, tokens)
 
 
-def cramped(room, batch_size):
+#: How a lack of memory shows, beside torch's own error.
+LACKS = [
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+]
+
+
+def cramped(room, batch_size, error=None):
     settings = Settings(estimator="tracin")
     towers, checkpoints, batches, pairs = make_case(settings)
-    model = Cramped(towers, 100)
+    model = Cramped(towers, 100, error)
     of_towers = [
         replace(point, params={f"towers.{name}": value for name, value in point.params.items()}, adam=None)
         for point in checkpoints[:1]
@@ -114,6 +124,21 @@ def test_a_device_that_does_not_hold_one_pair_is_an_error():
     scorer_in, *_ = cramped(room=0, batch_size=4)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         scorer_in()
+
+
+@pytest.mark.parametrize("error", LACKS, ids=lambda error: str(error)[:40])
+def test_whatever_says_that_memory_lacks_halves_passes(error):
+    scorer_in, pairs, expected, _ = cramped(room=2, batch_size=5, error=error)
+    scorer = scorer_in()
+    assert_close(scorer.score(pairs).terms, expected.terms, 1e-12)
+    assert scorer.batch_size == 2
+
+
+def test_other_errors_halve_nothing():
+    scorer_in, *_, model = cramped(room=2, batch_size=5, error=RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        scorer_in()
+    assert model.tried[-1] == 5
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
