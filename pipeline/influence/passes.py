@@ -47,11 +47,14 @@ class Passes:
         model: `model(images, tokens)` gives `Features`.
         settings: `precision` decides the arithmetic.
         compiled: pairs of compiled passes, which those with derivatives then are; 0 compiles none.
+
+    `chunk` is how many pairs a loss of a whole batch is differentiated for at a time, fewer once memory lacked.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, compiled: int = 0) -> None:
         self.model = model
         self.settings = settings
+        self.chunk = settings.chunk
         self.programs = Programs(model, compiled) if compiled else None
 
     @contextmanager

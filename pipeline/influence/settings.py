@@ -66,8 +66,8 @@ class Settings:
         self_form: `exact` takes a gradient per pair (small models), `projected` random directions.
         replay: how `unrolled` goes back through the run.
         precision: arithmetic of the passes; features and losses are always float32 or wider.
-        chunk: pairs per pass while directions are computed (on a CPU at most 32 to 128); it bounds memory and changes
-            nothing else.
+        chunk: pairs per pass while directions are computed, at most (`gradients` takes 64 on a GPU and 32 to 128 on a
+            CPU); it bounds memory and changes nothing else.
         seed: decides random directions and the `random` estimator.
     """
 
