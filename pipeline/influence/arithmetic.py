@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.types import Features
 
@@ -43,3 +46,42 @@ def features_in(precision: str, device: torch.device, run: Callable[[], Features
     with arithmetic(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         found = run()
     return Features(*(value.float() if value.itemsize < 4 else value for value in found))
+
+
+def _product(start: Tensor | None, left: Tensor, right: Tensor, beta: float, alpha: float, precision: str) -> Tensor:
+    """`beta start + alpha left right` of matrices or batches of them; without `start` `left right`."""
+    with arithmetic(precision):
+        if start is None:
+            return left @ right
+        add = torch.addmm if left.dim() == 2 else torch.baddbmm
+        return add(start, left, right, beta=beta, alpha=alpha)
+
+
+_opaque_product = torch.library.custom_op("diffprune::product", _product, mutates_args=())
+_opaque_product.register_fake(lambda start, left, right, *rest: left.new_empty((*left.shape[:-1], right.shape[-1])))
+
+_PLAIN = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+_ADDED = (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default)
+_ADDED_IN_PLACE = (torch.ops.aten.addmm_.default, torch.ops.aten.baddbmm_.default)
+
+
+class PrecisionRecorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within this context products in another precision than where it begins are recorded with theirs.
+
+    What is traced holds no settings of torch: a program runs all its products by those that it is called with, but for
+    products that carry their own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._around = torch.backends.cuda.matmul.allow_tf32
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        here = torch.backends.cuda.matmul.allow_tf32
+        if here == self._around or func not in (*_PLAIN, *_ADDED, *_ADDED_IN_PLACE):
+            return func(*args, **kwargs)
+        start, left, right = (None, *args) if func in _PLAIN else args
+        beta, alpha = (float(kwargs.get(name, 1)) for name in ("beta", "alpha"))
+        found: Tensor = _opaque_product(start, left, right, beta, alpha, "tf32" if here else "fp32")
+        return start.copy_(found) if func in _ADDED_IN_PLACE else found

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pipeline.errors import InputError
+from pipeline.influence.arithmetic import PrecisionRecorded
 from pipeline.influence.memory import lacks_memory
 from pipeline.types import Features, PairBatch, Tree, longest_caption
 
@@ -69,9 +70,13 @@ class Programs:
     def _compile(self, work: Pass, inputs: list[Any]) -> Callable[..., list[Features]]:
         import torch._inductor  # takes a second
 
+        def recorded(*given: Any) -> list[Features]:
+            with PrecisionRecorded():
+                return work(*given)
+
         try:
             with _captions_as_given(self.model):
-                graph = make_fx(lambda *given: work(*given))(*inputs)  # no bound method
+                graph = make_fx(recorded)(*inputs)
             graph.graph.eliminate_dead_code()
             graph.recompile()
             # Kernels have their number of threads built in, and the cache on disk is other processes', too.

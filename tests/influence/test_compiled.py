@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 import torch._inductor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.errors import InputError
-from pipeline.influence import Batches, Scorer, Settings, prepare, prepare_run
+from pipeline.influence import Batches, Scorer, Settings, dense, prepare, prepare_run
+from pipeline.influence import arithmetic as arithmetics
+from pipeline.influence.arithmetic import _product, arithmetic
+from pipeline.influence.compiled import Programs
 from pipeline.influence.plan import Probe, ProbePlan
-from pipeline.types import Checkpoint, Features
+from pipeline.types import Checkpoint, Features, PairBatch
+from tests.benchmarks.precision import FACTORS
 from tests.influence.test_diff_in import N, assert_close, make_case
 from tests.influence.test_models import FAMILIES, make_model, pairs_of
 from tests.influence.test_twice import ScaledStdConv2d, Standardised
 from tests.influence.towers import SmallTowers, make_pairs, state_of, trained
+
+SELF = Settings(estimator="diff-in-self", projections=2, eigenpairs=1)
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling on a CPU needs g++")
 
@@ -97,11 +106,16 @@ def test_a_program_serves_all_captions_of_up_to_its_tokens(traced):
     assert sorted(traced) == [(4, 8), (4, 16)]
 
 
-def test_captions_of_full_length_are_not_cut(traced):
-    model, checkpoint = make_model("tiny-vit", torch.float32)
-    pairs = pairs_of(model, 4, 0)
+def of_full_length(pairs):
+    """The pairs, one of them with as many tokens as there may be."""
     pairs.tokens[1, :-1] = 300
     pairs.tokens[1, -1] = 49407
+    return pairs
+
+
+def test_captions_of_full_length_are_not_cut(traced):
+    model, checkpoint = make_model("tiny-vit", torch.float32)
+    pairs = of_full_length(pairs_of(model, 4, 0))
     plain, programs = both(model, checkpoint, pairs, Settings(estimator="tracin"), batch_size=4)
     assert_same_scores(plain, programs, pairs, 1e-4)
     assert traced == [(4, model.context_length)]
@@ -137,6 +151,65 @@ def test_pairs_that_do_not_fit_into_memory_are_compiled_in_halves(traced, monkey
     assert_same_scores(plain, programs, make_pairs(9, seed=9, first_id=700), 1e-5)
     assert ready.size == programs.batch_size == 4
     assert traced[-1] == (4, 4)
+
+
+class Precisions(TorchDispatchMode):
+    """Products of matrices by shape and dtype, and whether these may be in tf32."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.diffprune.product.default:
+            with self:  # what is computed within
+                return _product(*args, **(kwargs or {}))
+        factors = FACTORS | {"aten.matmul.default": (0, 1)}
+        if str(func) in factors:
+            left = args[factors[str(func)][0]]
+            self.seen.add((tuple(left.shape), left.dtype, torch.backends.cuda.matmul.allow_tf32))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [Settings(method="exact"), SELF], ids=lambda settings: settings.estimator)
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_products_of_a_program_are_in_the_precision_of_plain_passes(precision, settings, traced, monkeypatch):
+    """In tf32 those of one row per pair are float32; in bfloat16 attention's first one is tf32."""
+    monkeypatch.setattr(dense, "_by_onednn", lambda *_: False)  # as on a GPU
+    model, checkpoint = make_model("tiny-vit", torch.float32)
+    settings = replace(settings, precision=precision)
+    reference, pairs = (of_full_length(pairs_of(model, 4, first)) for first in (0, 100))
+    found = []
+    for scorer in both(model, checkpoint, reference, settings, batch_size=4):
+        with Precisions() as products:
+            scorer.score(pairs)
+        found.append(products.seen)
+    assert traced
+    assert found[1] == found[0]
+    assert {tf32 for shape, _, tf32 in found[1] if shape == (4, model.visual.proj.shape[0])} == {False}
+    assert {tf32 for *_, tf32 in found[1]} == {False, True}
+
+
+@needs_a_compiler
+def test_compiled_products_carry_their_precision():
+    """Also where they add to a tensor in place."""
+
+    def work(state, along, images, tokens):
+        with arithmetic("fp32"):
+            total = images @ state["w"]
+            total.addmm_(images, state["v"], alpha=2)
+            batches = torch.baddbmm(total[None], images[None], state["w"][None], beta=0.5)[0]
+        return [Features(total, batches, tokens.sum(), tokens.sum())]
+
+    images, tokens = torch.randn(4, 5), torch.arange(8).view(4, 2)
+    state = {name: torch.randn(5, 5) for name in ("w", "v")}
+    pairs = PairBatch(images, tokens, torch.arange(4), torch.arange(4))
+    with arithmetic("tf32"), mock.patch.object(arithmetics, "arithmetic", wraps=arithmetic) as asked:
+        found = Programs(SmallTowers(), 4).run(work, state, {}, pairs)[0]
+    assert [call.args for call in asked.call_args_list[-3:]] == [("fp32",)] * 3
+    (expected,) = work(state, {}, images, tokens)
+    torch.testing.assert_close(found.image, expected.image)
+    torch.testing.assert_close(found.text, expected.text)
 
 
 class Looking(SmallTowers):
