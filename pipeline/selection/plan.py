@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.config import Band, SelectConfig, Threshold
-from pipeline.errors import StageError
+from pipeline.errors import ConfigError
 from pipeline.run import RunFolder
 from pipeline.selection import grouping, prepare, structure
 from pipeline.selection.boundaries import Boundaries, Int64
@@ -72,8 +72,8 @@ def plan_selection(
 
     Rows `left_out`, by the number of their shard, count as not scored.
     Passes that later ones need per row go to files under `scratch`, which the caller removes.
-    Raises `ConfigError` for a config that does not fit the scores (before any pass) or that rules out every pair,
-    `StageError` without scores or when a count cannot be met, `InputError` for joined runs over other pairs.
+    Raises `ConfigError` for a config that does not fit the scores (before any pass), rules out every pair or asks for
+    more than there are, `StageError` without scores, `InputError` for joined runs over other pairs.
     """
     tell = progress or (lambda _: None)
     shards, own = committed_shards(run)
@@ -97,7 +97,11 @@ def plan_selection(
         end = find_boundaries(recipe, shards, census, skipped + taken, map_tasks)
         if skipped.any():
             skip = find_boundaries(recipe, shards, census, skipped, map_tasks)
-    return _plan(recipe, shards, fingerprint, census, (skip, end), taken, shortfall)
+    plan = _plan(recipe, shards, fingerprint, census, (skip, end), taken, shortfall)
+    if isinstance(config.keep, Threshold) and plan.scored and not plan.kept:
+        expected = "expected a threshold that some pair reaches"
+        raise ConfigError(expected, key="select.keep.threshold", found=config.keep.threshold)
+    return plan
 
 
 def _ranks(
@@ -122,7 +126,8 @@ def _ranks(
     else:
         total = keep
         if total > available:
-            raise StageError(f"select.keep: {total} pairs were asked for, but only {available} can be kept")
+            expected = f"expected at most the {available:,} pairs that can be kept"
+            raise ConfigError(expected, key="select.keep", found=total)
     weights = group_sizes.astype(np.float64)
     if config.balance.quota == "equal":
         weights = np.ones(len(group_sizes))

@@ -14,6 +14,7 @@ from pipeline.store import storage
 
 def check_given(config: Config) -> None:
     """That what it names is there, and fits together. Raises `ConfigError`."""
+    _check_out(config.out)
     given = {"data.shards": config.data.shards, "target.shards": config.target.shards}
     if config.evaluate is not None:
         given["evaluate.shards"] = config.evaluate.shards
@@ -25,6 +26,16 @@ def check_given(config: Config) -> None:
         raise ConfigError("expected a CSV file", key="evaluate.truth", found=truth)
     check_checkpoints(config)
     check_held_out(config)
+
+
+def _check_out(out: str) -> None:
+    """That there is such a storage, and a name in it. Raises `ConfigError`."""
+    try:
+        _, path = storage.filesystem(out)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"expected a path or URL that can be used here: {error}", key="out", found=out) from None
+    if not out or (not storage.is_local(out) and not path.strip("/")):
+        raise ConfigError("expected a folder, of a bucket for one", key="out", found=out)
 
 
 def check_ahead(config: Config) -> None:

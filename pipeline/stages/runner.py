@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pipeline.config import Config
 from pipeline.emit.emit import emit
 from pipeline.engine.connect import connect
+from pipeline.engine.failures import check_writable
 from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task
 from pipeline.errors import ConfigError, FingerprintError, NoWorkerError
@@ -194,11 +195,13 @@ _STAGES: dict[str, Callable[[Job], None]] = {
 
 
 def _prepare(config: Config, *, proxy: bool) -> None:
-    """What needs a process of its own to be found wrong, before any work is done. Raises `ConfigError`."""
-    if uses_demo(config):
-        run_task(_make_demo, config, stage="demo", config=config.engine)
+    """What is found wrong by trying, before any work is done. Raises `ConfigError`, and `StageError` where the run's
+    folder cannot be written to."""
     if proxy and (note := run_task(_check_proxy, config, stage="check", config=config.engine)):
         say("check", note)
+    check_writable(config.out)
+    if uses_demo(config):
+        run_task(_make_demo, config, stage="demo", config=config.engine)
 
 
 def _make_demo(config: Config) -> None:

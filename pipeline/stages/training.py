@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from pipeline.data.cache import PairCache
     from pipeline.models.clip import PairModel
 
+#: What to do where a run's folder holds results of other shards.
+_WAYS_OUT = "use another run folder, or engine.stale=redo to replace what was made of them"
+
 #: Of what a run's record holds.
 _VERSION = 2
 
@@ -90,22 +93,39 @@ def _warn_of_equal_names(urls: list[str]) -> None:
 def _known_shards(job: Job, urls: list[str]) -> dict[int, ShardInfo]:
     """Shards of the inventory that need not be counted again: those of the same list that are as they were.
 
-    Raises `FingerprintError` where one has changed, with `engine.stale: refuse`.
+    Raises `FingerprintError` where one has changed, or where checkpoints or scores were made of another list, with
+    `engine.stale: refuse`.
     """
     if not storage.exists(job.folder.inventory):
         return {}
+    refuse = job.config.engine.stale == "refuse"
     known = read_inventory(job.folder.inventory)
-    if [info.url for info in known] != urls:
+    before = [info.url for info in known]
+    if before != urls:
+        if refuse and _is_used(job):
+            raise FingerprintError(
+                f"{job.folder.inventory} lists other shards than the config ({_difference(before, urls)}), and "
+                f"checkpoints or scores were made of them: {_WAYS_OUT}"
+            )
         return {}
     changed = changed_since(known, "inventory", job.config.engine)
-    if changed and job.config.engine.stale == "refuse":
+    if changed and refuse:
         others = f", and so for {plural(len(changed) - 1, 'other shard')}" if len(changed) > 1 else ""
-        raise FingerprintError(
-            f"{changed[0][1]}{others}: put them back, use another run folder, or engine.stale=redo to replace what was "
-            "made of them"
-        )
+        raise FingerprintError(f"{changed[0][1]}{others}: put them back, or {_WAYS_OUT}")
     numbers = {info.index for info, _ in changed}
     return {info.index: info for info in known if info.index not in numbers}
+
+
+def _is_used(job: Job) -> bool:
+    """Whether something was made of the shards of the inventory."""
+    return storage.exists(job.folder.checkpoint_manifest) or bool(storage.list_files(job.folder.scores, ".json"))
+
+
+def _difference(before: list[str], now: list[str]) -> str:
+    """How two lists of shards differ, with an example."""
+    lost, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    found = [f"{len(urls):,} {verb}, {urls[0]} for one" for urls, verb in ((lost, "left out"), (new, "added")) if urls]
+    return "; ".join(found) or "the same ones in another order"
 
 
 def _inspect(item: tuple[int, str, str]) -> list[Any]:

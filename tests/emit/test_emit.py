@@ -146,7 +146,7 @@ def test_an_unfinished_or_empty_selection_is_refused_in_one_line(tmp_path: Path)
     (Path(made.folder.root) / "selection.json").rename(tmp_path / "selection.json")
     with pytest.raises(StageError, match="diffprune select"):
         emit(made.run, made.config, made.inventory)
-    nothing = make_run(tmp_path / "none", [info.url for info in made.inventory], select={"keep": {"threshold": 1e9}})
+    nothing = make_run(tmp_path / "none", [info.url for info in made.inventory], select={"keep": 0.001})
     with pytest.raises(StageError, match="keeps no pair"):
         emit(nothing.run, nothing.config, nothing.inventory)
 

@@ -121,6 +121,21 @@ def test_a_bad_config_is_one_line_and_status_2(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "line"),
+    [
+        ("nosuch://x/y", "expected a path or URL that can be used here: Protocol not known: nosuch, found"),
+        ("s3://", "expected a folder, of a bucket for one, found 's3://'"),
+    ],
+)
+def test_a_folder_that_no_storage_has_is_status_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_shards: list[str], out: str, line: str
+) -> None:
+    path = write(tmp_path, f"data: {{shards: {tiny_shards}}}\n")
+    assert invoke(["run", path, "--out", out]) == 2
+    assert f"error: {path}: out: {line}" in capfd.readouterr().err
+
+
 def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, "data: {shards: a.tar}\nselect: {keep: 5e-1}\nproxy: {lr: 1E-3}\n"), ["proxy.steps=1e3"]

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import BalanceConfig, Band, DedupConfig, SelectConfig, Threshold
-from pipeline.errors import InputError, StageError
+from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.run import RunFolder
 from pipeline.selection import bracket, cuts, plan, prepare, write
 from pipeline.selection.bracket import Bracket, Caught, guess
 from pipeline.selection.keys import order_keys
 from pipeline.selection.scan import SPAN_ROWS, ScoreFile, committed_shards
-from pipeline.selection.summary import read_summary
+from pipeline.selection.summary import read_summary, summary_file
 from pipeline.selection.tasks import thread_map
 from pipeline.store import storage
 from tests.selection.scores import kept, pickling_map, ranking, row, select, uid, write_run
@@ -90,10 +90,12 @@ def test_band_drops_both_ends(drawn, low, high):
 @given(drawn=SHARDS, threshold=st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_threshold_keeps_what_is_at_or_above_it(drawn, threshold):
     shards = build(drawn)
+    above = [place for place in ranking(shards) if shards[place[0]][place[1]]["utility"] >= threshold]
+    if ranking(shards) and not above:
+        return  # refused, see below
     with tempfile.TemporaryDirectory() as folder:
         run = write_run(Path(folder), shards)
         summary = select(run, SelectConfig(keep=Threshold(threshold=threshold)), seed=0)
-        above = [place for place in ranking(shards) if shards[place[0]][place[1]]["utility"] >= threshold]
         assert sorted(above) == kept(run)
         assert summary.kept == len(above)
         assert summary.pruned.get("quota", 0) == len(ranking(shards)) - len(above)
@@ -189,8 +191,15 @@ def test_one_pair_is_kept(tmp_path, keep):
 
 def test_a_count_that_cannot_be_met_is_refused(tmp_path):
     run = write_run(tmp_path, [[row(1, 0.5), row(2, math.nan)]])
-    with pytest.raises(StageError, match="2 pairs were asked for, but only 1"):
+    with pytest.raises(ConfigError, match=r"select\.keep: expected at most the 1 pairs that can be kept, found 2"):
         select(run, SelectConfig(keep=2), seed=0)
+
+
+def test_a_threshold_that_no_pair_reaches_is_refused(tmp_path):
+    run = write_run(tmp_path, [[row(1, 0.5), row(2, 1.5)]])
+    with pytest.raises(ConfigError, match=r"select\.keep\.threshold: expected a threshold that some pair reaches"):
+        select(run, SelectConfig(keep=Threshold(threshold=9)), seed=0)
+    assert not storage.exists(summary_file(run, "default"))
 
 
 def test_no_scores_is_one_line(tmp_path):
