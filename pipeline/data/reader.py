@@ -1,6 +1,6 @@
 """A shard as a sequence of samples: every one of them in order, good or bad, whatever state the tar is in.
 
-A sample is the consecutive members that share the name up to the first dot, folder included, as in webdataset.
+A sample is the consecutive members that share the name up to the first dot (`pipeline.data.naming`).
 Members are read into memory one sample at a time and never written anywhere, so their names cannot do harm.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.layout import Headers, Layout
+from pipeline.data.naming import group, split_name
 from pipeline.data.reasons import Reason
 from pipeline.data.stream import ShardStream
 from pipeline.store import storage
@@ -26,8 +27,6 @@ MAX_MEMBER_BYTES = 512 << 20
 
 #: Members that are read, by their ending.
 READ_TYPES = (*IMAGE_TYPES, "txt", "json")
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-_HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
 _UID = re.compile(r"[0-9a-fA-F]{32}")
 #: The usual cause is `tar cf shard.tar *.jpg *.txt`: the files of a sample must be neighbours in a tar, and what is
 #: named on its command line stays in that order, even with `--sort=name`.
@@ -68,12 +67,11 @@ class Sample:
 
 @dataclass(slots=True)
 class Group:
-    """The members of a sample: contents of the types that are read (None: too large), and all endings seen."""
+    """The members of a sample: contents of the types that are read (None: too large)."""
 
     key: str
     repeated: bool
     contents: dict[str, bytes | None] = field(default_factory=dict)
-    endings: set[str] = field(default_factory=set)
     broken: str = ""
 
 
@@ -97,8 +95,8 @@ class ShardReader:
         self._stream.close()
 
     def __iter__(self) -> Iterator[Sample]:
-        for index, group in enumerate(self._groups(read=True)):
-            yield self._parser.parse(index, group)
+        for index, found in enumerate(self._groups(read=True)):
+            yield self._parser.parse(index, found)
 
     def locate(self) -> tuple[int, Layout | None]:
         """The number of samples that iterating would give, without decoding any (instead of iterating), and where
@@ -110,32 +108,30 @@ class ShardReader:
 
     def _groups(self, read: bool, headers: Headers | None = None) -> Iterator[Group]:
         members = _Members(self._stream)
-        group: Group | None = None
         seen: set[bytes] = set()
         try:
-            for header in members:
-                if headers is not None:
-                    headers.add(header)
-                match = _NAME.fullmatch(header.name)
-                if not header.isreg() or match is None or _HIDDEN.match(header.name):
-                    continue
-                key, ending = match.group(1), match.group(2).lower()
-                if group is None or group.key != key or ending in group.endings:
-                    if group is not None:
-                        yield group
-                    digest = hashlib.blake2b(_encode(key), digest_size=8).digest()
-                    group = Group(key, digest in seen)
-                    seen.add(digest)
-                group.endings.add(ending)
-                if read and ending in READ_TYPES:
-                    group.contents[ending] = members.content(header)
-            self.end_error = members.end_error
-            if group is not None:
+            for key, mine in group(_files(members, read, headers)):
+                endings = ((name[1:].lower(), content) for name, content in mine)
+                contents = {ending: content for ending, content in endings if read and ending in READ_TYPES}
+                digest = hashlib.blake2b(_encode(key), digest_size=8).digest()
+                self.end_error = members.end_error  # known once there is no member after this sample
                 # What would have followed in a tar that breaks off is unknown: the last sample may be incomplete.
-                group.broken = self.end_error if members.broken else ""
-                yield group
+                yield Group(key, digest in seen, contents, members.end_error if members.broken else "")
+                seen.add(digest)
+            self.end_error = members.end_error
         finally:
             self._stream.close()
+
+
+def _files(members: _Members, read: bool, headers: Headers | None) -> Iterator[tuple[str, bytes | None]]:
+    """The regular files among members, with the content of those that are read (None: too large); headers are noted."""
+    for header in members:
+        if headers is not None:
+            headers.add(header)
+        if header.isreg():
+            parts = split_name(header.name) if read else None
+            wanted = parts is not None and parts[1].lower() in READ_TYPES
+            yield header.name, members.content(header) if wanted else None
 
 
 class SampleParser:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TypeVar, cast
 
 from pipeline.data.layout import BLOCK, padded
+from pipeline.data.naming import group
 from pipeline.data.places import is_mappable, map_file
 from pipeline.data.stream import ShardStream
 from pipeline.emit.tar import Buffer
@@ -16,8 +16,6 @@ from pipeline.errors import InputError
 
 T = TypeVar("T")
 
-_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-_HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
 _REGULAR, _OLD_REGULAR, _FOLDER, _LONG_NAME, _PAX = b"0\x005Lx"
 
 
@@ -86,32 +84,6 @@ def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
             raise UnusualTarError
         if kind != _LONG_NAME and kind != _PAX:
             first, name, long_size = offset, "", -1
-
-
-def group(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[tuple[str, T]]]]:
-    """Samples in order: a key and the members that follow each other with it, none of whose endings repeats.
-
-    The rule is the reader's (and webdataset's); members without a key, or with a hidden name, belong to no sample.
-    """
-    key = ""
-    mine: list[tuple[str, T]] = []
-    endings: set[str] = set()
-    for name, value in members:
-        new_key, dot, ending = name.partition(".")
-        if "/" in name or not (new_key and dot) or name[:2] == "__":
-            match = _NAME.fullmatch(name)
-            if match is None or _HIDDEN.match(name):
-                continue
-            new_key, ending = match.groups()
-        ending = ending.lower()
-        if new_key != key or ending in endings:
-            if mine:
-                yield key, mine
-            key, mine, endings = new_key, [], set()
-        endings.add(ending)
-        mine.append((name[len(new_key) :], value))
-    if mine:
-        yield key, mine
 
 
 def read_samples(url: str, indices: Sequence[int]) -> Iterator[Sample]:

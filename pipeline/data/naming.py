@@ -1,0 +1,46 @@
+"""Which members of a tar form a sample: webdataset's rule, for all that reads shards or writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's key (up to the first dot, folder included) and the rest after that dot.
+
+    None for members that belong to no sample: those without a key, or with a hidden name.
+    """
+    key, dot, ending = name.partition(".")
+    if "/" in name or not (key and dot) or name[:2] == "__":
+        match = _NAME.fullmatch(name)
+        return None if match is None or _HIDDEN.match(name) else (match[1], match[2])
+    return key, ending
+
+
+def group(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[tuple[str, T]]]]:
+    """Samples in order: a key and the members (what follows it in their names, dot and all) that follow each other
+    with it, none of whose endings repeats.
+    """
+    key = ""
+    mine: list[tuple[str, T]] = []
+    endings: set[str] = set()
+    for name, value in members:
+        parts = split_name(name)
+        if parts is None:
+            continue
+        new_key, ending = parts[0], parts[1].lower()
+        if new_key != key or ending in endings:
+            if mine:
+                yield key, mine
+            key, mine, endings = new_key, [], set()
+        endings.add(ending)
+        mine.append((name[len(new_key) :], value))
+    if mine:
+        yield key, mine
