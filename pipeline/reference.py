@@ -309,7 +309,7 @@ def _files(
             continue
         if isinstance(member, property):
             path = str(getattr(example, name))
-        elif isinstance(member, types.FunctionType) and name != "keep_name":
+        elif isinstance(member, types.FunctionType):
             path = str(member(example, "NAME" if name == "selection" else 0))
         else:
             continue

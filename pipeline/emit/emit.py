@@ -15,7 +15,7 @@ from pipeline.emit.card import render_card
 from pipeline.emit.keys import keys_repeat
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, build_manifest, write_manifest
 from pipeline.emit.plan import Input, Plan
-from pipeline.emit.reshard import FORMAT, MapTasks, reshard
+from pipeline.emit.reshard import FORMAT, reshard
 from pipeline.emit.summary import account
 from pipeline.emit.train_script import (
     TrainCommand,
@@ -30,6 +30,7 @@ from pipeline.emit.uids import read_uids, write_uids
 from pipeline.errors import InputError, StageError
 from pipeline.run import RunFolder
 from pipeline.selection.summary import SelectionSummary, read_summary
+from pipeline.selection.tasks import MapTasks
 from pipeline.store import marks, storage
 from pipeline.store.commits import read_marks
 from pipeline.store.fingerprint import Fingerprint

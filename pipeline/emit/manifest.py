@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.data.inventory import ShardInfo
 from pipeline.selection.summary import SelectionSummary
+from pipeline.selection.write import keep_file, keep_name
 from pipeline.store import storage
 
 
@@ -17,13 +18,9 @@ class SelectionFolder:
 
     root: str
 
-    def keep_name(self, shard: int) -> str:
-        """The keep list of input shard number `shard`, relative to the folder."""
-        return f"keep/{shard:05d}.parquet"
-
     def keep(self, shard: int) -> str:
         """The keep list of input shard number `shard` (Parquet: uid, key, index, utility)."""
-        return storage.join(self.root, self.keep_name(shard))
+        return keep_file(self.root, shard)
 
     @property
     def manifest(self) -> str:
@@ -86,7 +83,7 @@ def build_manifest(
             url=info.url,
             num_samples=info.samples,
             num_kept=kept.get(info.index, 0),
-            keep=folder.keep_name(info.index) if info.index in kept else None,
+            keep=keep_name(info.index) if info.index in kept else None,
         )
         for info in inventory
     ]

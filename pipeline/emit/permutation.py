@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.selection.keys import finalised
+
 Words = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 
@@ -52,9 +54,6 @@ class Permutation:
         return (left << half) | right
 
     def _mix(self, values: Words, number: int) -> Words:
-        """splitmix64's finaliser of a value, keyed by seed and round."""
+        """A hash of a value, keyed by seed and round."""
         key: np.uint64 = np.random.SeedSequence([self.seed % 2**64, number]).generate_state(1, np.uint64)[0]
-        mixed = values ^ key
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+        return finalised(values ^ key)

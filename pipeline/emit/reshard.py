@@ -6,7 +6,7 @@ What a tar contains depends on the inputs, the keep lists and the settings alone
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,13 +22,13 @@ from pipeline.emit.files import OpenFiles, large_file
 from pipeline.emit.members import Sample
 from pipeline.emit.plan import Input, KeptRow, Plan, kept_samples, printable, read_keep
 from pipeline.emit.tar import TarWriter, json_of
+from pipeline.selection.tasks import MapTasks
 from pipeline.store import ahead, storage
 
 #: Raised whenever the same inputs would give other bytes.
 FORMAT = 1
 
 #: Anything like `map`: applies a picklable function to items and gives the results in order.
-MapTasks = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 #: Columns of `NNNNN.parquet`: one row per pair of the tar beside it, in its order.
 SOURCE_SCHEMA = pa.schema(

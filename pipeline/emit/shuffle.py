@@ -118,9 +118,7 @@ def _block(plan: Plan, inputs: list[int], tables: list[pa.Table]) -> Block:
 
 def clean_up(plan: Plan) -> None:
     """Remove lists and parts."""
-    fs, path = storage.filesystem(plan.parts)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    storage.remove_folder(plan.parts)
 
 
 def _fetch(plan: Plan, number: int, table: pa.Table) -> Iterator[tuple[int, _Fetched]]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.emit.files import large_file, scratch_folder
 from pipeline.errors import InputError
+from pipeline.selection.keys import parse_uids
 from pipeline.store import storage
 
 #: High and low 64 bits of a uid, as DataComp's resharder asserts it.
@@ -24,28 +25,19 @@ CHUNK = 4_000_000
 
 Uids = npt.NDArray[np.void]
 
-_NIBBLE = np.full(256, 255, np.uint8)
-for _character in b"0123456789abcdefABCDEF":
-    _NIBBLE[_character] = int(chr(_character), 16)
-
 
 def pack_uids(uids: pa.Array) -> Uids:
     """Turn an Arrow string array of 32 hex digits each into `UID_DTYPE` `[n]`, in the same order.
 
     Raises `InputError` that quotes the first value that is not a uid.
     """
-    uids = uids.cast(pa.large_string())
-    ends = np.frombuffer(uids.buffers()[1], np.int64)[uids.offset : uids.offset + len(uids) + 1] if len(uids) else None
-    if ends is None:
-        return np.empty(0, UID_DTYPE)
-    if uids.null_count or (np.diff(ends) != 32).any():
-        raise _not_a_uid(uids)
-    text = np.frombuffer(uids.buffers()[2], np.uint8)[ends[0] : ends[-1]]
-    nibbles = _NIBBLE[text]
-    if nibbles.max() > 15:
-        raise _not_a_uid(uids)
-    packed = (nibbles[0::2] << 4) | nibbles[1::2]
-    return packed.view(">u8").astype(np.uint64).view(UID_DTYPE)
+    packed = np.empty(len(uids), UID_DTYPE)
+    try:
+        packed["f0"], packed["f1"] = parse_uids(uids)
+    except InputError:
+        wrong = next(uid for uid in uids.to_pylist() if uid is None or not re.fullmatch("[0-9a-fA-F]{32}", uid))
+        raise InputError(f"expected uids of 32 hex digits, found {wrong!r}") from None
+    return packed
 
 
 def sort_unique(uids: Uids) -> Uids:
@@ -155,8 +147,3 @@ def _write_header(handle: IO[bytes], count: int) -> int:
     header = {"descr": np.lib.format.dtype_to_descr(UID_DTYPE), "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(handle, header)
     return handle.tell()
-
-
-def _not_a_uid(uids: pa.Array) -> InputError:
-    wrong = next(uid for uid in uids.to_pylist() if uid is None or not re.fullmatch("[0-9a-fA-F]{32}", uid))
-    return InputError(f"expected uids of 32 hex digits, found {wrong!r}")

@@ -16,14 +16,13 @@ from pipeline.report.contents import Place
 from pipeline.report.groups import Group
 from pipeline.report.rows import Bools, read_shard_rows
 from pipeline.run import RunFolder
-from pipeline.selection.clusters import Float32, image_half, unit
+from pipeline.selection.clusters import Float32, assign, image_half, kmeans, unit
 from pipeline.store import storage
 
 #: Scored pairs that are clustered, from as few shards as hold them.
 SAMPLE = 20_000
 #: Clusters at most, and pairs that each should have on average.
 MOST, PAIRS_EACH = 20, 40
-ITERATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,12 @@ def find_clusters(
 
     None where the score files hold no embeddings, or too few pairs for two clusters.
     """
-    import faiss
-
     vectors, kept, sampled = _sample(run, shards, selection, seed)
     count = min(MOST, len(vectors) // PAIRS_EACH)
     if count < 2:
         return None
-    kmeans = faiss.Kmeans(vectors.shape[1], count, niter=ITERATIONS, seed=seed & 0x7FFFFFFF, spherical=True)
-    kmeans.train(vectors)
-    centroids = np.asarray(kmeans.centroids)
-    found, similarity = _nearest(centroids, vectors)
+    centroids = kmeans(vectors, count, seed)
+    found, similarity = (column[:, 0] for column in assign(vectors, centroids, 1))
     by_size = np.argsort(-np.bincount(found, minlength=count), kind="stable")
     numbers = np.empty(count, dtype=np.int64)
     numbers[by_size] = np.arange(1, count + 1)
@@ -72,7 +67,7 @@ def find_clusters(
             groups.append(Group(int(numbers[cluster]), len(mine), int(kept[mine].sum()), example))
     of_pair = {}
     for place, vector in _embeddings_at(run, places).items():
-        of_pair[place] = int(numbers[_nearest(centroids, vector[None])[0][0]])
+        of_pair[place] = int(numbers[assign(vector[None], centroids, 1)[0].item()])
     return Clusters(groups, of_pair)
 
 
@@ -133,10 +128,3 @@ def _images(column: pa.FixedSizeListArray) -> tuple[Float32, Bools]:
     known &= np.isfinite(images).all(axis=1)
     images[~known] = 0
     return unit(images), known
-
-
-def _nearest(centroids: Float32, vectors: Float32) -> tuple[NDArray[np.int64], Float32]:
-    """The centroid that is most similar to each vector `[n]`, and how similar it is."""
-    similarity = vectors @ centroids.T
-    nearest = similarity.argmax(axis=1)
-    return nearest, similarity[np.arange(len(vectors)), nearest]

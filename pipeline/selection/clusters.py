@@ -93,7 +93,7 @@ def find_clusters(
     sample = np.concatenate(found) if found else np.empty((0, 1), np.float32)
     if len(sample) == 0:
         raise StageError("select: no pair that can be kept has an embedding to cluster by")
-    centroids = _kmeans(sample, count, recipe.seed)
+    centroids = kmeans(sample, count, recipe.seed)
     nearest, similarity = assign(sample, centroids, 1)
     complexity = _complexity(centroids, nearest[:, 0], similarity[:, 0])
     parts_of, cluster_of = [], []
@@ -101,7 +101,7 @@ def find_clusters(
         members = sample[nearest[:, 0] == cluster]
         size = len(members) / len(sample) * pairs
         wanted = min(int(np.ceil(size / part_pairs)), len(members)) if size > 1.5 * part_pairs else 1
-        split = _kmeans(members, wanted, recipe.seed) if wanted > 1 else centroids[cluster : cluster + 1]
+        split = kmeans(members, wanted, recipe.seed) if wanted > 1 else centroids[cluster : cluster + 1]
         parts_of.append(split)
         cluster_of += [cluster] * len(split)
     return Clusters(np.concatenate(parts_of), np.array(cluster_of, dtype=np.int32), complexity)
@@ -165,7 +165,8 @@ def _write_parts(
     return sizes
 
 
-def _kmeans(vectors: Float32, count: int, seed: int) -> Float32:
+def kmeans(vectors: Float32, count: int, seed: int) -> Float32:
+    """Unit centroids [count, d] of spherical k-means of unit vectors [n, d]; as many as there are vectors at most."""
     import faiss
 
     count = min(count, len(vectors))

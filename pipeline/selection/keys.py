@@ -74,7 +74,11 @@ def seeded_draw(high: UInt64, low: UInt64, seed: int) -> UInt64:
 
 
 def _mix(words: UInt64) -> UInt64:
-    words = words + np.uint64(0x9E3779B97F4A7C15)
+    return finalised(words + np.uint64(0x9E3779B97F4A7C15))
+
+
+def finalised(words: UInt64) -> UInt64:
+    """splitmix64's finaliser: every bit of the result depends on every bit of the word."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -82,9 +82,14 @@ def carry_out(plan: SelectionPlan, folder: str | None, map_tasks: MapTasks) -> A
     return total
 
 
+def keep_name(shard: int) -> str:
+    """The keep list of input shard number `shard`, relative to a selection's folder."""
+    return f"keep/{shard:05d}.parquet"
+
+
 def keep_file(folder: str, shard: int) -> str:
     """The keep list of input shard number `shard` in a selection's folder."""
-    return storage.join(folder, "keep", f"{shard:05d}.parquet")
+    return storage.join(folder, keep_name(shard))
 
 
 def _carry_out(plan: SelectionPlan, folder: str | None, shards: Sequence[ScoreShard]) -> Account:

@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 
 from pipeline.data.inventory import inspect_shard
 from pipeline.emit.plan import Input, Plan
-from pipeline.emit.reshard import MapTasks, reshard
+from pipeline.emit.reshard import reshard
 from pipeline.emit.tar import TarWriter
 from pipeline.emit.uids import read_uids, write_uids
-from pipeline.selection.tasks import thread_map
+from pipeline.selection.tasks import MapTasks, thread_map
 
 PAIRS_PER_SHARD = 1000
 KEPT = 0.3
