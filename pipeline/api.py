@@ -36,7 +36,7 @@ def encode_pairs(
         model: of `build_model`.
         images: Pillow images, or encoded ones (JPEG, PNG, WebP). Pillow images in CMYK and the like become RGB first.
         captions: one per image.
-        uids: 32 hex digits per pair; null numbers the pairs. A pair whose uid is in the reference batch is not
+        uids: 32 hex digits per pair; None numbers the pairs. A pair whose uid is in the reference batch is not
             counted against itself.
 
     Raises `InputError` for the first pair that cannot be used.
@@ -118,8 +118,8 @@ def score_pairs(
         checkpoints: of one or several runs, in any order.
         pairs: of `encode_pairs`.
         batches: R, B and V.
-        settings: the estimator and how it is computed; null is Diff-In.
-        dataset_size: `N` of Eq. 9, the pairs the runs were trained on; null takes `len(pairs)`.
+        settings: the estimator and how it is computed; None is Diff-In.
+        dataset_size: `N` of Eq. 9, the pairs the runs were trained on; None takes `len(pairs)`.
         device: where to compute.
         batch_size: pairs per pass.
         compiled: whether passes are compiled; worth its seconds for many pairs.

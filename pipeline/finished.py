@@ -40,7 +40,8 @@ def select(run: str, *, seed: int = 0, dry_run: bool = False, **settings: Any) -
 
     Args:
         run: a run's folder: a path or an fsspec URL.
-        seed: decides random choices among ties.
+        seed: decides random choices among ties, and clusters. `diffprune select` takes the `seed` of the config, which
+            gives what it would keep.
         dry_run: write nothing.
         settings: the keys of the config's `select` section.
 

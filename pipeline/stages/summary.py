@@ -25,7 +25,7 @@ from pipeline.store.commits import read_marks
 
 @contextmanager
 def timed(job: Job, stage: str) -> Iterator[None]:
-    """Add the seconds of the block to `summary.json`; a stage that was done before keeps its time."""
+    """Note the seconds of the block in `summary.json`: the longest so far, as one that finds a stage done is short."""
     start = time.monotonic()
     yield
     seconds = round(time.monotonic() - start, 2)

@@ -128,7 +128,8 @@ def commit_scores(
 ) -> ScoreMark:
     """Write a shard's score file, then its mark. `fingerprint` is the run's; the shard's identity is added here.
 
-    A crash at any point leaves either no mark, or a mark whose file is whole.
+    `seconds` has those of each phase; `finished` is Unix time in seconds; `worker` says who scored the shard, so that
+    workers can be counted. A crash at any point leaves either no mark, or a mark whose file is whole.
     """
     mine = shard_fingerprint(fingerprint, shard)
     data = serialise(table, estimator=estimator, fingerprint=mine.digest)

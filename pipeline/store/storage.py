@@ -1,7 +1,8 @@
 """Reading and atomically writing files by path or fsspec URL.
 
 A local write goes to a temporary name in the same folder, is flushed to disk and renamed; on an object
-store it is one PUT, which is atomic there. A reader therefore sees a whole file or none.
+store it is one upload (large ones in several parts), which shows when it is complete. A reader therefore sees a whole
+file or none.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_json(url: str) -> Any:
-    """A JSON file's value. Raises `ValueError` on text that is not JSON."""
+    """A JSON file's value. Raises `FileNotFoundError`, and `ValueError` on text that is not JSON."""
     return json.loads(read_bytes(url))
 
 
@@ -101,7 +102,10 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def write_json(url: str, value: Any) -> None:
-    """Write `value` as indented JSON with a final newline, atomically; key order is kept."""
+    """Write `value` as indented JSON with a final newline, atomically; key order is kept.
+
+    Raises `ValueError` for numbers that are not finite (`without_nan`).
+    """
     write_bytes(url, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -133,7 +137,7 @@ def atomic_path(path: str) -> Iterator[str]:
 def atomic_writer(url: str) -> Iterator[IO[bytes]]:
     """A binary stream whose content becomes the file `url` when the block ends without an error.
 
-    Local content streams to a temporary file; for an object store it is held in memory and PUT once.
+    Local content streams to a temporary file; for an object store it is held in memory and uploaded once.
     """
     if is_local(url):
         with atomic_path(local_path(url)) as temporary, open(temporary, "wb") as handle:
@@ -189,8 +193,9 @@ def remove_folder(url: str) -> None:
 
 
 def remove_temporary(folder: str, *, below: bool = True) -> None:
-    """Remove what writers that were killed left in a local `folder`; object stores keep no partial objects.
+    """Remove what writers that were killed left in a local `folder`; object stores show no partial objects.
 
+    Parts of an upload that was killed are for the bucket's own rules.
     For when the work on the folder is settled: a writer that is still at it would fail, and its work be repeated.
     `below=False` looks right in the folder alone.
     """
