@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.shards import also_measured_on
 from pipeline.errors import DiffpruneError
+from pipeline.evaluation.results import Result
 from pipeline.report.curves import Curve, curve_figure
 from pipeline.report.figures import Interval, interval_figure
 from pipeline.report.plots import Figure
@@ -23,19 +24,6 @@ OURS = "kept"
 
 
 @dataclass(frozen=True)
-class Result:
-    """One trained set: a metric's mean and standard deviation over the seeds; `series` is what chose it, if known."""
-
-    set: str
-    size: int
-    metric: str
-    mean: float
-    std: float
-    seeds: int
-    series: str = ""
-
-
-@dataclass(frozen=True)
 class EvaluationSection:
     """What was trained and measured on, a plot per metric, and all numbers."""
 
@@ -45,31 +33,17 @@ class EvaluationSection:
 
 
 def read_results(run: RunFolder) -> list[Result]:
-    """The rows of `evaluation/results.json`; none where it is not there or has another form."""
+    """The rows of `evaluation/results.json` that have a mean; none where models were not trained."""
     try:
-        value = storage.read_json(storage.join(run.root, "evaluation", "results.json"))
-    except (FileNotFoundError, ValueError):
+        rows = storage.read_json(storage.join(run.root, "evaluation", "results.json"))["rows"]
+    except FileNotFoundError:
         return []
-    rows = value.get("rows") if isinstance(value, dict) else value
-    results = [_result(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [result for result in results if result and math.isfinite(result.mean)]
+    return [_result(row) for row in rows if row["mean"] is not None]
 
 
-def _result(row: dict[str, Any]) -> Result | None:
-    try:
-        seeds = row.get("seeds", 1)
-        std = row.get("std")
-        return Result(
-            set=plain(str(row["set"]), 60),
-            size=int(row.get("size") or 0),
-            metric=plain(str(row["metric"]), 60),
-            mean=float(row["mean"]),
-            std=float("nan") if std is None else float(std),
-            seeds=len(seeds) if isinstance(seeds, list) else int(seeds),
-            series=plain(str(row.get("series") or row["set"]), 60),
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
+def _result(row: dict[str, Any]) -> Result:
+    names = {name: plain(row[name], 60) for name in ("set", "series", "metric")}
+    return Result(**{**row, **names, "std": math.nan if row["std"] is None else row["std"]})
 
 
 def evaluation_section(results: list[Result], config: Config) -> EvaluationSection:
@@ -115,7 +89,7 @@ def _curves(metric: str, rows: list[Result]) -> list[Figure]:
     """The coreset curve, where something was trained at several sizes."""
     series: dict[str, list[Result]] = {}
     for row in sorted(rows, key=lambda row: row.size):
-        series.setdefault(row.series or row.set, []).append(row)
+        series.setdefault(row.series, []).append(row)
     if max(len({row.size for row in points}) for points in series.values()) < 2:
         return []
     curves = [

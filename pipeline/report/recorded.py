@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from pipeline.config import Config, DataConfig
+from pipeline.config import DataConfig
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.text import count
@@ -26,25 +25,20 @@ def optional_json(url: str) -> dict[str, Any]:
 def _recorded(run: RunFolder) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(storage.read_bytes(run.config))
-    except (FileNotFoundError, yaml.YAMLError):
+    except FileNotFoundError:
         return {}
-    return tree if isinstance(tree, dict) else {}
+    return dict(tree)
 
 
 def provenance(run: RunFolder) -> dict[str, Any]:
     """What `config.yaml` holds beside the config itself: versions, revision, fingerprint."""
-    return {name: value for name, value in _recorded(run).items() if name not in {*Config.model_fields, "config"}}
+    return {name: value for name, value in _recorded(run).items() if name != "config"}
 
 
 def data_config(run: RunFolder) -> DataConfig:
     """Where the run's captions are and how large its images may be; the defaults where that is not recorded."""
-    tree = _recorded(run)
-    inner = tree.get("config")
-    section = (inner if isinstance(inner, dict) else tree).get("data")
-    try:
-        return DataConfig.model_validate(section)
-    except ValidationError:
-        return DataConfig(shards=[])
+    recorded = _recorded(run)
+    return DataConfig.model_validate(recorded["config"]["data"]) if recorded else DataConfig(shards=[])
 
 
 def checkpoint_names(manifest: Mapping[str, Any], terms: int) -> list[str]:

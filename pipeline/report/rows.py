@@ -21,7 +21,7 @@ from pipeline.store.commits import read_marks
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-#: What the report reads of a score file; columns that are not there are read as missing values.
+#: What the report reads of a score file.
 COLUMNS = (
     "uid", "key", "index", "status", "error", "utility", "utility_std", "score", "terms", "predicted", "loss",
     "similarity", "width", "height", "caption_length", "source", "caption_id",
@@ -76,9 +76,7 @@ class ShardRows:
         return int(self.table.num_rows)
 
     def floats(self, name: str) -> Floats:
-        """A numeric column as float64 `[n]`; missing values (or a missing column) are NaN."""
-        if name not in self.table.column_names:
-            return np.full(len(self), np.nan)
+        """A numeric column as float64 `[n]`; missing values are NaN."""
         values = self.table[name].to_numpy(zero_copy_only=False)
         return np.asarray(values, dtype=np.float64)
 
@@ -86,7 +84,7 @@ class ShardRows:
         """The terms of the scored pairs, float64 `[scored, m]`, NaN where one does not count; `[scored, 0]` where the
         file has none."""
         count = int(self.scored.sum())
-        if "terms" not in self.table.column_names or not count:
+        if not count:
             return np.empty((count, 0))
         lists = self.table["terms"].filter(pa.array(self.scored)).combine_chunks()
         flat = np.asarray(lists.flatten().to_numpy(zero_copy_only=False), dtype=np.float64)
@@ -97,28 +95,28 @@ class ShardRows:
         values = self.table.slice(row, 1).to_pylist()[0]
 
         def number(name: str) -> float:
-            value = values.get(name)
+            value = values[name]
             return float("nan") if value is None else float(value)
 
         return Pair(
             shard=self.shard,
             index=int(values["index"]),
-            uid=values["uid"] or "",
-            key=values.get("key") or "",
+            uid=values["uid"],
+            key=values["key"],
             status=str(self.reasons[row]) if not self.scored[row] else "ok",
-            error=values.get("error") or "",
+            error=values["error"],
             kept=bool(self.kept and self.kept[0][row]),
             utility=number("utility"),
             utility_std=number("utility_std"),
             score=number("score"),
-            terms=tuple(float("nan") if term is None else float(term) for term in values.get("terms") or ()),
+            terms=tuple(float("nan") if term is None else float(term) for term in values["terms"] or ()),
             loss=number("loss"),
             similarity=number("similarity"),
-            width=int(values.get("width") or 0),
-            height=int(values.get("height") or 0),
-            caption_length=int(values.get("caption_length") or 0),
-            source=values.get("source") or "",
-            predicted=bool(values.get("predicted")),
+            width=int(values["width"] or 0),
+            height=int(values["height"] or 0),
+            caption_length=int(values["caption_length"] or 0),
+            source=values["source"] or "",
+            predicted=values["predicted"],
         )
 
 

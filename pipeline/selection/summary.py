@@ -114,7 +114,7 @@ def read_summary(run: RunFolder, name: str) -> SelectionSummary:
             f"{url}: expected a finished selection {name!r}{there}; make it with `diffprune select`"
         ) from None
     content["groups"] = [GroupPlan(**entry) for entry in content["groups"]]
-    content["clusters"] = [GroupPlan(**entry) for entry in content.get("clusters", [])]
+    content["clusters"] = [GroupPlan(**entry) for entry in content["clusters"]]
     content["sources"] = [SourceKept(**entry) for entry in content["sources"]]
     content["shards"] = [ShardKept(**entry) for entry in content["shards"]]
     return SelectionSummary(**content, folder=run.selection(name))

@@ -67,7 +67,7 @@ def make_run(
     config = parse_config(
         {"out": run.root, "data": {"shards": urls}, "select": {"keep": keep}, "report": {"gallery": 8}}
     )
-    recorded = {**config.model_dump(mode="json"), "versions": {"torch": "2.13.0"}, "fingerprint": "0123abcd"}
+    recorded = {"versions": {"torch": "2.13.0"}, "fingerprint": "0123abcd", "config": config.model_dump(mode="json")}
     storage.write_bytes(run.config, yaml.safe_dump(recorded, sort_keys=False).encode())
     steps = [{"path": f"{i}.safetensors", "step": 100 * (i % 2 + 1), "lr": 5e-4 / (i % 2 + 1), "run": i // 2}
              for i in range(CHECKPOINTS)]  # fmt: skip
@@ -176,8 +176,11 @@ def _write_extras(run: RunFolder) -> None:
         },
     )
     rows = [
-        {"set": "kept", "size": 296, "metric": "zero-shot accuracy", "mean": 0.62, "std": 0.012, "seeds": 3},
-        {"set": "everything", "size": 494, "metric": "zero-shot accuracy", "mean": 0.6, "std": 0.02, "seeds": 3},
-        {"set": "random", "size": 296, "metric": "zero-shot accuracy", "mean": 0.55, "std": 0.015, "seeds": 3},
-    ]
+        {"set": name, "series": series, "share": share, "size": size, "metric": "zero-shot accuracy", "mean": mean,
+         "std": std, "seeds": 3, "values": [mean - std, mean, mean + std]}
+        for name, series, share, size, mean, std in (
+            ("kept", "kept", 0.6, 296, 0.62, 0.012), ("everything", "full", None, 494, 0.6, 0.02),
+            ("random", "random", 0.6, 296, 0.55, 0.015),
+        )
+    ]  # fmt: skip
     storage.write_json(storage.join(run.root, "evaluation", "results.json"), {"rows": rows})

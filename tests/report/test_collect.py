@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,9 @@ from pipeline.report.collect import TAIL, Findings, Sample, _edges, collect
 from pipeline.report.figures import agreement_figures, correlation_label, spearman, utility_figure, variance_shares
 from pipeline.report.groups import GroupCounter, wilson
 from pipeline.report.rows import ShardRows, selections
+from pipeline.store.scores import score_schema
 from tests.report.synthetic import Made, make_run, select
+from tests.selection.scores import row
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +80,20 @@ def test_sample_is_the_same_for_any_order_of_shards(made: Made) -> None:
 
 def rows_of(shard: int, status: list[str]) -> ShardRows:
     """Rows with two terms where the status is ok."""
-    ok = [each == "ok" for each in status]
-    table = pa.table(
-        {
-            "index": pa.array(range(len(ok)), pa.int32()),
-            "status": pa.array(status, pa.string()),
-            "utility": pa.array([float(shard) if each else None for each in ok], pa.float32()),
-            "terms": pa.array([[1.0, 2.0] if each else None for each in ok], pa.list_(pa.float32())),
-        }
+    scored = (float(shard) if each == "ok" else None for each in status)
+    return shard_rows(
+        shard,
+        [
+            row(number, utility, status=each, terms=None if utility is None else [1.0, 2.0])
+            for number, (each, utility) in enumerate(zip(status, scored, strict=True))
+        ],
     )
-    return ShardRows(shard, table, [np.arange(len(ok))])
+
+
+def shard_rows(shard: int, rows: list[dict[str, Any]]) -> ShardRows:
+    """All of these rows are kept."""
+    whole = [{**each, "shard": f"{shard}.tar", "index": index} for index, each in enumerate(rows)]
+    return ShardRows(shard, pa.Table.from_pylist(whole, schema=score_schema()), [np.arange(len(rows))])
 
 
 @pytest.mark.parametrize("bad", [["corrupt-image"] * 5, []])
@@ -143,15 +150,7 @@ def test_an_uncut_run_has_no_threshold(tmp_path: Path) -> None:
 
 
 def test_scored_row_without_finite_utility_is_rejected() -> None:
-    table = pa.table(
-        {
-            "uid": ["a", "b"],
-            "index": pa.array([0, 1], pa.int32()),
-            "status": ["ok", "ok"],
-            "utility": [1.0, float("nan")],
-        }
-    )
-    rows = ShardRows(0, table, [np.array([0, 1])])
+    rows = shard_rows(0, [row(0, 1.0, terms=[]), row(1, float("nan"), terms=[])])
     assert rows.scored.tolist() == [True, False]
     assert rows.reasons[1] == "not-finite"
     assert rows.pair(1).status == "not-finite"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ from PIL import Image
 
 from pipeline.config import DataConfig, parse_config
 from pipeline.data.inventory import inspect_shard
+from pipeline.evaluation.results import Result
 from pipeline.pictures import data_uri, open_image
 from pipeline.report.contents import fetch
-from pipeline.report.evaluation import Result, evaluation_section, read_results
+from pipeline.report.evaluation import evaluation_section, read_results
 from pipeline.report.figures import spearman, variance_shares
 from pipeline.report.plots import Canvas, Scale, tick_labels
 from pipeline.report.tables import quality_table, settings
 from pipeline.run import RunFolder
+from pipeline.store import storage
 from pipeline.text import duration, number, percent, plain, plus_minus, size
 from tests.helpers import image_bytes, write_shards
 
@@ -136,17 +139,22 @@ def test_fetch_takes_the_pairs_asked_for(tmp_path: Path) -> None:
     assert contents[1, 7].image is not None
 
 
-def test_evaluation_results_are_read_tolerantly(tmp_path: Path) -> None:
+def result(series: str, size: int, metric: str, mean: float) -> Result:
+    return Result(f"{series} {size} %", series, size / 100, size, metric, mean, 0.01, 3, [mean] * 3)
+
+
+def test_evaluation_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
     assert read_results(run) == []
-    path = tmp_path / "evaluation" / "results.json"
-    path.parent.mkdir()
-    good = {"set": "random", "size": 10, "metric": "accuracy", "mean": 0.5, "std": None, "seeds": [0, 1]}
-    path.write_text(json.dumps([good, {"set": "no mean"}, 3]))
-    (result,) = read_results(run)
-    assert (result.set, result.seeds, np.isnan(result.std)) == ("random", 2, True)
-    path.write_text("not json")
-    assert read_results(run) == []
+    whole, one, none = (
+        Result.of(name, "random", None, 10, "accuracy", values)
+        for name, values in (("a", [0.5, 0.7]), ("b\x1b", [0.5]), ("c", [math.nan]))
+    )
+    rows = [storage.without_nan(asdict(each)) for each in (whole, one, replace(none, values=[]))]
+    storage.write_json(str(tmp_path / "evaluation" / "results.json"), {"rows": rows})
+    first, second = read_results(run)
+    assert first == whole
+    assert (second.set, second.seeds, math.isnan(second.std)) == ("b", 1, True)
 
 
 def test_terms_that_do_not_count_are_left_out_of_agreement_and_add_nothing() -> None:
@@ -164,11 +172,8 @@ def test_terms_that_do_not_count_are_left_out_of_agreement_and_add_nothing() -> 
 
 
 def test_sets_of_several_sizes_are_drawn_as_curves() -> None:
-    def result(series: str, size: int, mean: float) -> Result:
-        return Result(f"{series} {size} %", size, "accuracy", mean, 0.01, 3, series)
-
-    rows = [result(series, size, 0.5 + size / 1000) for size in (70, 30) for series in ("kept", "random")]
-    section = evaluation_section([*rows, Result("everything", 100, "accuracy", 0.6, 0.01, 3, "full")], CONFIG)
+    rows = [result(series, size, "accuracy", 0.5 + size / 1000) for size in (70, 30) for series in ("kept", "random")]
+    section = evaluation_section([*rows, replace(result("full", 100, "accuracy", 0.6), set="everything")], CONFIG)
     assert [figure.title for figure in section.figures] == ["Accuracy by pairs kept", "Accuracy"]
     assert "kept: 0.530 at 30, 0.570 at 70; random" in section.figures[0].wide
     assert "everything: 0.600 at 100" in section.figures[0].wide
@@ -176,7 +181,7 @@ def test_sets_of_several_sizes_are_drawn_as_curves() -> None:
 
 def test_only_what_the_selection_keeps_has_its_colour() -> None:
     def drawn(series: str) -> list[str]:
-        rows = [Result(f"{series} {size} %", size, "accuracy", size / 100, 0.01, 3, series) for size in (30, 70)]
+        rows = [result(series, size, "accuracy", size / 100) for size in (30, 70)]
         return [figure.wide for figure in evaluation_section(rows, CONFIG).figures]
 
     for ours, other in zip(drawn("kept"), drawn("kept by loss"), strict=True):
@@ -185,11 +190,11 @@ def test_only_what_the_selection_keeps_has_its_colour() -> None:
 
 def test_best_set_is_named_by_the_metric_direction() -> None:
     def see(metric: str) -> str:
-        results = [Result("kept", 5, metric, 0.9, 0.01, 3), Result("random", 5, metric, 0.5, 0.01, 3)]
+        results = [result("kept", 5, metric, 0.9), result("random", 5, metric, 0.5)]
         return evaluation_section(results, CONFIG).figures[0].see
 
-    assert see("accuracy").startswith("kept comes out best, ahead of random")
-    assert see("target loss").startswith("random comes out best")
+    assert see("accuracy").startswith("kept 5 % comes out best, ahead of random 5 %")
+    assert see("target loss").startswith("random 5 % comes out best")
 
 
 def test_quality_table_takes_one_ranking_or_several() -> None:
