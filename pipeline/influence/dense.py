@@ -13,7 +13,13 @@ from torch.nn import functional
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b`."""
+    """`x W^T + b`, `[..., n]`.
+
+    Args:
+        x: rows `[..., d]`.
+        weight: `W`, `[n, d]`.
+        bias: `b`, `[n]`.
+    """
     if not _by_onednn(x, weight):
         return functional.linear(x, weight, bias)
     product: Tensor = (_opaque_linear if traced() else _linear)(x, weight, bias)
@@ -21,7 +27,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_added(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`total + x W^T`; `total` `[..., n]` is contiguous and may be written over."""
+    """`total + x W^T`, `[..., n]`.
+
+    Args:
+        total: `[..., n]`, contiguous; may be written over.
+        x: rows `[..., d]`.
+        weight: `W`, `[n, d]`.
+    """
     if _by_onednn(x, weight):
         added: Tensor = (_opaque_linear_added if traced() else _linear_added)(total, x, weight)
         return added
