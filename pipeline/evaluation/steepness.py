@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from pipeline.evaluation.small_run import SmallRun
 from pipeline.influence import Batches, Settings
 from pipeline.influence.lanczos import krylov
 from pipeline.influence.local import LocalView
-from pipeline.influence.trees import flattened, tree_map, unflattened
 
 #: Dimension of the Krylov subspace whose largest Ritz value is taken.
 _KRYLOV_STEPS = 12
@@ -40,12 +38,6 @@ def stability_limit(run: SmallRun) -> float:
 def _largest(run: SmallRun, step: int, settings: Settings) -> float:
     batches = Batches(run.data, run.batch(step), run.target)
     here = LocalView(run.model, run.states[step], batches, settings)
-    params = here.params
-    root = flattened(here.preconditioned(tree_map(torch.ones_like, params)), params).sqrt()
-
-    def operator(flat: Tensor) -> Tensor:
-        product = here.gradient_loss.hessian_product(here.state, unflattened(root * flat, params))
-        return root * flattened(product, params)
-
+    operator, root = here.scaled_hessian()
     start = torch.randn(root.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(root)
     return float(krylov(operator, start, _KRYLOV_STEPS).values[-1])

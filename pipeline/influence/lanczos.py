@@ -19,7 +19,7 @@ class Krylov:
     """An operator seen from a start vector.
 
     Attributes:
-        basis: orthonormal rows `[k, p]`, the first along the start vector.
+        basis: orthonormal rows `[k, p]`, the first along the start vector; on the CPU, like the rest.
         values: Ritz values `[k]`, ascending; the outermost approach the outermost eigenvalues.
         vectors: eigenvectors of the small matrix in columns `[k, k]`.
         length: length of the start vector.
@@ -31,7 +31,11 @@ class Krylov:
     length: float
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`f(A) start`, exact for polynomials of degree below `k`."""
+        """`f(A) start` `[p]`, exact for polynomials of degree below `k`.
+
+        Args:
+            function: of the Ritz values `[k]`, float64, elementwise.
+        """
         small = self.vectors @ (function(self.values) * self.vectors[0])
         return self.length * (small.to(self.basis.dtype) @ self.basis)
 
@@ -39,19 +43,22 @@ class Krylov:
 def krylov(operator: Operator, start: Tensor, steps: int) -> Krylov:
     """Lanczos with full reorthogonalisation: at most `steps` products with the operator.
 
+    The basis is kept in main memory, and made orthogonal there; the operator's device holds one vector of it at a time.
+
     Args:
-        operator: symmetric, on vectors `[p]`.
-        start: a vector that is not zero.
+        operator: symmetric, on vectors `[p]` on the device of `start`.
+        start: the vector `[p]`; of zeros the subspace is one row of zeros, with the value 0.
         steps: the largest dimension of the subspace.
     """
+    device, start = start.device, start.cpu()
     length = float(start.norm())
     most = min(steps, start.numel())
     rows = start.new_empty(most, start.numel())
-    rows[0] = start / length
+    rows[0] = start / (length or 1.0)
     diagonal: list[float] = []
     beside: list[float] = []
     for count in range(1, most + 1):
-        image = operator(rows[count - 1])
+        image = operator(rows[count - 1].to(device)).cpu()
         size = float(image.norm())
         diagonal.append(float(rows[count - 1] @ image))
         for _again in range(2):  # once is not enough in float32
@@ -61,15 +68,18 @@ def krylov(operator: Operator, start: Tensor, steps: int) -> Krylov:
             break
         beside.append(left)
         rows[count] = image / left
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device=start.device))
-    off = torch.tensor(beside, dtype=torch.float64, device=start.device)
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    off = torch.tensor(beside, dtype=torch.float64)
     matrix = matrix + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
     return Krylov(rows[: len(diagonal)], values, vectors, length)
 
 
 def leading_eigenpairs(operator: Operator, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The eigenpairs of largest absolute value: values `[k]` and unit vectors in rows `[k, p]`, `k <= count`."""
+    """The eigenpairs of largest absolute value: values `[k]` and unit vectors in rows `[k, p]`, `k <= count`.
+
+    Arguments as of `krylov`, where `start` is not zero; what comes back is on the CPU.
+    """
     space = krylov(operator, start, 2 * count + 8)
     order = space.values.abs().argsort(descending=True)[:count]
     rows = space.vectors[:, order].T.to(space.basis.dtype) @ space.basis

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.influence.gradients import BatchLoss
+from pipeline.influence.lanczos import Operator
 from pipeline.influence.parameters import chosen_names
 from pipeline.influence.passes import Passes
 from pipeline.influence.settings import Batches, Settings
-from pipeline.influence.trees import norm, plus, restricted, times, to_device, tree_map
+from pipeline.influence.trees import flattened, norm, plus, restricted, times, to_device, tree_map, unflattened
 from pipeline.types import Checkpoint, Tree
 
 
@@ -20,6 +21,7 @@ class LocalView:
     """One checkpoint on the model's device.
 
     Attributes:
+        device: the model's.
         state: parameters and buffers.
         names: parameters that directions live on.
         preconditioner: `P` of AdamW, or None for SGD's form (`P = 1`).
@@ -28,7 +30,7 @@ class LocalView:
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, batches: Batches, settings: Settings) -> None:
-        device = next(model.parameters()).device
+        self.device = device = next(model.parameters()).device
         self.checkpoint = checkpoint
         self.settings = settings
         # Directions serve all pairs: they are computed once and in full precision.
@@ -48,6 +50,17 @@ class LocalView:
     def preconditioned(self, vector: Tree) -> Tree:
         """`P v`."""
         return vector if self.preconditioner is None else times(vector, self.preconditioner)
+
+    def scaled_hessian(self) -> tuple[Operator, Tensor]:
+        """`P^1/2 H_B P^1/2` on vectors `[p]`, entries in the order of `params`, and the diagonal of `P^1/2` `[p]`."""
+        params = self.params
+        root = flattened(self.preconditioned(tree_map(torch.ones_like, params)), params).sqrt()
+
+        def operator(flat: Tensor) -> Tensor:
+            product = self.gradient_loss.hessian_product(self.state, unflattened(root * flat, params))
+            return root * flattened(product, params)
+
+        return operator, root
 
     def moved(self, vector: Tree, step: float) -> Tree:
         """The state at `theta + step * vector`."""

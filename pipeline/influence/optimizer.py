@@ -67,6 +67,13 @@ class RunState:
             first = {name: checkpoint.momentum[name].to(device) for name in params}
         return RunState(checkpoint.step, params, first, second, updates)
 
+    def to(self, device: torch.device | str) -> RunState:
+        """The same state on another device."""
+        params, first, second = (
+            {name: value.to(device) for name, value in tree.items()} for tree in (self.params, self.first, self.second)
+        )
+        return RunState(self.step, params, first, second, self.updates)
+
 
 def clip_factor(gradient: Tree, rule: StepRule) -> Tensor | float:
     """What `clip_grad_norm_` multiplies the gradient with: a float64 scalar that moves as the gradient does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from pipeline.influence.local import LocalView
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.self_influence import diff_in_self, gradient_norm, tracin_self
 from pipeline.influence.settings import WHOLE_RUN, Batches, Settings
-from pipeline.influence.trees import dot, norm, plus, without_zeros
+from pipeline.influence.trees import dot, norm, plus, to_device, without_zeros
 from pipeline.influence.unrolled import Replay, unrolled_exactly, unrolled_from_checkpoints
 from pipeline.types import Checkpoint, Tree
 
@@ -40,24 +41,31 @@ def prepare(
         num_checkpoints: `m` of Eq. 9, checkpoints per run.
         num_runs: runs whose terms are averaged.
 
-    Raises `InputError` for what the model or checkpoint cannot give, and for estimators that need the whole run.
+    The plan's vectors are on the CPU. Raises `InputError` for what the model or checkpoint cannot give, and for
+    estimators that need the whole run.
     """
     if settings.estimator in WHOLE_RUN:
         raise InputError(f"{settings.estimator} needs all checkpoints of a run at once (prepare_run)")
     share = 1 / (num_checkpoints * num_runs)
     if settings.estimator in _PLAIN:
         return _PLAIN[settings.estimator](share)
-    here = LocalView(model, checkpoint, batches, settings)
-    if settings.estimator in ("diff-in", "diff-in-self"):
+    plan = _at(LocalView(model, checkpoint, batches, settings), share, dataset_size, num_runs)
+    return replace(plan, vectors={name: to_device(tree, "cpu") for name, tree in plan.vectors.items()})
+
+
+def _at(here: LocalView, share: float, dataset_size: int, num_runs: int) -> ProbePlan:
+    """The plan at a checkpoint, its vectors on any device."""
+    estimator, step, rate = here.settings.estimator, here.checkpoint.step, here.checkpoint.lr
+    if estimator in ("diff-in", "diff-in-self"):
         # a_t of Eq. 9 and 12
-        factor = -checkpoint.step * checkpoint.lr**2 / dataset_size * share
-        return diff_in(here, factor) if settings.estimator == "diff-in" else diff_in_self(here, factor)
-    if settings.estimator == "tracin-self":
-        return tracin_self(here, checkpoint.lr / num_runs)
-    if settings.estimator == "grand":
+        factor = -step * rate**2 / dataset_size * share
+        return diff_in(here, factor) if estimator == "diff-in" else diff_in_self(here, factor)
+    if estimator == "tracin-self":
+        return tracin_self(here, rate / num_runs)
+    if estimator == "grand":
         return gradient_norm(here, share)
-    loss = here.gradient_loss if settings.estimator == "moso" else here.target_loss
-    return along_gradient(here, here.preconditioned(loss.gradient(here.state)), checkpoint.lr / num_runs)
+    loss = here.gradient_loss if estimator == "moso" else here.target_loss
+    return along_gradient(here, here.preconditioned(loss.gradient(here.state)), rate / num_runs)
 
 
 def prepare_run(
@@ -81,7 +89,7 @@ def prepare_run(
         num_runs: runs whose terms are averaged.
         replay: the run's record, for `unrolled` with `replay: exact`.
 
-    Raises `InputError` where a record or a second checkpoint is needed and missing.
+    The plans' vectors are on the CPU. Raises `InputError` where a record or a second checkpoint is needed and missing.
     """
     if settings.estimator == "z0":
         return zeroth_order(model, checkpoints, batches, settings, 1 / num_runs)
@@ -116,6 +124,15 @@ def zeroth_order(
     `(l(a) - l(t)) (theta_a - theta_t) / |theta_a - theta_t|^2`, divided by `_NEIGHBOURS`, as in the authors' code
     (`z_self_inf_finite_diff`; their train-test form divides by the squared distances once more and is not followed).
     The product is linear in the losses of the pair, so each checkpoint needs one forward pass.
+
+    Args:
+        model: as for `prepare`; it holds all checkpoints at a time.
+        checkpoints: the run's, by ascending step, two at least.
+        batches: of which V counts.
+        settings: as for `prepare`.
+        weight: of the run's score, the mean over its checkpoints: 1 over the runs that are averaged.
+
+    Raises `InputError` where there is one checkpoint only.
     """
     if len(checkpoints) < 2:
         raise InputError("z0 takes differences between checkpoints: expected at least two per run, found one")
@@ -140,7 +157,13 @@ def zeroth_order(
 
 
 def along_gradient(here: LocalView, vector: Tree, weight: float) -> ProbePlan:
-    """`weight * <v, G_z>`: one tangent pass, or with `method: forward` the difference of two losses."""
+    """`weight * <v, G_z>`: one tangent pass, or with `method: forward` the difference of two losses.
+
+    Args:
+        here: the checkpoint.
+        vector: `v`; for TracIn `P g_V`, per unit of loss and parameter.
+        weight: of the term in the run's score: for TracIn the learning rate over the runs that are averaged.
+    """
     vectors = {"v": without_zeros(vector)}
     if here.settings.method != "forward":
         return ProbePlan([Probe(weight, along=("v",))], vectors)
@@ -153,6 +176,10 @@ def diff_in(here: LocalView, factor: float) -> ProbePlan:
     """Eq. 9: `factor * <g_V, H_B G_z + H_z G_B>`, with AdamW `<P g_V, H_B P G_z + H_z P G_B>`.
 
     The bracket is the derivative along `u = P g_V` of `<P G_B, G_z>`.
+
+    Args:
+        here: the checkpoint.
+        factor: `a_t`, of two steps' learning rates: `-t eta_t^2 / (N m)`, over the runs that are averaged.
     """
     u = here.preconditioned(here.target_loss.gradient(here.state))
     method = here.settings.method

@@ -52,17 +52,12 @@ def diff_in_self(here: LocalView, factor: float) -> ProbePlan:
     if here.settings.self_form == "exact":
         vectors = {"scale": scale, "push": push, "hessian": {"matrix": _dense_hessian(here)}}
         return ProbePlan([Probe(factor, of="self-bracket")], vectors)
-    roots = tree_map(torch.sqrt, scale)
-    root = flattened(roots, params)
-
-    def operator(flat: Tensor) -> Tensor:
-        product = here.gradient_loss.hessian_product(here.state, unflattened(root * flat, params))
-        return root * flattened(product, params)
-
+    operator, root = here.scaled_hessian()
     generator = torch.Generator().manual_seed(here.settings.seed)
     start = torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root)
     values, rows = leading_eigenpairs(operator, start, here.settings.eigenpairs)
-    vectors = {"push": without_zeros(push), _ROOT: roots}
+    root = root.cpu()  # where the eigenvectors are
+    vectors = {"push": without_zeros(push), _ROOT: unflattened(root, params)}
     probes: list[Probe] = []
     drawn: dict[str, Drawn] = {}
     for index, value in enumerate(values.tolist()):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,13 +18,23 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, StageError
 from pipeline.influence.gradients import BatchLoss
-from pipeline.influence.lanczos import Krylov, krylov
+from pipeline.influence.lanczos import krylov
 from pipeline.influence.local import LocalView
 from pipeline.influence.optimizer import Adjoint, RunState, StepRule, advanced, carried_back
+from pipeline.influence.parameters import chosen_names
 from pipeline.influence.passes import Passes
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.settings import Batches, Settings
-from pipeline.influence.trees import flattened, norm, plus, restricted, tree_map, unflattened, without_zeros
+from pipeline.influence.trees import (
+    flattened,
+    norm,
+    plus,
+    restricted,
+    to_device,
+    tree_map,
+    unflattened,
+    without_zeros,
+)
 from pipeline.types import Checkpoint, PairBatch, Tree
 
 #: Largest subspace in which a Hessian acts between two checkpoints; more products change the direction little.
@@ -68,15 +79,18 @@ def unrolled_exactly(
 ) -> list[ProbePlan]:
     """Directions by going back through every step of the run, the optimizer's state included.
 
-    Each stretch between two recorded states is run again from its start, with about the square root of its steps kept.
+    Each stretch between two recorded states is run again from its start, with about twice the square root of its steps
+    kept, in main memory.
     Raises `StageError` when the replay does not lead to the recorded checkpoints or the adjoint grows without bounds.
     """
     device = next(model.parameters()).device
     passes = Passes(model, replace(settings, precision="fp32"))
     names = list(checkpoints[-1].params)
-    buffers = {name: value.to(device) for name, value in checkpoints[-1].buffers.items()}
-    last = LocalView(model, checkpoints[-1], batches, replace(settings, parameters="all"))
-    start = last.target_loss.gradient(last.state)
+    buffers = to_device(checkpoints[-1].buffers, device)
+    chosen = chosen_names(names, settings.parameters)
+    start = BatchLoss(passes, batches.target.to(device), names).gradient(
+        {**to_device(checkpoints[-1].params, device), **buffers}
+    )
     zeros = tree_map(torch.zeros_like, start)
     adjoint = Adjoint(start, zeros, zeros)
     limit = _GROWTH_LIMIT * norm(start)
@@ -87,21 +101,23 @@ def unrolled_exactly(
         loss = BatchLoss(passes, replay.pairs(state.step).to(device), names)
         return loss.gradient({**state.params, **buffers}), loss
 
-    def forward(state: RunState, steps: int) -> list[RunState]:
-        states = [state]
+    # States are kept on the CPU, and one at a time is on the device.
+    def onwards(state: RunState, steps: int) -> Iterator[RunState]:
+        state = state.to(device)
+        yield state
         for _ in range(steps):
-            gradient, _ = gradient_at(states[-1])
-            states.append(advanced(states[-1], gradient, replay.rates[states[-1].step], replay.rule))
-        return states
+            gradient, _ = gradient_at(state)
+            state = advanced(state, gradient, replay.rates[state.step], replay.rule)
+            yield state
 
     def back_through(states: list[RunState], after: Adjoint) -> Adjoint:
-        for state in reversed(states):
+        for state in (state.to(device) for state in reversed(states)):
             gradient, loss = gradient_at(state)
             before, of_gradient = carried_back(after, state, gradient, replay.rates[state.step], replay.rule)
             bent = loss.hessian_product({**state.params, **buffers}, of_gradient)
             after = Adjoint(plus(before.params, bent), before.first, before.second)
             near = nearest_checkpoint(recorded, state.step)
-            sums[near] = plus(sums[near], restricted(of_gradient, last.names))
+            sums[near] = plus(sums[near], to_device(restricted(of_gradient, chosen), "cpu"))
             if not norm(after.params) < limit:
                 raise StageError(
                     f"unrolled: going back through step {state.step + 1} the derivative grew {_GROWTH_LIMIT:.0e}-fold: "
@@ -114,19 +130,15 @@ def unrolled_exactly(
     for begin, end in reversed(list(itertools.pairwise(anchors))):
         steps = end.step - begin.step
         stride = math.isqrt(max(steps - 1, 0)) + 1
-        kept = [RunState.of(begin, device)]
+        kept = [RunState.of(begin, torch.device("cpu"))]
         for offset in range(0, steps, stride):
-            reached = forward(kept[-1], min(stride, steps - offset))[-1]
-            kept.append(reached)
+            kept.append(deque(onwards(kept[-1], min(stride, steps - offset)), maxlen=1).pop().to("cpu"))
         errors.append(_missed(kept.pop(), kept[0], end))
         for offset, state in zip(reversed(range(0, steps, stride)), reversed(kept), strict=True):
-            adjoint = back_through(forward(state, min(stride, steps - offset) - 1), adjoint)
-    chosen = LocalView(model, checkpoints[-1], batches, settings).names
+            between = onwards(state, min(stride, steps - offset) - 1)
+            adjoint = back_through([each.to("cpu") for each in between], adjoint)
     facts = {"replay_error": max(errors, default=0.0)}
-    return [
-        ProbePlan([Probe(-1 / num_runs, along=("v",))], {"v": without_zeros(restricted(total, chosen))}, facts=facts)
-        for total in sums
-    ]
+    return [ProbePlan([Probe(-1 / num_runs, along=("v",))], {"v": without_zeros(total)}, facts=facts) for total in sums]
 
 
 def _missed(reached: RunState, begin: RunState, end: Checkpoint) -> float:
@@ -166,11 +178,13 @@ def unrolled_from_checkpoints(
         if count == 0 or norm(carried) == 0:
             plans.append(ProbePlan([Probe(1 / num_runs, along=("v",))], {"v": {}}))
             continue
-        space, root = _seen_from(here, carried)
-        modes = Modes(rate, count)
+        operator, root = here.scaled_hessian()
         params = here.params
+        space = krylov(operator, root * flattened(carried, params), _KRYLOV_STEPS)
+        root = root.cpu()
+        modes = Modes(rate, count)
         direction = unflattened(root * space.apply(modes.summed), params)
-        carried = unflattened(space.apply(modes.carried) / root, params)
+        carried = to_device(unflattened(space.apply(modes.carried) / root, params), here.device)
         facts = {
             "eta_lambda_max": rate * float(space.values[-1]),
             "damped_modes": int(modes.damped(space.values).sum()),
@@ -178,19 +192,6 @@ def unrolled_from_checkpoints(
         }
         plans.append(ProbePlan([Probe(1 / num_runs, along=("v",))], {"v": without_zeros(direction)}, facts=facts))
     return plans[::-1]
-
-
-def _seen_from(here: LocalView, vector: Tree) -> tuple[Krylov, Tensor]:
-    """The Krylov subspace of `P^1/2 H P^1/2` from `P^1/2 v`, and the diagonal of `P^1/2` `[p]`."""
-    params = here.params
-    ones = tree_map(torch.ones_like, params)
-    root = flattened(here.preconditioned(ones), params).sqrt()
-
-    def operator(flat: Tensor) -> Tensor:
-        product = here.gradient_loss.hessian_product(here.state, unflattened(root * flat, params))
-        return root * flattened(product, params)
-
-    return krylov(operator, root * flattened(vector, params), _KRYLOV_STEPS), root
 
 
 def stretch(checkpoints: Sequence[Checkpoint], index: int, steps: Sequence[int]) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import unwrap
@@ -15,6 +16,9 @@ import torch
 from pipeline.evaluation.zeroshot import HeldOut, measure
 from pipeline.influence import Batches, Estimator, Replay, Scorer, Settings, prepare_run, with_reference
 from pipeline.influence.arithmetic import arithmetic
+from pipeline.influence.gradients import BatchLoss
+from pipeline.influence.optimizer import RunState, advanced
+from pipeline.influence.passes import Passes
 from pipeline.influence.transfers import _copied_ahead, on_device
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.models.clip import split_state
@@ -119,6 +123,71 @@ def test_a_replay_mixes_no_devices():
         with machine() as device:
             found.append(scored(model, checkpoints, batches, pairs, settings, device, replay))
     assert_same(found[1], found[0])
+
+
+class Held:
+    """How many vectors of so many values the memory of the pretended device holds at most, rows of tables included."""
+
+    def __init__(self, monkeypatch, size):
+        self.most, alive, made = 0, weakref.WeakSet(), Pretended.__new__
+
+        def noted(cls, held):
+            new = made(cls, held)
+            if held.numel() and held.numel() % size == 0:
+                alive.add(new)
+                storages = {tensor.held.untyped_storage()._cdata: tensor.held for tensor in alive}
+                values = sum(held.untyped_storage().nbytes() // held.itemsize for held in storages.values())
+                self.most = max(self.most, values // size)
+            return new
+
+        monkeypatch.setattr(Pretended, "__new__", staticmethod(noted))
+
+
+def test_a_replay_holds_few_states_on_the_device(monkeypatch):
+    """As many of a long run as of a short one: those on the way back are in main memory."""
+    rule, settings, most = RULES["adamw"], Settings(estimator="unrolled", replay="exact"), []
+    model = SmallTowers()
+    state = RunState.of(checkpoint_of(literal_run(model, rule), 0, rule), torch.device("cpu"))
+    initial = Checkpoint(0, 0.0, 0, state.params, {})
+    width = model.visual[0].weight.numel()
+    for steps in (4, 36):
+        while state.step < steps:
+            loss = BatchLoss(Passes(model, settings), batch_of(state.step), list(state.params))
+            state = advanced(state, loss.gradient(state.params), 0.01, rule)
+        last, replay = Checkpoint(steps, 0.01, 0, state.params, {}), Replay(rule, [0.01] * steps, batch_of, initial)
+        batches = make_case(settings)[2]
+        with machine() as device, monkeypatch.context() as patched:
+            held = Held(patched, width)
+            plans = prepare_run(model.to(device), [last], batches, settings, dataset_size=N, replay=replay)
+        most.append(held.most)
+        assert not any(isinstance(value, Pretended) for value in plans[0].vectors["v"].values())
+        model = SmallTowers()
+    assert most[1] <= most[0]
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "diff-in-self"])
+def test_krylov_bases_are_in_main_memory(estimator, monkeypatch):
+    monkeypatch.setattr("pipeline.influence.unrolled._KRYLOV_STEPS", 30)
+    settings = Settings(estimator=estimator, eigenpairs=11)
+    model, checkpoints, batches, _ = make_case(settings)
+    with machine() as device:
+        held = Held(monkeypatch, sum(value.numel() for value in checkpoints[0].params.values()))
+        plans = prepare_run(model.to(device), checkpoints, batches, settings, dataset_size=N)
+    assert held.most < 8
+    assert not any(
+        isinstance(value, Pretended) for plan in plans for t in plan.vectors.values() for value in t.values()
+    )
+
+
+@pytest.mark.parametrize("estimator", ["diff-in", "tracin", "grand", "moso"])
+def test_plans_are_in_main_memory(estimator):
+    settings = Settings(estimator=estimator)
+    model, checkpoints, batches, _ = make_case(settings)
+    with machine() as device:
+        plans = prepare_run(model.to(device), checkpoints, batches, settings, dataset_size=N)
+    assert not any(
+        isinstance(value, Pretended) for plan in plans for t in plan.vectors.values() for value in t.values()
+    )
 
 
 def test_what_mixes_devices_is_seen():

@@ -115,6 +115,12 @@ def test_krylov_stops_where_the_space_ends():
     assert_close(space.values, torch.tensor([1.0, 2.0], dtype=torch.float64), 1e-12)
 
 
+def test_functions_of_an_operator_on_nothing_are_nothing():
+    space = krylov(lambda v: 2 * v, torch.zeros(4), 3)
+    assert space.values.tolist() == [0.0]
+    assert space.apply(lambda values: values + 1).tolist() == [0.0] * 4
+
+
 def test_single_precision_scorer_keeps_its_dtype():
     settings = Settings(estimator="tracin-self", projections=4)
     model, checkpoints, batches, pairs = make_case(settings, torch.float32)
