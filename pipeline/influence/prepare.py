@@ -9,10 +9,11 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.influence.local import LocalView
+from pipeline.influence.parameters import chosen_names
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.self_influence import diff_in_self, gradient_norm, tracin_self
 from pipeline.influence.settings import WHOLE_RUN, Batches, Settings
-from pipeline.influence.trees import dot, norm, plus, to_device, without_zeros
+from pipeline.influence.trees import dot, norm, plus, restricted, to_device, without_zeros
 from pipeline.influence.unrolled import Replay, unrolled_exactly, unrolled_from_checkpoints
 from pipeline.types import Checkpoint, Tree
 
@@ -126,7 +127,7 @@ def zeroth_order(
     The product is linear in the losses of the pair, so each checkpoint needs one forward pass.
 
     Args:
-        model: as for `prepare`; it holds all checkpoints at a time.
+        model: as for `prepare`; its device holds a checkpoint and the ways to its neighbours at a time.
         checkpoints: the run's, by ascending step, two at least.
         batches: of which V counts.
         settings: as for `prepare`.
@@ -136,14 +137,21 @@ def zeroth_order(
     """
     if len(checkpoints) < 2:
         raise InputError("z0 takes differences between checkpoints: expected at least two per run, found one")
-    views = [LocalView(model, checkpoint, batches, settings) for checkpoint in checkpoints]
+    views = (LocalView(model, checkpoint, batches, settings) for checkpoint in checkpoints)
     losses = [float(view.target_loss.value(view.state)) for view in views]
-    weights = [0.0] * len(views)
-    share = weight / len(views)
-    for here, view in enumerate(views):
+    names, device = chosen_names(checkpoints[0].params, settings.parameters), next(model.parameters()).device
+
+    def params(index: int) -> Tree:
+        return to_device(restricted(checkpoints[index].params, names), device)
+
+    count = len(checkpoints)
+    weights = [0.0] * count
+    share = weight / count
+    for here in range(count):
+        start = params(here)
         ways: dict[int, Tree] = {}
-        for there in range(max(0, here - _NEIGHBOURS // 2), min(len(views), here + _NEIGHBOURS // 2 + 1)):
-            way = plus(views[there].params, view.params, -1.0)
+        for there in range(max(0, here - _NEIGHBOURS // 2), min(count, here + _NEIGHBOURS // 2 + 1)):
+            way = plus(params(there), start, -1.0)
             if norm(way):
                 ways[there] = way
         gradient: Tree = {}

@@ -179,6 +179,21 @@ def test_krylov_bases_are_in_main_memory(estimator, monkeypatch):
     )
 
 
+def test_z0_holds_few_checkpoints_on_the_device(monkeypatch):
+    settings, most = Settings(estimator="z0"), []
+    for count in (5, 20):
+        model, (checkpoint, *_), batches, _ = make_case(settings)
+        checkpoints = [
+            replace(checkpoint, step=step, params={name: value + step for name, value in checkpoint.params.items()})
+            for step in range(count)
+        ]
+        with machine() as device, monkeypatch.context() as patched:
+            held = Held(patched, model.visual[0].weight.numel())
+            prepare_run(model.to(device), checkpoints, batches, settings, dataset_size=N)
+        most.append(held.most)
+    assert most[1] <= most[0]
+
+
 @pytest.mark.parametrize("estimator", ["diff-in", "tracin", "grand", "moso"])
 def test_plans_are_in_main_memory(estimator):
     settings = Settings(estimator=estimator)
