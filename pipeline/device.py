@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import ray
 
 from pipeline.allocator import keep_freed_memory
@@ -45,3 +47,16 @@ def device_of_this_task(precision: str = "fp32") -> str:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(max(share - CONTEXT_BYTES / total, share / 2))
     return "cuda"
+
+
+def gpu_is_lost() -> bool:
+    """Whether CUDA does not work in this process any more, as after an illegal address or an error of the memory; a
+    lack of memory is none of these."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:  # such an error comes back from every later call
+        return True
+    return False

@@ -54,3 +54,7 @@ class FingerprintError(StageError):
 
 class NoWorkerError(StageError):
     """None of the workers that score could start."""
+
+
+class NoteWarning(UserWarning):
+    """What a user should know though results are the same: a run says it where it is seen, once for all processes."""

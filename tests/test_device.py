@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from pipeline.device import CONTEXT_BYTES, device_of_this_task, gpus_for_a_task
+from pipeline.device import CONTEXT_BYTES, device_of_this_task, gpu_is_lost, gpus_for_a_task
 from pipeline.errors import InputError
 
 TOTAL = 80 << 30
@@ -70,3 +70,15 @@ def test_gpus_are_asked_for_as_the_config_says_else_where_there_are_any(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": there} if there else {"CPU": 8.0})
     assert gpus_for_a_task() == float(there > 0)
     assert [gpus_for_a_task(given) for given in (0, 0.25, 2)] == [0, 0.25, 2]
+
+
+def test_a_gpu_is_lost_when_every_call_comes_back_with_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not gpu_is_lost()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not gpu_is_lost(), "as after a lack of memory"
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    assert gpu_is_lost()

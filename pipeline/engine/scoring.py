@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import ray
@@ -18,8 +16,10 @@ from pipeline.config import EngineConfig
 from pipeline.data.inventory import ShardInfo
 from pipeline.engine.connect import alive_nodes, cluster_address, node_is_alive
 from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
+from pipeline.engine.futures import tell
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.metrics import DriverMetrics
+from pipeline.engine.notes import Said
 from pipeline.engine.outcome import Outcome, pending_shards, rejected
 from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.resources import plan_workers
@@ -138,6 +138,7 @@ class _Driver:
         self._looked = self._fed = 0.0
         self._last_ready = time.monotonic()
         self._metrics = DriverMetrics()
+        self._notes = Said(display.note)
         self._patience = Patience(config.shard_timeout)
 
     def work(self, pending: Sequence[int]) -> None:
@@ -200,6 +201,7 @@ class _Driver:
         elif isinstance(result, ShardStats):
             self._queue.succeeded(name, place)
             self._patience.saw(sum(result.seconds.values()))
+            self._notes.hear(result.notes)
             self._outcome.done += 1
             self._outcome.statuses.update(result.statuses)
             self._display.tally.add(result.pairs, rejected(result.statuses), name)
@@ -207,6 +209,7 @@ class _Driver:
             failure = result if isinstance(result, Failure) else Failure.of(result, name)
             if not self._queue.failed(name, place):
                 self._give_up(place, failure)
+            self._note_rest(name)
 
     def _started(self, name: str, slot: _Slot, result: Any) -> None:
         if isinstance(result, Place):
@@ -227,7 +230,7 @@ class _Driver:
         if place is None and isinstance(error, ActorDiedError):
             self._drop(name, Failure.of(error, name))
             return
-        why = "the worker's process died each time it had this shard (out of memory, or a crash in native code)"
+        why = "the worker's process died each time it had this shard (out of memory, a GPU's error, or a native crash)"
         at = slot.place or _NOWHERE
         failure = Failure("WorkerDied", why, str(error)[-1000:], node=at.host, worker=name)
         self._lost(name, failure, blame=node_is_alive(at.node_id))
@@ -240,6 +243,11 @@ class _Driver:
         given_up = self._queue.died(name, blame=blame)
         if given_up is not None:
             self._give_up(given_up, failure)
+        self._note_rest(name)
+
+    def _note_rest(self, name: str) -> None:
+        if rest := self._queue.rest(name):
+            self._display.note(f"worker {name} fails while others go on: it gets no shard for {duration(rest)}")
 
     def _replace_hanging(self) -> None:
         """Kill workers that were silent for too long, with shards in hand or at their start, and start others."""
@@ -352,9 +360,4 @@ class _Driver:
             self._listen(call.remote(self._shards[place]), name, slot.life, place)
 
     def _listen(self, ref: Any, name: str, life: int, place: int | None) -> None:
-        future: Future[Any] = ref.future()
-        future.add_done_callback(partial(_report, self._events.put, name, life, place))
-
-
-def _report(put: Callable[[_Event], None], name: str, life: int, place: int | None, future: Future[Any]) -> None:
-    put((name, life, place, future.exception() or future.result()))
+        tell(self._events.put, ref, name, life, place)

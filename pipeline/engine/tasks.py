@@ -6,10 +6,8 @@ import math
 import queue
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -18,7 +16,9 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from pipeline.config import EngineConfig
 from pipeline.engine.connect import alive_nodes
 from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
+from pipeline.engine.futures import tell
 from pipeline.engine.interrupt import Interruption
+from pipeline.engine.notes import Said, keep_notes, take_notes
 from pipeline.engine.progress import Display, Tally, duration
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
@@ -77,16 +77,23 @@ def run_tasks(
 ) -> TaskOutcome:
     """Run `function(item)` for every item in Ray tasks.
 
-    Results reach `on_result(number, result)` in the driver as they come, in no particular order; those that `marks`
-    has from an earlier call first, without running anything. A task writes its mark itself, right after its result
-    is known, so that a driver killed in between loses nothing; a mark of other settings it removes before it begins.
+    A task writes its mark itself, right after its result is known, so that a driver killed in between loses nothing; a
+    mark of other settings it removes before it begins.
 
     A task that raises, or whose process dies, is tried again after `config.retry_wait` seconds, doubled each time,
     `config.retries` times, then set aside in `failed/STAGE/NNNNN.json`. It is tried anew by the next call.
 
     Args:
         function: picklable; named functions travel by name.
+        items: each of them picklable.
+        run: where the files of failed tasks go.
+        stage: what tasks and their display are called.
+        config: retries.
+        on_result: called in the driver with the number and the result of each item, in no particular order; first with
+            those that `marks` has from an earlier call, for which nothing is run.
         name: how an item is called in messages.
+        marks: of tasks that are done; without them nothing is known of earlier calls.
+        unit: what the display counts, in the plural.
         cpus: CPUs of one task.
         gpus: GPUs of one task.
         patience: when there was no news for so long, the tasks in hand are taken to hang: they are killed, and count as
@@ -110,18 +117,15 @@ def run_tasks(
         num_cpus=cpus, num_gpus=gpus, max_retries=0, name=stage, scheduling_strategy="SPREAD"
     )
     function_ref = ray.put(function)
-    events: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    in_hand: dict[int, tuple[Any, float]] = {}  # by number: Ray's reference, and since when
-
-    killed: dict[int, Failure] = {}
-    silence = Silence(patience or Patience(math.inf))
     tally = Tally(len(items), done=outcome.done)
-    pulses = _Pulses(pulse, silence, begun, tally) if pulse is not None else None
+    silence = Silence(patience or Patience(math.inf))
+    in_hand = _InHand(items, silence, _Pulses(pulse, silence, begun, tally) if pulse is not None else None)
     with (
         Display(stage, unit, tally) as display,
         Interruption(lambda: display.note("finishing what is in hand (again: stop at once)")) as stop,
-        killed_by_errors(lambda: (ref for ref, _ in in_hand.values())),
+        killed_by_errors(in_hand.refs),
     ):
+        notes = Said(display.note)
         while not waiting.finished():
             if stop.requested and waiting.idle():
                 left = outcome.total - outcome.done - len(outcome.failed)
@@ -129,43 +133,24 @@ def run_tasks(
                     f"{stage}: interrupted, {left} of {outcome.total} {unit} left; the same command goes on"
                 )
             while not stop.requested and (due := waiting.take(_LANE)) is not None:
-                ref = remote.remote(function_ref, items[due], due, marks)
-                if not in_hand:
-                    silence.begins()
-                in_hand[due] = (ref, time.monotonic())
-                future: Future[Any] = ref.future()
-                future.add_done_callback(partial(_report, events.put, due))
+                in_hand.add(due, remote.remote(function_ref, items[due], due, marks))
             display.tick()
             try:
-                number, result = events.get(timeout=TICK)
+                number, answer = in_hand.news.get(timeout=TICK)
             except queue.Empty:
-                if in_hand and pulses is not None:
-                    pulses.look({each: items[each] for each in in_hand})
-                if in_hand and silence.is_too_long():
-                    limit = silence.patience.seconds
+                if (limit := in_hand.kill_hanging()) is not None:
                     display.note(f"no news for {duration(limit)}: {len(in_hand)} {unit} in hand are killed")
-                    why = f"no news for {limit:.0f} s: killed (storage, or a deadlock)"
-                    killed.update(dict.fromkeys(in_hand, Failure("TaskHung", why)))
-                    silence.begins()
-                    kill(ref for ref, _ in in_hand.values())
                 continue
-            _, since = in_hand.pop(number)
-            if pulses is not None:
-                pulses.ended(number)
-            hung = killed.pop(number, None)
-            waited = time.monotonic() - since if pulses is None else silence.seconds
-            silence.begins()
-            if isinstance(result, _Done):
-                silence.patience.saw(waited)
+            found = in_hand.came_back(number, answer)
+            if isinstance(found, _Done):
                 waiting.succeeded(_LANE, number)
                 outcome.done += 1
                 tally.add()
-                on_result(number, result.value)
-                continue
-            failure = result if isinstance(result, Failure) else hung or Failure.of(result)
-            if not waiting.failed(_LANE, number):
+                notes.hear(found.notes)
+                on_result(number, found.value)
+            elif not waiting.failed(_LANE, number):
                 attempts, _ = waiting.attempts(number)
-                aside = Aside(number, name(items[number]), failure, attempts)
+                aside = Aside(number, name(items[number]), found, attempts)
                 set_aside(storage.join(run.root, "failed", stage, f"{number:05d}.json"), aside)
                 outcome.failed.append(aside)
                 tally.failed += 1
@@ -255,13 +240,73 @@ class _Pulses:
             self._tally.begun = sum(map(self._begun, self._found.values()))
 
 
+class _InHand:
+    """The tasks that Ray has, which are killed when nothing is heard of them for too long.
+
+    Args:
+        items: all of them, known by number.
+        silence: since when nothing was heard, and whether that is too long.
+        pulses: what tasks say of themselves while they go on.
+    """
+
+    def __init__(self, items: Sequence[Any], silence: Silence, pulses: _Pulses | None) -> None:
+        self.news: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._items = items
+        self._silence = silence
+        self._pulses = pulses
+        self._tasks: dict[int, tuple[Any, float]] = {}  # Ray's reference, and since when
+        self._killed: dict[int, Failure] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def add(self, number: int, ref: Any) -> None:
+        """Ray has this task now; what comes of it will be in `news`."""
+        if not self._tasks:
+            self._silence.begins()
+        self._tasks[number] = (ref, time.monotonic())
+        tell(self.news.put, ref, number)
+
+    def came_back(self, number: int, answer: Any) -> _Done | Failure:
+        """What these news of a task say."""
+        _, since = self._tasks.pop(number)
+        if self._pulses is not None:
+            self._pulses.ended(number)
+        hung = self._killed.pop(number, None)
+        waited = time.monotonic() - since if self._pulses is None else self._silence.seconds
+        self._silence.begins()
+        if isinstance(answer, _Done):
+            self._silence.patience.saw(waited)
+            return answer
+        return answer if isinstance(answer, Failure) else hung or Failure.of(answer)
+
+    def kill_hanging(self) -> float | None:
+        """Kill all when they have been silent for too long; the limit, in seconds, if so."""
+        if self._tasks and self._pulses is not None:
+            self._pulses.look({number: self._items[number] for number in self._tasks})
+        if not (self._tasks and self._silence.is_too_long()):
+            return None
+        limit = self._silence.patience.seconds
+        why = f"no news for {limit:.0f} s: killed (storage, or a deadlock)"
+        self._killed.update(dict.fromkeys(self._tasks, Failure("TaskHung", why)))
+        self._silence.begins()
+        kill(self.refs())
+        return limit
+
+    def refs(self) -> Iterator[Any]:
+        """Ray's reference of each."""
+        return (ref for ref, _ in self._tasks.values())
+
+
 @dataclass(frozen=True)
 class _Done:
     value: Any
+    notes: tuple[str, ...] = ()
 
 
 def _call(function: Callable[[Any], Any], item: Any, number: int, marks: TaskMarks | None) -> _Done | Failure:
     """Runs in the task: an exception comes back as a value, since it may not survive pickling."""
+    keep_notes()
     try:
         if marks is not None:
             marks.invalidate(number)
@@ -270,11 +315,7 @@ def _call(function: Callable[[Any], Any], item: Any, number: int, marks: TaskMar
             marks.write(number, result)
     except Exception as error:
         return Failure.of(error)
-    return _Done(result)
-
-
-def _report(put: Callable[[tuple[int, Any]], None], number: int, future: Future[Any]) -> None:
-    put((number, future.exception() or future.result()))
+    return _Done(result, take_notes())
 
 
 def _in_flight(cpus: float, gpus: float) -> int:

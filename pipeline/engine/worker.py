@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -12,8 +15,10 @@ import ray
 import tenacity
 
 from pipeline.data.inventory import ShardInfo
+from pipeline.device import gpu_is_lost
 from pipeline.engine.failures import Failure
 from pipeline.engine.metrics import WorkerMetrics
+from pipeline.engine.notes import keep_notes, take_notes
 
 Loaded = TypeVar("Loaded")
 Scored = TypeVar("Scored")
@@ -23,11 +28,13 @@ Scored = TypeVar("Scored")
 class ShardStats:
     """What came of a shard: rows by status (`ok` and reasons), and the seconds of each phase.
 
-    `waiting` is how long the device stood idle before this shard could be scored.
+    `waiting` is how long the device stood idle before this shard could be scored; `notes` are those that the process
+    had not told of before.
     """
 
     statuses: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -84,6 +91,7 @@ class ScoreWorker(Generic[Loaded, Scored]):
         self._idle_since = time.perf_counter()
         self._left = threading.Event()
         self._metrics = WorkerMetrics(name)
+        keep_notes()
 
     def __repr__(self) -> str:
         return f"ScoreWorker({self._name})"
@@ -110,7 +118,10 @@ class ScoreWorker(Generic[Loaded, Scored]):
         self._left.set()
 
     def score_shard(self, shard: ShardInfo) -> ShardStats | Failure:
-        """Load, score and commit one shard. An exception comes back as a value: it may not survive pickling."""
+        """Load, score and commit one shard. An exception comes back as a value: it may not survive pickling.
+
+        One after which CUDA does not work in this process any more ends it: it would fail every further shard.
+        """
         try:
             work = self._ready_work()
             seconds: dict[str, float] = {}
@@ -128,8 +139,12 @@ class ScoreWorker(Generic[Loaded, Scored]):
             with _Timer(seconds, "commit"):
                 statuses = work.commit(shard, scored, seconds)
         except Exception as error:
+            if gpu_is_lost():
+                traceback.print_exception(error)  # into the log of this process
+                sys.stderr.flush()
+                os._exit(1)
             return Failure.of(error, self._name)
-        stats = ShardStats(statuses, seconds)
+        stats = ShardStats(statuses, seconds, take_notes())
         self._metrics.count(stats.statuses, stats.seconds)
         return stats
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn import functional
 
+from pipeline.errors import NoteWarning
 from pipeline.influence.dense import traced
 from pipeline.influence.memory import lacks_memory
 
@@ -209,7 +210,9 @@ def _works(function: Callable[..., Any], device: torch.device, dtype: torch.dtyp
 
 def _refused(function: Callable[..., Any], reason: str) -> bool:
     name = function.__name__.split("_")[0]
-    warnings.warn(f"{name} and its tangent run without their own kernel, and slower: {reason}", stacklevel=2)
+    warnings.warn(
+        f"{name} and its tangent run without their own kernel, and slower: {reason}", NoteWarning, stacklevel=2
+    )
     return False
 
 

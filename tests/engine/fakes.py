@@ -2,6 +2,7 @@
 
 In the folder `script` of a `FakeSpec`, a file named `<event>-<shard>` makes something happen:
 `raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once;
+`cuda-N` breaks, once, the process's GPU while scoring it, so that it fails there and with every further shard;
 `wait-N` waits while the file is there; `hang-N` never comes back from scoring it; `stop-N` stops the whole process;
 `slow-worker-W` makes worker W take ten times as long;
 `full-N` makes the disk full while its file is written. `start-hang*` never comes back from the start of a worker, and
@@ -17,6 +18,7 @@ import signal
 import threading
 import time
 import unittest.mock
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.inventory import ShardInfo
+from pipeline.engine import worker as engine_worker
 from pipeline.engine.failures import SampleError
+from pipeline.errors import NoteWarning
 from pipeline.run import RunFolder
 from pipeline.store.commits import commit_scores
 from pipeline.store.fingerprint import Fingerprint
@@ -135,6 +139,12 @@ class FakeWork:
         if self._event("once", shard):
             Path(self._spec.script, f"once-{shard.index}").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._event("cuda", shard):
+            Path(self._spec.script, f"cuda-{shard.index}").unlink()
+            engine_worker.gpu_is_lost = lambda: True
+        if engine_worker.gpu_is_lost():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        warnings.warn("scored by a slower way", NoteWarning, stacklevel=1)
         while self._event("wait", shard):
             time.sleep(0.05)
         if self._event("hang", shard):

@@ -39,7 +39,9 @@ def scored_by(script: Path) -> Counter[int]:
     return Counter(int(line.split()[0]) for line in (script / "log").read_text().splitlines())
 
 
-def test_every_shard_is_committed_and_a_second_call_scores_none_again(tmp_path: Path, config: EngineConfig) -> None:
+def test_every_shard_is_committed_and_a_second_call_scores_none_again(
+    tmp_path: Path, config: EngineConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, shards = RunFolder(str(tmp_path / "run")), shard_infos(12)
     spec = FakeSpec(run, script=str(tmp_path))
     outcome = score_shards(spec, shards, run, FINGERPRINT, config)
@@ -48,6 +50,7 @@ def test_every_shard_is_committed_and_a_second_call_scores_none_again(tmp_path: 
     table = open_scores(run).to_table()
     assert table.num_rows == 240
     assert table.column("uid").to_pylist()[20:40] == fake_table(shards[1])["uid"].to_pylist()
+    assert capsys.readouterr().err.count("score: scored by a slower way\n") == 1, "not once per worker"
 
     again = score_shards(spec, shards, run, FINGERPRINT, config)
     assert (again.done, again.statuses) == (12, outcome.statuses)
@@ -99,6 +102,15 @@ def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path: Path, config: 
     assert (outcome.done, outcome.failed) == (10, [])
     repeated = sum(count - 1 for count in scored_by(tmp_path).values())
     assert 1 <= repeated <= config.prefetch + 2
+
+
+def test_a_worker_whose_gpu_breaks_is_started_anew_and_costs_no_shard(tmp_path: Path, config: EngineConfig) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(20)
+    (tmp_path / "cuda-2").touch()
+    spec = FakeSpec(run, script=str(tmp_path), seconds=0.1)
+    outcome = score_shards(spec, shards, run, FINGERPRINT, config)
+    assert (outcome.done, outcome.failed) == (20, [])
+    assert len((tmp_path / "started").read_text().split()) == 3
 
 
 @pytest.mark.parametrize("event", ["hang", pytest.param("stop", marks=pytest.mark.slow)])

@@ -108,6 +108,22 @@ def test_an_error_comes_back_as_a_value_and_the_next_shard_goes_on(counted: list
     assert len(counted) == 3
 
 
+def test_an_error_that_leaves_no_working_gpu_ends_the_process(
+    counted: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class EndedError(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise EndedError(status)
+
+    monkeypatch.setattr(worker.os, "_exit", end)
+    monkeypatch.setattr(worker, "gpu_is_lost", lambda: True)
+    with pytest.raises(EndedError, match="1"):
+        score_all(Watched(broken="load"), 4, 1)
+    assert "the tar is torn" in capsys.readouterr().err
+
+
 def test_a_worker_says_where_it_is_before_it_loads_and_why_it_cannot_start(counted: list[dict[str, int]]) -> None:
     spec = Watched()
     place = ScoreWorker("0", spec, 1).place()
