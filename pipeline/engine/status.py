@@ -19,6 +19,7 @@ from pipeline.run import RunFolder
 from pipeline.selection.summary import begun_selections, summary_file
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
+from pipeline.text import plural
 
 #: The rate is that of the shards committed in the last so many seconds before the newest one.
 RATE_SECONDS = 600.0
@@ -145,7 +146,7 @@ def print_status(root: str) -> None:
         for reason, count in status.reasons.items():
             table.add_row("", f"{count:,} {reason}")
         if status.pairs_per_second is not None:
-            table.add_row("rate", f"{status.pairs_per_second:,.0f} pairs/s on {status.workers} workers")
+            table.add_row("rate", f"{status.pairs_per_second:,.0f} pairs/s on {plural(status.workers, 'worker')}")
         if status.seconds_left is not None and status.shards_left:
             table.add_row("time left", duration(status.seconds_left))
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,25 @@ def test_counts_rate_and_failures_come_from_the_files(tmp_path: Path, capsys: py
     assert "4 done, 1 failed, 5 left" in printed
     assert "2 pairs/s on 2 workers" in printed
     assert "failed: 00007.tar: OSError: torn" in printed
+
+
+def test_one_worker_is_one_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, shards = RunFolder(str(tmp_path)), shard_infos(2)
+    storage.write_bytes(run.config, b"seed: 0\n")
+    write_inventory(run.inventory, shards)
+    for shard in shards:
+        commit_scores(
+            run,
+            shard,
+            fake_table(shard),
+            FINGERPRINT,
+            estimator="fake",
+            seconds={},
+            finished=1000.0 + shard.index,
+            worker="0",
+        )
+    print_status(str(tmp_path))
+    assert "20 pairs/s on 1 worker\n" in re.sub(" +\n", "\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["default", "half"])

@@ -34,6 +34,9 @@ def test_stages_come_in_order_and_take_what_the_rates_say() -> None:
     assert list(found) == ["inventory", "train", "directions", "score", "select", "emit"]
     assert found["inventory"].seconds == pytest.approx(10 + 5 * 1000 * 0.001)
     assert found["train"].seconds == pytest.approx(10 + 10_000 * 0.002 + 100 * 0.5)
+    assert found["directions"].seconds == pytest.approx(10 + 500 * 0.002 + 2 * 10)  # four checkpoints on two CPUs
+    assert found["directions"].storage == 4 * 2_000_000 * 4 + 500 * (3000 + 128 + 16)
+    assert found["directions"].memory == (800 << 20) + 4 * (6 * 1_000_000 + 2_000_000)
     assert found["score"].seconds == pytest.approx(10 + 100 * 0.41 + 5 * 1000 * (0.41 + 0.002))
     assert found["train"].storage == 4_000_000 * 3 * 4 + 10_000 * (3000 + 64 + 24)
     assert found["score"].storage == 90 * 10_000

@@ -47,6 +47,9 @@ def test_a_plan_names_every_stage_and_writes_nothing(tmp_path: Path, capsys: pyt
     }  # fmt: skip
     rates = found["rates"]
     assert all(rates[name] > 0 for name in ("start", "count", "decode", "observe", "directions", "step"))
+    inventory, train = found["stages"][:2]
+    assert inventory["seconds"] == pytest.approx(rates["start"] + 2 * 20 * rates["count"])  # three shards, two CPUs
+    assert train["seconds"] == pytest.approx(rates["start"] + 60 * rates["decode"] + 6 * rates["step"])
     assert rates["checkpoint"] >= 0  # the difference of two measurements
     assert rates["parameters"] > rates["pixels"] > 0
     assert rates["embedding"] % 2 == 0
