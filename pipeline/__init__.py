@@ -5,7 +5,7 @@ The public surface, loaded when it is first used (`import pipeline` loads neithe
 - configs: `Config`, `load_config`, `parse_config`;
 - a run's files: `open_scores` and `select`, and `RunFolder` for the paths of all others;
 - influence of pairs held in Python: `build_model`, `load_checkpoint`, `encode_pairs`, `score_pairs`, with `Settings`,
-  `Batches`, `Checkpoint`, `PairBatch`, and underneath `prepare_run` and `Scorer`;
+  `Batches`, `Checkpoint`, `PairBatch`, and underneath `prepare_run`, `Scorer` and `utility_of`;
 - the errors of users: `DiffpruneError` and those derived from it.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config, load_config, parse_config
     from pipeline.errors import ConfigError, DiffpruneError, FingerprintError, InputError, StageError
     from pipeline.finished import open_scores, select
-    from pipeline.influence import Batches, Scorer, Settings, prepare_run
+    from pipeline.influence import Batches, Scorer, Settings, prepare_run, utility_of
     from pipeline.models.checkpoint import load_checkpoint
     from pipeline.models.clip import build_model
     from pipeline.run import RunFolder
@@ -30,7 +30,7 @@ _HOME = {
     "pipeline.config": ("Config", "load_config", "parse_config"),
     "pipeline.errors": ("ConfigError", "DiffpruneError", "FingerprintError", "InputError", "StageError"),
     "pipeline.finished": ("open_scores", "select"),
-    "pipeline.influence": ("Batches", "Scorer", "Settings", "prepare_run"),
+    "pipeline.influence": ("Batches", "Scorer", "Settings", "prepare_run", "utility_of"),
     "pipeline.models.checkpoint": ("load_checkpoint",),
     "pipeline.models.clip": ("build_model",),
     "pipeline.run": ("RunFolder",),
@@ -62,6 +62,7 @@ __all__ = [
     "prepare_run",
     "score_pairs",
     "select",
+    "utility_of",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ def encode_pairs(
         model: of `build_model`.
         images: Pillow images, or encoded ones (JPEG, PNG, WebP). Pillow images in CMYK and the like become RGB first.
         captions: one per image.
-        uids: 32 hex digits per pair; None numbers the pairs. A pair whose uid is in the reference batch is not
-            counted against itself.
+        uids: 32 hex digits per pair; None takes a digest of image and caption. A pair whose uid is in the reference
+            batch is not counted against itself.
 
     Raises `InputError` for the first pair that cannot be used.
 
@@ -51,17 +52,7 @@ def encode_pairs(
     if not len(images) == len(captions) == len(uids if uids is not None else captions):
         raise InputError(f"expected as many captions and uids as images, found {len(images)} and {len(captions)}")
     samples = (
-        Sample(
-            index=index,
-            key=str(index),
-            uid=uids[index] if uids is not None else f"{index:016x}{0:016x}",
-            image=image if isinstance(image, bytes) else _encoded(image, index),
-            image_type="png",
-            caption=caption,
-            meta=None,
-            status="ok",
-            error="",
-        )
+        _sample(index, image, caption, uids[index] if uids is not None else None)
         for index, (image, caption) in enumerate(zip(images, captions, strict=True))
     )
     decoded = Decoder(model.image_spec, model.tokenize, MAX_PIXELS).decode_shard(samples)
@@ -69,6 +60,21 @@ def encode_pairs(
         if row.status != "ok":
             raise InputError(f"pair {row.index}: {row.status}: {row.error}")
     return decoded.batch
+
+
+def _sample(index: int, image: Image.Image | bytes, caption: str, uid: str | None) -> Sample:
+    data = image if isinstance(image, bytes) else _encoded(image, index)
+    return Sample(
+        index=index,
+        key=str(index),
+        uid=uid if uid is not None else hashlib.blake2b(data + caption.encode(), digest_size=16).hexdigest(),
+        image=data,
+        image_type="png",
+        caption=caption,
+        meta=None,
+        status="ok",
+        error="",
+    )
 
 
 def _encoded(image: Image.Image, index: int) -> bytes:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,25 @@ def test_runs_are_averaged_and_utility_has_the_sign_that_keeps() -> None:
     assert torch.equal(both.utility, -both.score)
     with pytest.raises(ConfigError, match="at least one checkpoint"):
         pipeline.score_pairs(model, [], pairs, batches)
+
+
+def test_pairs_of_two_calls_are_the_same_only_where_they_are_equal() -> None:
+    model = pipeline.build_model("digits-vit", seed=1)
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    first = pipeline.encode_pairs(model, [red, blue], ["red", "blue"])
+    second = pipeline.encode_pairs(model, [blue, red, red], ["red", "crimson", "red"])
+    assert len({*first.ids.tolist(), *second.ids.tolist()}) == 4
+    assert second.ids[2] == first.ids[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [({"estimator": "diffin"}, "estimator"), ({"loss": "rows"}, "loss"), ({"precision": "fp16"}, "precision"),
+     ({"precondition": "adamw"}, "precondition"), ({"equal_captions": "ignored"}, "equal_captions")],
+)  # fmt: skip
+def test_settings_that_there_are_not_are_refused(setting: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: expected one of "):
+        Settings(**setting)
 
 
 def test_the_order_of_checkpoints_does_not_matter() -> None:

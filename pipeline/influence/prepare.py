@@ -65,6 +65,8 @@ def _at(here: LocalView, share: float, dataset_size: int, num_runs: int) -> Prob
         return tracin_self(here, rate / num_runs)
     if estimator == "grand":
         return gradient_norm(here, share)
+    if estimator not in ("tracin", "moso"):
+        raise InputError(f"{estimator}: expected an estimator that `prepare` has directions for")
     loss = here.gradient_loss if estimator == "moso" else here.target_loss
     return along_gradient(here, here.preconditioned(loss.gradient(here.state)), rate / num_runs)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.types import PairBatch
 
 Estimator = Literal[
@@ -69,6 +70,8 @@ class Settings:
         chunk: pairs per pass while directions are computed, at most (`gradients` takes 64 on a GPU and 32 to 128 on a
             CPU); it bounds memory and changes nothing else.
         seed: decides random directions and the `random` estimator.
+
+    Raises `ConfigError` for an unknown estimator, method and the like.
     """
 
     estimator: Estimator = "diff-in"
@@ -85,6 +88,15 @@ class Settings:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     chunk: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for a value that there is not: a misspelt one would be taken for another."""
+        if self.estimator not in UTILITY:
+            raise ConfigError(f"expected one of {', '.join(UTILITY)}", key="estimator", found=self.estimator)
+        for name, kind in get_type_hints(type(self)).items():
+            if name != "estimator" and get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ConfigError(f"expected one of {choices}", key=name, found=getattr(self, name))
 
     def roundoff(self, dtype: torch.dtype) -> float:
         """Relative rounding error of a pass whose weights have `dtype`."""

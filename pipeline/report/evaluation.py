@@ -116,11 +116,8 @@ def _figure(metric: str, rows: list[Result]) -> Figure:
         intervals.append(Interval(row.set, row.mean, row.mean - spread, row.mean + spread, note, css))
     see = f"{rows[0].set} comes out best"
     if len(rows) > 1:
-        gap = abs(rows[0].mean - rows[1].mean)
-        error = math.sqrt(sum((row.std**2 / row.seeds if math.isfinite(row.std) else 0.0) for row in rows[:2]))
-        clear = error > 0 and gap > 2 * error
-        see += f", {'ahead of' if clear else 'not clearly ahead of'} {rows[1].set}: they differ by {number(gap, 2)}"
-        see += f" with a standard error of {number(error, 2)}" if error else ""
+        ahead = "ahead of" if rows[0].differs_from(rows[1]) else "not clearly ahead of"
+        see += f", {ahead} {rows[1].set}: they differ by {number(abs(rows[0].mean - rows[1].mean), 2)}"
     see += ". Whiskers are one standard deviation over the seeds."
     return interval_figure(
         metric[:1].upper() + metric[1:], see, f"{metric}, {'lower' if better < 0 else 'higher'} is better", intervals

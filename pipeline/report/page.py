@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
+from scipy.special import stdtr
 
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, read_inventory
@@ -85,7 +86,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "lead": lead(found, config),
         "numbers": _numbers(found),
         "bar": stacked_bar([(found.kept, "kept"), (found.pruned, "pruned"), (found.total - found.scored, "rejected")]),
-        "notes": _notes(found, summary.get("quality") or {}),
+        "notes": _notes(found, summary.get("quality") or {}, _number_of_runs(manifest)),
         "profile": tables.profile_table(found) if found.scored else None,
         "quality": tables.quality_table(summary.get("quality") or {}),
         "evaluation": evaluation.evaluation_section(results, config) if results else None,
@@ -162,7 +163,11 @@ def _numbers(found: Findings) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _notes(found: Findings, quality: Mapping[str, Any]) -> list[str]:
+def _number_of_runs(manifest: Mapping[str, Any]) -> int:
+    return len({entry.get("run", 0) for entry in manifest.get("checkpoints") or []})
+
+
+def _notes(found: Findings, quality: Mapping[str, Any], runs: int) -> list[str]:
     notes = []
     precision, base_rate = quality.get("precision"), quality.get("base_rate")
     if isinstance(precision, float) and isinstance(base_rate, float):
@@ -180,10 +185,14 @@ def _notes(found: Findings, quality: Mapping[str, Any]) -> list[str]:
     if found.significant:
         known = found.significant["known"]
         helpful, harmful = found.significant["helpful"] / known, found.significant["harmful"] / known
-        notes.append(
+        note = (
             f"Over the proxy runs, {percent(helpful)} of the pairs are helpful and {percent(harmful)} harmful beyond "
-            "two standard errors of their utility; the rest do not differ from zero by more than their own noise."
         )
+        note += "two standard errors of their utility."
+        if runs > 1:
+            chance = percent(float(stdtr(runs - 1, -2.0)))
+            note += f" Without any effect {chance} would be on either side by chance, as there are {runs} runs."
+        notes.append(note)
     return notes
 
 

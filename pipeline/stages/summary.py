@@ -185,14 +185,11 @@ def _add_results(table: Table, results: list[Result]) -> None:
 
 
 def _add_verdict(table: Table, name: str, mine: Result, other: Result) -> None:
-    gap = mine.mean - other.mean
-    noise = (mine.std**2 + other.std**2) ** 0.5
-    if noise != noise:  # one seed has no spread, so there is no verdict
+    if min(mine.seeds, other.seeds) < 2:  # one seed has no spread, so there is no verdict
         return
-    verdict = (
-        "better than" if gap > noise else "worse than" if gap < -noise else "no different, within the spread, from"
-    )
-    table.add_row("", f"{name} trains {verdict} {other.set} ({gap:+.3f})")
+    gap = mine.mean - other.mean
+    how = "like {}, within noise" if not mine.differs_from(other) else "better than {}" if gap > 0 else "worse than {}"
+    table.add_row("", f"{name} trains {how.format(other.set)} ({gap:+.3f})")
 
 
 def selection_is_current(job: Job) -> bool:

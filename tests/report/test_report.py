@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from pipeline.errors import StageError
 from pipeline.estimators import ESTIMATORS
 from pipeline.report import write_report
 from pipeline.report.cards import FOR_A_TARGET
+from pipeline.report.page import _notes
 from pipeline.run import RunFolder
 from pipeline.selection.select import select
 from pipeline.store import storage
@@ -276,3 +279,11 @@ def test_measured_on_used_shards_is_said(made: Made, tmp_path: Path) -> None:
     (tmp_path / "weights.pt").touch()
     started = words_of(made, changed(made.config, "proxy", pretrained=str(tmp_path / "weights.pt")))
     assert "Models trained from the weights of proxy.pretrained on each set" in started
+
+
+def test_what_is_beyond_its_noise_is_held_against_chance() -> None:
+    found: Any = SimpleNamespace(missing_shards=0, shards=[], significant={"known": 1000, "helpful": 90, "harmful": 26})
+    note = _notes(found, {}, runs=3)[0].replace("\u202f", " ")
+    assert "9.0 % of the pairs are helpful and 2.6 % harmful beyond two standard errors" in note
+    assert "Without any effect 9.2 % would be on either side by chance, as there are 3 runs" in note
+    assert "by chance" not in _notes(found, {}, runs=0)[0]
