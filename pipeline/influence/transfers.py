@@ -16,6 +16,19 @@ def on_device(batch: PairBatch, order: torch.Tensor, size: int, device: torch.de
     return _copied_ahead(parts, device) if device.type == "cuda" else (part.to(device) for part in parts)
 
 
+def made_ahead(parts: Iterator[PairBatch], device: torch.device) -> Iterator[PairBatch]:
+    """These parts on the device; a thread makes each while the one before is in use."""
+    return _copied_ahead(parts, device) if device.type == "cuda" else (part.to(device) for part in _ahead(parts))
+
+
+def _ahead(parts: Iterator[PairBatch]) -> Iterator[PairBatch]:
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, parts, None)
+        while (part := ahead.result()) is not None:
+            ahead = thread.submit(next, parts, None)
+            yield part
+
+
 def _copied_ahead(parts: Iterator[PairBatch], device: torch.device) -> Iterator[PairBatch]:
     """Parts by way of pinned memory and a stream of its own; a thread gathers and pins each while one is in use."""
     copies, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -44,11 +45,16 @@ def crop_boxes(seed: int, run: int, step: int, batch: int, size: tuple[int, int]
     return np.stack([top, left, tall, wide], 1).astype(np.int64)
 
 
-def cropped(images: Tensor, boxes: NDArray[np.int64]) -> Tensor:
+def cropped(images: Tensor, boxes: NDArray[np.int64], threads: int = 1) -> Tensor:
     """Crops resized back to the images' size: uint8 `[n, 3, h, w]` to the same, on the CPU."""
     size = list(images.shape[-2:])
-    crops = [
-        resized_crop(image, *(int(x) for x in box), size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-        for image, box in zip(images, boxes, strict=True)
-    ]
+
+    def crop(image: Tensor, box: NDArray[np.int64]) -> Tensor:
+        resized: Tensor = resized_crop(
+            image, *box.tolist(), size, interpolation=InterpolationMode.BICUBIC, antialias=True
+        )
+        return resized
+
+    with ThreadPoolExecutor(threads) as pool:
+        crops = list((pool.map if threads > 1 else map)(crop, images, boxes))
     return torch.stack(crops) if crops else images

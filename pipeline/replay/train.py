@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.errors import StageError
 from pipeline.influence.arithmetic import arithmetic, features_in
 from pipeline.influence.losses import batch_loss, similar_captions
+from pipeline.influence.transfers import made_ahead
 from pipeline.models.checkpoint import excluded_from_decay
 from pipeline.models.clip import PairModel, split_state
 from pipeline.replay.augment import crop_boxes, cropped
@@ -57,14 +58,14 @@ class InMemory:
 
 
 def step_pairs(
-    pairs: Pairs, order: Rows, settings: TrainingSettings, step: int, part: slice = slice(None)
+    pairs: Pairs, order: Rows, settings: TrainingSettings, step: int, part: slice = slice(None), threads: int = 1
 ) -> PairBatch:
     """The pairs that the step from `step` to `step + 1` sees, cropped as they were; `part` of the batch alone."""
     batch = pairs.batch(np.asarray(order[step, part], np.int64))
     if settings.augment:
         size = (batch.images.shape[2], batch.images.shape[3])
         boxes = crop_boxes(settings.seed, settings.run, step, order.shape[1], size)[part]
-        batch = PairBatch(cropped(batch.images, boxes), batch.tokens, batch.ids, batch.captions)
+        batch = PairBatch(cropped(batch.images, boxes, threads), batch.tokens, batch.ids, batch.captions)
     return batch
 
 
@@ -101,6 +102,7 @@ class Trainer:
         self._optimizer = make_optimizer(self._parameters, settings)
         share = order.shape[1] // self.workers.size
         self._part = slice(self.workers.rank * share, (self.workers.rank + 1) * share)
+        self._batches = self._batches_from(0)
 
     def advance(self) -> float:
         """Take one step; the batch's loss before it. Raises `StageError` when the loss is not finite."""
@@ -108,7 +110,7 @@ class Trainer:
             return self._advance()
 
     def _advance(self) -> float:
-        batch = step_pairs(self.pairs, self.order, self.settings, self.step, self._part).to(self.device)
+        batch = next(self._batches)
         with self._training_mode():
             forward = partial(self.model, batch.images, batch.tokens)
             features = features_in(self.settings.precision, self.device, forward)
@@ -116,15 +118,27 @@ class Trainer:
             equal = similar_captions(captions, captions, self.settings.equal_captions == "ignore")
             with arithmetic("fp32"):
                 loss = batch_loss(features, equal, self.settings.loss)
-        value = float(loss.detach())
         rate = float(self.rates[self.step])
-        if not math.isfinite(value):
-            raise self._divergence(f"loss is {value}", rate)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._update(rate)
+        # Only now, since it waits for the GPU; a step without a finite loss is never counted, so never recorded.
+        if not math.isfinite(value := float(loss.detach())):
+            raise self._divergence(f"loss is {value}", rate)
         self.step += 1
         return value
+
+    def _batches_from(self, step: int) -> Iterator[PairBatch]:
+        """What this worker's steps from `step` on see, on the device, each made while the one before is taken.
+
+        Without a reference to the trainer: the thread that makes them ends with it.
+        """
+        on_cpu = self.device.type == "cpu"
+        threads = 1 if on_cpu else torch.get_num_threads()  # there the others compute
+        make = partial(step_pairs, self.pairs, self.order, self.settings, part=self._part, threads=threads)
+        made = map(make, range(step, len(self.order)))
+        # To gather rows in memory is less work than to hand them over.
+        return made if on_cpu and not self.settings.augment else made_ahead(made, self.device)
 
     def _update(self, rate: float) -> None:
         parameters = list(self._parameters.values())
@@ -175,6 +189,7 @@ class Trainer:
                 buffer = checkpoint.momentum[name].to(self.device, copy=True)
                 self._optimizer.state[parameter] = {"momentum_buffer": buffer}
         self.step = checkpoint.step
+        self._batches = self._batches_from(self.step)
 
     def _state(self, kind: str) -> Tree:
         return {name: _copy(self._optimizer.state[p][kind]) for name, p in self._parameters.items()}

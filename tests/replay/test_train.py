@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,88 @@ def test_a_restored_trainer_goes_on_bit_by_bit(tmp_path: Path, optimizer: Any, p
         assert torch.equal(left, right)
 
 
+class Watched(MemoryPairs):
+    """Pairs that tell when a batch is asked for; the batch number `broken`, from 1, cannot be read."""
+
+    def __init__(self, broken: int = 0) -> None:
+        super().__init__()
+        self.asked = threading.Semaphore(0)
+        self.broken = broken
+        self.batches = 0
+
+    def batch(self, rows: Any) -> Any:
+        self.batches += 1
+        self.asked.release()
+        if self.batches == self.broken:
+            raise OSError("the disk is gone")
+        return super().batch(rows)
+
+
+def test_the_next_batch_is_prepared_while_a_step_is_taken(tmp_path: Path) -> None:
+    pairs = Watched()
+    trainer = make(tmp_path, replace(SETTINGS, augment=True), pairs)
+    found: list[bool] = []
+
+    def forward(*_: Any) -> None:
+        # The first step's own and the next one's; then one more beside each step but the last.
+        wanted = 0 if len(found) == SETTINGS.steps - 1 else 1 if found else 2
+        found.append(all(pairs.asked.acquire(timeout=20) for _ in range(wanted)))
+
+    trainer.model.register_forward_pre_hook(forward)
+    finish(trainer)
+    assert all(found)
+    assert pairs.batches == SETTINGS.steps
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_steps_see_their_own_pairs_whichever_step_training_goes_on_from(tmp_path: Path, augment: bool) -> None:
+    settings = replace(SETTINGS, augment=augment)
+    trainer = make(tmp_path, settings)
+    seen: list[torch.Tensor] = []
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    trainer.advance()
+    first = trainer.checkpoint()
+    finish(trainer)
+    trainer.restore(first)
+    finish(trainer)
+    for step, images in zip([*range(6), *range(1, 6)], seen, strict=True):
+        assert torch.equal(images, step_pairs(trainer.pairs, trainer.order, settings, step).images)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 4])
+def test_no_thread_outlives_a_trainer(tmp_path: Path, broken: int) -> None:
+    before = set(threading.enumerate())
+    trainer = make(tmp_path, replace(SETTINGS, augment=True), Watched(broken))
+    if broken:
+        with pytest.raises(OSError, match="the disk is gone"):
+            finish(trainer)
+        assert trainer.step == broken - 1
+    else:
+        trainer.advance()
+        assert set(threading.enumerate()) > before
+    del trainer
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_step_whose_loss_is_not_finite_is_not_counted(tmp_path: Path) -> None:
+    trainer = make(tmp_path, SETTINGS)
+    with torch.no_grad():
+        trainer.model.logit_scale.fill_(torch.nan)
+    with pytest.raises(StageError, match=r"step 1 of 6.*loss is nan"):
+        trainer.advance()
+    assert trainer.step == 0
+
+
+def test_the_loss_is_read_when_the_optimizer_has_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read it waits for a GPU, which would then have nothing to do."""
+    trainer, events = make(tmp_path, SETTINGS), list[str]()
+    step, read = trainer._optimizer.step, torch.Tensor.__float__
+    monkeypatch.setattr(trainer._optimizer, "step", lambda: (events.append("step"), step())[1])
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda value: (events.append("read"), read(value))[1])
+    trainer.advance()
+    assert events == ["step", "read"]
+
+
 def test_dropout_is_this_steps_own_and_leaves_global_randomness_alone(tmp_path: Path) -> None:
     vision = MODEL["vision_cfg"] | {"patch_dropout": 0.5}  # type: ignore[operator]
     first, again = (make(tmp_path, SETTINGS, vision_cfg=vision) for _ in range(2))
@@ -210,6 +293,8 @@ def test_a_full_box_leaves_the_image_and_crops_differ_by_run_step_and_place() ->
     images = MemoryPairs(3).all.images
     full = np.tile([0, 0, 16, 16], (3, 1))
     assert torch.equal(cropped(images, full), images)
+    boxes = crop_boxes(0, 0, 0, 24, (16, 16))
+    assert torch.equal(cropped(MemoryPairs().all.images, boxes), cropped(MemoryPairs().all.images, boxes, threads=3))
     assert cropped(images, crop_boxes(0, 0, 0, 3, (16, 16))).dtype == torch.uint8
     seen = {crop_boxes(seed, run, step, 8, (64, 64)).tobytes() for seed in (0, 1) for run in (0, 1) for step in (0, 1)}
     assert len(seen) == 8
