@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 
 from pipeline.config import Config
@@ -19,7 +20,7 @@ from pipeline.models.clip import PairModel
 from pipeline.models.manifest import Manifest
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.proxy import train_proxy
-from pipeline.replay.ray_train import ProxyJob, _train_distributed, train_runs
+from pipeline.replay.ray_train import ProxyJob, _cpus, _train_distributed, train_runs
 from pipeline.replay.record import Record
 from pipeline.run import RunFolder
 from pipeline.store import storage
@@ -120,6 +121,29 @@ def test_runs_train_at_the_same_time(tmp_path: Path, ray_local: None) -> None:
     meeting = Meeting(tmp_path, runs=2)
     steps = train_runs(job(tmp_path / "ray", config_of(runs=2, gpus_per_worker=0), Factory(tmp_path), meeting))
     assert steps == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "expected"),
+    [
+        ([(16, 0)], 0, 1),
+        ([(16, 1)], 1, 4),
+        ([(96, 8)], 1, 4),
+        ([(4, 1), (64, 0)], 1, 2),
+        ([(96, 8), (8, 2)], 1, 2),
+        ([(96, 8), (2, 1)], 2, 4),
+        ([(2, 1)], 1, 1),
+        ([(16, 1)], 0.25, 2),
+        ([], 1, 1),
+    ],
+)
+def test_training_on_a_gpu_asks_for_the_cpus_that_every_node_has(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[tuple[int, int]], gpus: float, expected: int
+) -> None:
+    found = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": has} if has else {"CPU": cpus}} for cpus, has in nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 1, "GPU": 8}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, dead])
+    assert _cpus(gpus) == expected
 
 
 def test_a_run_that_hangs_is_killed_and_goes_on_from_its_resume_point(tmp_path: Path, ray_local: None) -> None:
