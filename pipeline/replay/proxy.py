@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +25,7 @@ from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import Pulse
 from pipeline.tracking import Board
+from pipeline.types import Checkpoint
 
 #: Called after each step with the steps taken, the loss before the last of them and the rate that it used.
 Progress = Callable[[int, float, float], None]
@@ -88,19 +91,10 @@ def train_proxy(
         if workers.rank == 0 and trainer.step == 0:
             _remove_outdated(folder, files)
             storage.write_bytes(files.initial, initial)
-            facts = {
-                "dataset_size": len(chosen),
-                "workers": workers.size,
-                "exact": trainer.model.trains_as_it_evaluates and settings.precision == "fp32",
-            }
-            seen = np.unique(trainer.order)
-            write_plan(files, settings, trainer.order, trainer.rates, cache.ids[seen], facts)
-        board = None if workers.rank else Board(folder, config, f"run-{run:03d}", trainer.step + 1)
-        try:
+            _write_plan(files, trainer, cache, len(chosen))
+        tracked = nullcontext() if workers.rank else Board(folder, config, f"run-{run:03d}", trainer.step + 1)
+        with tracked as board:
             session.train(losses, board, progress)
-        finally:
-            if board is not None:
-                board.close()
     workers.agree(0)  # Nobody reads the record before the first worker has written it.
     if workers.rank == 0:
         write_manifest(folder, config.proxy.runs)
@@ -139,28 +133,35 @@ class _Session:
     def train(self, losses: list[float], board: Board | None, progress: Progress | None) -> None:
         """Take the steps that are left and commit the run."""
         trainer, steps = self.trainer, self.trainer.settings.steps
-        while trainer.step < steps:
-            losses.append(trainer.advance())
-            step, rate = trainer.step, float(trainer.rates[trainer.step - 1])
-            if not self.writes:
-                continue
-            if step in self.recorded:
-                save_checkpoint(self.files.checkpoint(step), trainer.checkpoint())
-            if step % self.resume_every == 0 and step < steps:
-                self._keep_resume_point(step, losses)
-            if board is not None:
-                board.log(step, {"loss": losses[-1], "learning_rate": rate})
-            state = {"step": step, "steps": steps, "loss": losses[-1], "lr": rate}
-            self._pulse.beat(state, now=step == steps)
-            if progress is not None:
-                progress(step, losses[-1], rate)
+        with ThreadPoolExecutor(1) as thread:  # however the steps end, what it writes is written whole
+            written: Future[None] | None = None
+            while trainer.step < steps:
+                losses.append(trainer.advance())
+                step, rate = trainer.step, float(trainer.rates[trainer.step - 1])
+                if not self.writes:
+                    continue
+                if step in self.recorded:
+                    save_checkpoint(self.files.checkpoint(step), trainer.checkpoint())
+                if step % self.resume_every == 0 and step < steps:
+                    if written is not None:
+                        written.result()
+                    written = thread.submit(self._keep_resume_point, trainer.checkpoint(), losses.copy())
+                if board is not None:
+                    board.log(step, {"loss": losses[-1], "learning_rate": rate})
+                state = {"step": step, "steps": steps, "loss": losses[-1], "lr": rate}
+                self._pulse.beat(state, now=step == steps)
+                if progress is not None:
+                    progress(step, losses[-1], rate)
+            if written is not None:
+                written.result()
         if self.writes:
             self._commit(losses)
 
-    def _keep_resume_point(self, step: int, losses: list[float]) -> None:
-        save_checkpoint(self.files.resume_point(step), self.trainer.checkpoint())
-        marks.write_mark(self.files.resume_mark, self.fingerprint, {"step": step, "losses": losses})
-        self._remove_resume_points(keep=self.files.resume_point(step))
+    def _keep_resume_point(self, checkpoint: Checkpoint, losses: list[float]) -> None:
+        point = self.files.resume_point(checkpoint.step)
+        save_checkpoint(point, checkpoint)
+        marks.write_mark(self.files.resume_mark, self.fingerprint, {"step": checkpoint.step, "losses": losses})
+        self._remove_resume_points(keep=point)
 
     def _remove_resume_points(self, keep: str = "") -> None:
         for url in storage.list_files(self.files.root, ".safetensors"):
@@ -173,6 +174,17 @@ class _Session:
         marks.write_mark(self.files.mark, self.fingerprint, {"checkpoints": checkpoints, "losses": losses})
         storage.remove(self.files.resume_mark)
         self._remove_resume_points()
+
+
+def _write_plan(files: RecordFolder, trainer: Trainer, cache: Pairs, dataset_size: int) -> None:
+    settings = trainer.settings
+    facts = {
+        "dataset_size": dataset_size,
+        "workers": trainer.workers.size,
+        "exact": trainer.model.trains_as_it_evaluates and settings.precision == "fp32",
+    }
+    seen = np.unique(trainer.order)
+    write_plan(files, settings, trainer.order, trainer.rates, cache.ids[seen], facts)
 
 
 def _remove_outdated(folder: RunFolder, files: RecordFolder) -> None:

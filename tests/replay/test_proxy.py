@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,34 @@ def test_killed_while_writing_a_resume_point_it_uses_the_one_before(
     steps: list[int] = []
     train(tmp_path / "cut", config, factory, progress=lambda step, loss, lr: steps.append(step))
     assert steps[0] == 6
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_training_goes_on_while_a_resume_point_is_written(
+    tmp_path: Path, factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.replay import proxy
+
+    config, gone_on, real = config_of(), threading.Event(), proxy.save_checkpoint
+    train(tmp_path / "whole", config, factory)
+
+    def save_checkpoint(url: str, checkpoint: Any) -> None:
+        if "resume" in url:
+            assert gone_on.wait(20)
+        real(url, checkpoint)
+
+    def progress(step: int, loss: float, rate: float) -> None:
+        if step == 7:
+            gone_on.set()
+        elif step == 9:
+            raise Killed
+
+    monkeypatch.setattr(proxy, "save_checkpoint", save_checkpoint)
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", config, factory, progress=progress)
+    mark = storage.read_json(str(tmp_path / "cut" / "checkpoints" / "run-000" / "resume.json"))
+    assert (mark["step"], len(mark["losses"])) == (5, 5)
+    train(tmp_path / "cut", config, factory)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
