@@ -156,7 +156,7 @@ class ProxyConfig(Section):
     workers: PositiveInt = 1
     """Training workers per run; above 1 the run goes through `ray.train`."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a training worker; null takes one where the cluster has GPUs."""
+    """GPUs of a training worker, those of `evaluate` included; null takes one where the cluster has GPUs."""
     resume_every: PositiveInt = 200
     """Steps between the resume points of an interrupted proxy run."""
 
@@ -256,10 +256,12 @@ class EngineConfig(Section):
     takes as many as fit: one per GPU, or without GPUs at most 8 on each machine (more with a small `cpus_per_worker`).
     On a cluster that was joined twice as many are asked for, so that one that can grow does."""
     cpus_per_worker: Annotated[float, Field(gt=0)] | None = None
-    """CPUs of an actor; null divides a machine's CPUs evenly among its GPUs, or without GPUs among 8 actors (one CPU
-    each where there are fewer). Where machines differ, the smallest share counts."""
+    """CPUs of an actor; null divides a machine's CPUs evenly among its GPUs (less than one each where there are more
+    GPUs), or without GPUs among 8 actors (one CPU each where there are fewer). Where machines differ, the smallest
+    share counts."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of an actor; null takes one where the cluster has GPUs."""
+    """GPUs of an actor, and of a task that computes directions; null takes one where the cluster has GPUs. A part of a
+    GPU is a part of its memory, too."""
     memory_per_worker: PositiveInt | None = None
     """Bytes that Ray reserves for an actor; null reserves none."""
     object_store_memory: PositiveInt | None = None

@@ -84,7 +84,7 @@ class SelectConfig(Section):
     """The value that is ranked, higher is kept: a column or a formula such as `0.7 * rank(utility) + 0.3 *
     rank(similarity)`."""
     where: str | None = None
-    """A condition that a pair must meet to be kept, such as `width >= 64 and caption_length > 5`."""
+    """A condition that a pair must meet to be kept, such as `width >= 64 and source != "a.org"`."""
     join: dict[str, str] = {}
     """Folders of other runs over the same shards, by name: with `{other: runs/b}` formulas may say `other.utility`.
     `min(rank(utility), rank(other.utility))` as `by` keeps what both runs rank high."""

@@ -41,7 +41,7 @@ def check_section(config: SelectConfig, schemas: Mapping[str, pa.Schema], key: s
     spread = config.spread or ("zterms_std" if config.by == "zterms" else "utility_std")
     formulas = Formulas(
         by=parse_formula(config.by, f"{key}.by", known),
-        where=parse_formula(config.where, f"{key}.where", known, condition=True) if config.where else None,
+        where=parse_formula(config.where, f"{key}.where", known, _texts(own), condition=True) if config.where else None,
         spread=parse_formula(spread, f"{key}.spread", known) if significant else None,
     )
     _check_columns(config, schemas, key)
@@ -74,6 +74,10 @@ def schema_of(url: str) -> pa.Schema:
 def _numeric(schema: pa.Schema) -> set[str]:
     kinds = (pa.types.is_integer, pa.types.is_floating)
     return {item.name for item in schema if any(kind(item.type) for kind in kinds)}
+
+
+def _texts(schema: pa.Schema) -> set[str]:
+    return {item.name for item in schema if pa.types.is_string(item.type) or pa.types.is_dictionary(item.type)}
 
 
 def _check_columns(config: SelectConfig, schemas: Mapping[str, pa.Schema], section: str) -> None:

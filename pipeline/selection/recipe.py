@@ -182,7 +182,8 @@ class OpenShard:
         if formula.column is not None:
             return columns[formula.column].astype(np.float32, copy=False)
         wide = {name: values.astype(np.float64, copy=False) for name, values in columns.items()}
-        result = np.broadcast_to(formula.evaluate(wide, self.recipe.tables), (span.rows,))
+        texts = {name: span.arrow(name) for name in sorted(formula.texts)}
+        result = np.broadcast_to(formula.evaluate({**wide, **texts}, self.recipe.tables), (span.rows,))
         with np.errstate(over="ignore"):
             return result if result.dtype == np.bool_ else result.astype(np.float32)
 

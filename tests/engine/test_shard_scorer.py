@@ -58,6 +58,7 @@ def test_every_sample_has_a_row_and_good_ones_a_score(tmp_path: Path) -> None:
     assert frame["index"].tolist() == [*range(12), *range(5)]
     assert frame["status"].tolist()[12:] == ["ok", "no-image", "no-caption", "truncated-image", "ok"]
     assert frame["source"][12] == "one.example"
+    assert frame["width"].isna().tolist()[12:] == [False, True, True, True, False]
     ok = frame[frame["status"] == "ok"]
     assert frame.loc[frame["status"] != "ok", ["score", "utility", "terms", "embedding"]].isna().all().all()
     terms = np.stack(ok["terms"].to_list()).astype(np.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -49,6 +50,47 @@ def test_values(source, expected):
 def test_what_is_not_in_the_grammar_is_refused(source):
     with pytest.raises(ConfigError, match=r"select\.by"):
         parse_formula(source, "select.by", COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("source == 'a.org'", [True, False, False]),
+        ("source != 'a.org'", [False, True, True]),
+        ("source in ('b.org', \"c.org\") and utility < 0", [False, True, False]),
+        ("not (source not in ['a.org'] or width > 10)", [True, False, False]),
+    ],
+)
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())])
+def test_columns_of_text_are_held_against_texts(source, expected, kind):
+    formula = parse_formula(source, "select.where", COLUMNS, {"source"}, condition=True)
+    columns = {**COLUMNS, "source": pa.array(["a.org", "b.org", None]).cast(kind)}
+    assert formula.evaluate(columns, {}).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("sorce == 'a'", r"expected known columns \(did you mean 'source'\?\), found 'sorce'"),
+        ("width == 'a'", r"expected known columns \(source\), found 'width'"),
+        ("source > 'a'", "expected numbers, or text beside a column of text"),
+        ("'a' == source", "expected numbers, or text beside a column of text"),
+        ("source in ('a', 1)", "expected"),
+        ("source in ()", "expected"),
+        ("source == 1", r"expected known columns \(.*\), found 'source'"),
+    ],
+)
+def test_text_that_is_no_condition_is_refused(source, line):
+    with pytest.raises(ConfigError, match=rf"select\.where: {line}"):
+        parse_formula(source, "select.where", COLUMNS, {"source"}, condition=True)
+
+
+def test_a_selection_of_some_sources(tmp_path):
+    rows = [row(n, float(n), source=f"{'abc'[n % 3]}.org") for n in range(9)]
+    run = write_run(tmp_path, [rows[:5], rows[5:]])
+    summary = select(run, SelectConfig(keep=1.0, where="source in ('a.org', 'c.org') and utility < 8"), seed=0)
+    assert kept(run) == [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1)]
+    assert summary.pruned == {"where": 4}
 
 
 def test_unknown_columns_are_refused_before_anything_runs(tmp_path):
