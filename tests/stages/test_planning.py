@@ -133,7 +133,7 @@ def test_what_cannot_be_calibrated_with_is_said(tmp_path: Path, monkeypatch: pyt
 
 
 def test_steps_are_taken_for_as_long_as_they_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model has been through all steps that there are before the time is over."""
+    """More than one pass over the pairs: a small model takes thousands of steps before the time is over."""
     taken: list[int] = []
 
     class Trainer:
