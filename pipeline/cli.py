@@ -259,7 +259,7 @@ def status(run: Run) -> None:
 @app.command(rich_help_panel=AFTER)
 def show(
     run: Run,
-    uid: Annotated[str, typer.Argument(metavar="UID", help="A pair's uid, or a beginning of it that is its alone.")],
+    uid: Annotated[str, typer.Argument(metavar="UID", help="A pair's uid, or a unique prefix of it.")],
     neighbours: Annotated[int, typer.Option(min=0, help="Nearest pairs to list, where embeddings were stored.")] = 5,
     image: Annotated[str | None, typer.Option(metavar="FILE", help="Write the pair's image here.")] = None,
 ) -> None:
@@ -301,7 +301,7 @@ def verify(run: Run) -> None:
     if problems:
         typer.echo(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found in {run}", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{run}: everything written agrees with itself")
+    typer.echo(f"{run}: all files are consistent")
 
 
 _stage_command(

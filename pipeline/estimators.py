@@ -42,7 +42,7 @@ ESTIMATORS: tuple[EstimatorFacts, ...] = (
         2,
         0,
         "target",
-        "the effect of a pair on the target as second differences see it (Eq. 9)",
+        "the effect of a pair on the target through later steps (Eq. 9)",
     ),
     EstimatorFacts(
         "diff-in-self",
@@ -50,7 +50,7 @@ ESTIMATORS: tuple[EstimatorFacts, ...] = (
         144,
         0,
         "-",
-        "pairs that stand against the rest of the data: candidates for wrong captions (Eq. 12)",
+        "pairs that conflict with the rest of the data: candidates for wrong captions (Eq. 12)",
     ),
     EstimatorFacts(
         "tracin", "η ⟨g_V, G_z⟩", 1, 0, "target", "the effect of a pair on the target, at half the price of Diff-In"
@@ -86,7 +86,7 @@ ESTIMATORS: tuple[EstimatorFacts, ...] = (
         "-",
         "the same, corrected for captions and images that match everything",
     ),
-    EstimatorFacts("el2n", "|p - onehot|", 0, 1, "-", "hard pairs; often kept in part, as a band"),
+    EstimatorFacts("el2n", "|p - onehot|", 0, 1, "-", "hard pairs; often used with a band"),
     EstimatorFacts("grand", "|G_z|", 64, 0, "-", "hard pairs, by the size of their gradient"),
     EstimatorFacts("random", "a hash of the uid", 0, 0, "-", "the floor that every other one has to beat"),
 )

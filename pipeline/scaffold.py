@@ -81,7 +81,9 @@ def write_config(path: str, shards: Shards, *, machine: Machine | None = None, o
     the shards can be used.
     """
     if storage.exists(path):
-        raise ConfigError("expected a name that is not taken, so that no config is lost", file=path)
+        raise ConfigError(
+            "there is a file of this name already, which is not overwritten: expected another name", file=path
+        )
     text, found = draft_config(shards, machine=machine, out=out, name=path)
     storage.write_bytes(path, text.encode())
     return found
@@ -154,7 +156,9 @@ def _choose(shards: Shards, caption: str, found: Inspection, machine: Machine, o
     classes = found.repeated >= CLASSES
     repeats = f"{percent(found.repeated, 0)} of the captions repeat"
     if classes:
-        chosen.choose("reference.equal_captions", "ignore", f"{repeats}: pairs of one caption are no wrong matches")
+        chosen.choose(
+            "reference.equal_captions", "ignore", f"{repeats}: pairs with the same caption are not treated as negatives"
+        )
     _choose_proxy(chosen, pairs, machine)
     if classes:
         chosen.choose("select.balance.by", "caption", f"{repeats}: quotas keep each caption represented")

@@ -223,7 +223,7 @@ def test_init_writes_a_config_once(
     config = load_config(path)
     assert config.out == "runs/mine"
     assert invoke(["init", *urls, "--to", str(path)]) == 2
-    assert "expected a name that is not taken" in capfd.readouterr().err
+    assert "there is a file of this name already" in capfd.readouterr().err
 
 
 def test_show_tells_a_pair_and_writes_its_image(capfd: pytest.CaptureFixture[str], tmp_path: Path, made: Made) -> None:

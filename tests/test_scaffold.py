@@ -101,7 +101,7 @@ def test_repeated_captions_become_classes(tmp_path: Path) -> None:
 def test_refuses_to_overwrite_and_to_guess(make_shards: Callable[..., list[str]], tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text("mine")
-    with pytest.raises(ConfigError, match="not taken"):
+    with pytest.raises(ConfigError, match="of this name already"):
         write_config(str(path), make_shards(shards=1), machine=SMALL)
     assert path.read_text() == "mine"
     with pytest.raises(InputError, match="no pair can be used: no-caption 1"):

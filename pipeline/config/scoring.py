@@ -48,7 +48,7 @@ def known_caption(value: str) -> str:
 
 
 class TargetConfig(Section):
-    """The target set V: the pairs whose loss the kept data shall lower."""
+    """The target set V: the pairs whose loss the kept data should lower."""
 
     kind: Literal["holdout", "shards", "train"] = "holdout"
     """`holdout`: a seeded part of the training pairs, left out of the proxy run; `shards`: other pairs; `train`:
@@ -275,7 +275,7 @@ class EngineConfig(Section):
     retry_wait: Annotated[float, Field(ge=0)] = 1.0
     """Seconds before the first retry; doubled each time."""
     shard_timeout: Annotated[float, Field(gt=0)] | None = None
-    """Seconds without news from a worker that has shards in hand, after which it is taken to hang, is killed and is
+    """Seconds without news from a worker that has shards in hand, after which it is considered hung, killed and
     started anew; null takes 20 times the longest shard so far and half an hour at least, and 6 hours before the first
     shard is back. It holds for the tasks of `inventory` and `emit`, too."""
     start_timeout: Annotated[float, Field(gt=0)] = 3600.0

@@ -235,7 +235,7 @@ class TrackConfig(Section):
     @classmethod
     def _installed(cls, value: str | None) -> str | None:
         if value is not None and importlib.util.find_spec("wandb") is None:
-            raise ValueError("expected null, as wandb is not installed (pip install 'diffprune[wandb]')")
+            raise ValueError("expected null, as wandb is not installed (pip install '.[wandb]')")
         return value
 
 

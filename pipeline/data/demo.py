@@ -116,7 +116,7 @@ def _digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ConfigError("the demo data need scikit-learn: pip install 'diffprune[demo]'") from None
+        raise ConfigError("the demo data need scikit-learn: pip install '.[demo]'") from None
     bunch = load_digits()
     return np.asarray(bunch.images, np.float64), np.asarray(bunch.target, np.int64)
 

@@ -32,7 +32,7 @@ def expand(shards: str | list[str], key: str = "data.shards") -> list[str]:
         raise ConfigError("expected shards, no pattern given", key=key, found=shards)
     twice, count = Counter(urls).most_common(1)[0]
     if count > 1:
-        raise ConfigError("expected each shard once, one is named again", key=key, found=twice)
+        raise ConfigError("expected each shard once, this one is listed twice", key=key, found=twice)
     return urls
 
 

@@ -30,6 +30,7 @@ from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.store import commits
 from pipeline.store.fingerprint import Fingerprint
+from pipeline.text import plural
 
 #: Times Ray restarts one actor by itself; after that the driver makes a new one.
 ACTOR_RESTARTS = 10
@@ -328,7 +329,7 @@ class _Driver:
         if places:
             return f"no worker is ready yet; {len(places)} of {self._wanted} load what they need, one on {places[0]}"
         asked = ", ".join(f"{key}={value:g}" for key, value in self._plan.options().items() if value)
-        return f"no worker is there yet; the cluster is asked for {self._wanted} of {asked} each"
+        return f"no room yet for {plural(self._wanted, 'worker')} with {asked} each: the cluster is asked for it"
 
     def _actor(self, name: str) -> Any:
         return (

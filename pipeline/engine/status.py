@@ -137,7 +137,7 @@ def print_status(root: str) -> None:
     for name in ("inventory", "train", "directions", "score", "select", "emit", "report"):
         table.add_row(name, "done" if status.stages.get(name) else "not finished")
     if status.sampling:
-        table.add_row("", "counted below: the pass that scores the sample; predicting the others follows")
+        table.add_row("", "the counts below are of the pass that scores the sample; the others are predicted after it")
     if status.inventoried:
         table.add_row(
             "shards", f"{status.shards_done:,} done, {len(status.failed):,} failed, {status.shards_left:,} left"

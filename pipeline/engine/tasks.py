@@ -139,7 +139,7 @@ def run_tasks(
                 number, answer = in_hand.news.get(timeout=TICK)
             except queue.Empty:
                 if (limit := in_hand.kill_hanging()) is not None:
-                    display.note(f"no news for {duration(limit)}: {len(in_hand)} {unit} in hand are killed")
+                    display.note(f"no news for {duration(limit)}: killing {len(in_hand)} {unit} in progress")
                 continue
             found = in_hand.came_back(number, answer)
             if isinstance(found, _Done):

@@ -112,7 +112,7 @@ class Batches:
     Attributes:
         reference: `R`, the negatives of the loss of one pair.
         gradient: `B`, training pairs whose mean loss gives `G_B` and `H_B`.
-        target: `V`, the pairs whose loss the kept data shall lower.
+        target: `V`, the pairs whose loss the kept data should lower.
     """
 
     reference: PairBatch

@@ -152,9 +152,7 @@ def training_step(config: Config, url: str, seconds: float) -> float:
 
 def _trainer(model: PairModel, pairs: PairBatch, size: int, config: Config, device: str) -> Trainer:
     proxy = config.proxy.model_copy(update={"batch_size": size, "workers": 1})
-    settings = replace(
-        TrainingSettings.of(config.model_copy(update={"proxy": proxy}), size), steps=MOST_STEPS, lr=1e-6
-    )
+    settings = replace(TrainingSettings.of(config.model_copy(update={"proxy": proxy}), size), steps=MOST_STEPS, lr=1e-6)
     return Trainer(model, InMemory(pairs), data_order(np.arange(len(pairs)), settings), settings, device)
 
 

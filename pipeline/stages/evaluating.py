@@ -103,7 +103,7 @@ def _warn_of_shared_shards(config: Config) -> None:
     """Say so where models are measured on pairs that they are trained on, or that the choice was made for."""
     for key, shared in also_measured_on(config).items():
         named = f"{plural(len(shared), 'shard')} of evaluate.shards, {min(shared)} first, also named by {key}"
-        say("evaluate", f"{named}: what is measured on them is not what unused pairs would give")
+        say("evaluate", f"{named}: results are biased, as these pairs were used already")
 
 
 def _training(job: Job, pairs: WrittenSet, measured: list[Version]) -> _Training:

@@ -113,7 +113,7 @@ def _over_seeds(values: Floats, form: str) -> str:
 def _deletions(found: list[dict[str, Any]]) -> Table:
     shown = _table(
         "deletion of a tenth, estimated",
-        ("method", "correlation of predicted and true change", "error of it left", "distance left"),
+        ("method", "correlation of predicted and true change", "remaining error", "remaining distance"),
     )
     shown.caption = "1 is what no estimate at all leaves"
     for method in dict.fromkeys(deletion["method"] for deletion in found):

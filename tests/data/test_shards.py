@@ -126,7 +126,7 @@ def test_memory_and_s3_urls(s3_bucket: Bucket, folder: Path) -> None:
         ("{folder}/{{00007..00009}}.tar", r"no file matches.*\{00007\.\.00009\}\.tar"),
         ("{folder}/{{00001..00004}}.tar", r"every shard of .*2 of 4 are missing.*00003\.tar"),
         ("{folder}/more/truth.csv", r"names ending in \.tar"),
-        ("{folder}/00000.tar::{folder}/0000*.tar", r"named again.*00000\.tar"),
+        ("{folder}/00000.tar::{folder}/0000*.tar", r"listed twice.*00000\.tar"),
         ("{folder}/{{0..1.tar", r"no file matches|balanced braces"),
         ("{folder}/absent.txt", r"readable text file.*absent\.txt"),
         ("nosuch://bucket/*.tar", r"can be read here"),

@@ -205,7 +205,7 @@ def test_the_card_has_front_matter_counts_and_provenance(tmp_path: Path) -> None
     card = yaml.safe_load(front)
     assert card["size_categories"] == ["n<1K"]
     assert card["configs"][0]["data_files"][0]["path"] == "shards/*.tar"
-    for piece in ("12 image-text pairs, chosen of 24", "diffprune run my.yaml", "tracin", '"abc"', "keep: 0.5"):
+    for piece in ("12 image-text pairs, selected from 24", "diffprune run my.yaml", "tracin", '"abc"', "keep: 0.5"):
         assert piece in body
     for info in made.inventory:
         assert f"| `{info.url}` | 8 | {info.bytes} |" in body

@@ -285,7 +285,7 @@ def test_while_no_worker_is_ready_a_line_says_why(
     said: list[str] = []
     monkeypatch.setattr(scoring.Display, "note", lambda self, text: said.append(text))
     (tmp_path / "start-hang").touch()
-    wanted = "; 1 of 1 load what they need, one on " if room else "the cluster is asked for 1 of num_cpus=64 each"
+    wanted = "; 1 of 1 load what they need, one on " if room else "no room yet for 1 worker with num_cpus=64 each"
     config = config.model_copy(update={"workers": 1, "cpus_per_worker": 1 if room else 64})
     spec = FakeSpec(RunFolder(str(tmp_path / "run")), script=str(tmp_path))
     with ctrl_c(lambda: any(wanted in text for text in said)), pytest.raises(StageError, match="3 of 3 shards left"):

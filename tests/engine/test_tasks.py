@@ -135,7 +135,7 @@ def test_tasks_that_hang_are_killed_and_tried_again(tmp_path: Path, capsys: pyte
     assert (outcome.done, results) == (4, {0: 0, 1: 1, 2: 4, 3: 9})
     assert calls(tmp_path).count(1) == 2
     # On a machine that is busy the others may not have begun yet.
-    assert re.search(r"squares: no news for 1 s: [1-4] tasks in hand are killed", capsys.readouterr().err)
+    assert re.search(r"squares: no news for 1 s: killing [1-4] tasks in progress", capsys.readouterr().err)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def test_tasks_with_a_pulse_may_take_their_time_and_those_without_are_killed(
     )
     assert (outcome.done, results) == (2, {0: "a", 1: "b"})
     said = capsys.readouterr().err
-    assert said.count("in hand are killed") == 1, "only b, and only once"
+    assert said.count("in progress") == 1, "only b, and only once"
     assert re.search(r"slow: 0 of 2 tasks, \d+ s left\n", said), "known before the first task is done"
 
 
