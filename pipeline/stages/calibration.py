@@ -71,6 +71,7 @@ def measure(config: Config, url: str, checkpoints: int, seconds: float, asked: f
         count=count,
         decode=decode,
         checkpoint=max(two - one, 0.0),
+        last=one,
         observe=observe,
         directions=directions,
         step=0.0,

@@ -34,7 +34,8 @@ class Rates:
         count: per sample, to count the samples of a shard.
         decode: per pair, read and decoded by the threads of one worker.
         checkpoint: per pair, one checkpoint's terms.
-        observe: per pair, the forward pass at a run's last checkpoint.
+        last: per pair, the terms of a run's last checkpoint, with its loss and similarity.
+        observe: per pair, these alone: the forward pass at a run's last checkpoint.
         directions: all of one run's checkpoints.
         step: a training step at the config's batch size.
         parameters: of the model.
@@ -49,6 +50,7 @@ class Rates:
     count: float
     decode: float
     checkpoint: float
+    last: float
     observe: float
     directions: float
     step: float
@@ -160,7 +162,9 @@ def _score(config: Config, rates: Rates, volume: Volume) -> StageCost:
     facts = next(facts for facts in ESTIMATORS if facts.name == config.score.estimator)
     terms = rates.checkpoint * m if facts.tangents or facts.forwards else 0.0
     seen = rates.observe * volume.runs
-    device = sample * terms + seen
+    # A pass with tangents gives loss and similarity, too; a difference of passes does not.
+    every = rates.last * volume.runs + terms * (1 - 1 / volume.checkpoints)
+    device = every if sample == 1 else sample * terms + seen
     # Without a GPU decoding takes the same cores as the passes; with one it overlaps them.
     pair = max(device, rates.decode) if volume.gpus else device + rates.decode
     reference = (terms + seen) * config.reference.pairs

@@ -120,7 +120,7 @@ def _calibrate(config: Config, urls: Sequence[str], options: dict[str, Any], che
     _wait_for_room(training)
     runs = urls[: config.proxy.runs]
     steps: list[float] = _at_once(_training_step, [(config, url, SECONDS) for url in runs], training)
-    times = ("start", "count", "decode", "checkpoint", "observe", "directions")
+    times = ("start", "count", "decode", "checkpoint", "last", "observe", "directions")
     means: dict[str, Any] = {name: fmean(getattr(rates, name) for rates in found) for name in times}
     return replace(found[0], **means, step=fmean(steps))
 

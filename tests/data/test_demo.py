@@ -80,5 +80,5 @@ def test_what_is_there_is_not_written_again(demo: DemoPaths) -> None:
 
 def test_missing_scikit_learn_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ConfigError, match=r"diffprune\[demo\]"):
+    with pytest.raises(ConfigError, match=r"\.\[demo\]"):
         make_demo(str(tmp_path / "none"))

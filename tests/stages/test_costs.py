@@ -11,7 +11,7 @@ from pipeline.config import Config, parse_config
 from pipeline.stages.costs import Rates, StageCost, Volume, costs
 
 RATES = Rates(
-    start=10.0, count=0.001, decode=0.002, checkpoint=0.1, observe=0.01, directions=40.0, step=0.5,
+    start=10.0, count=0.001, decode=0.002, checkpoint=0.1, last=0.11, observe=0.01, directions=40.0, step=0.5,
     parameters=1_000_000, directed=2_000_000, random=0, pixels=3000, tokens=16, embedding=64,
 )  # fmt: skip
 VOLUME = Volume(
@@ -41,6 +41,11 @@ def test_stages_come_in_order_and_take_what_the_rates_say() -> None:
     assert found["train"].storage == 4_000_000 * 3 * 4 + 10_000 * (3000 + 64 + 24)
     assert found["score"].storage == 90 * 10_000
     assert all(cost.gpu_hours == 0 for cost in found.values())
+
+
+def test_what_the_last_pass_gives_costs_no_pass_of_its_own() -> None:
+    found = planned(rates=replace(RATES, last=0.1))
+    assert found["score"].seconds == pytest.approx(10 + 100 * 0.41 + 5 * 1000 * (0.4 + 0.002))
 
 
 def test_shards_are_the_grain_of_the_work() -> None:
