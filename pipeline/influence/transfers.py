@@ -1,4 +1,4 @@
-"""Pairs on their way to the device: on a GPU the next ones are copied while those before are scored."""
+"""Pairs on their way to the device: on a GPU the next ones are made and copied while those before are in use."""
 
 from __future__ import annotations
 
@@ -12,21 +12,12 @@ from pipeline.types import PairBatch
 
 def on_device(batch: PairBatch, order: torch.Tensor, size: int, device: torch.device) -> Iterator[PairBatch]:
     """Parts of at most `size` pairs of a batch on the CPU, in the order of these rows int64 `[n]`, on the device."""
-    parts = (batch[rows] for rows in torch.split(order, size))
+    return to_device((batch[rows] for rows in torch.split(order, size)), device)
+
+
+def to_device(parts: Iterator[PairBatch], device: torch.device) -> Iterator[PairBatch]:
+    """Parts that lie on the CPU, on the device; on a GPU each is made and copied while the one before is in use."""
     return _copied_ahead(parts, device) if device.type == "cuda" else (part.to(device) for part in parts)
-
-
-def made_ahead(parts: Iterator[PairBatch], device: torch.device) -> Iterator[PairBatch]:
-    """These parts on the device; a thread makes each while the one before is in use."""
-    return _copied_ahead(parts, device) if device.type == "cuda" else (part.to(device) for part in _ahead(parts))
-
-
-def _ahead(parts: Iterator[PairBatch]) -> Iterator[PairBatch]:
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, parts, None)
-        while (part := ahead.result()) is not None:
-            ahead = thread.submit(next, parts, None)
-            yield part
 
 
 def _copied_ahead(parts: Iterator[PairBatch], device: torch.device) -> Iterator[PairBatch]:

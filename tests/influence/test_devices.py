@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from inspect import unwrap
 from typing import get_args
@@ -19,7 +19,7 @@ from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.optimizer import RunState, advanced
 from pipeline.influence.passes import Passes
-from pipeline.influence.transfers import _copied_ahead, on_device
+from pipeline.influence.transfers import _copied_ahead, on_device, to_device
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.models.clip import split_state
 from pipeline.prepared import load_plan, save_plan
@@ -345,6 +345,39 @@ def test_each_part_is_waited_for_before_the_next_is_copied(monkeypatch, rows):
     for number, (copied, waited, kept, used) in enumerate(zip(*places.values(), strict=True)):
         assert copied < waited < kept < used
         assert number == 0 or copied > places["wait"][number - 1]
+
+
+@pytest.mark.parametrize("broken", [None, 0, 2])
+def test_the_thread_that_copies_ends_with_what_it_copies_for(monkeypatch, broken):
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(PairBatch, "pinned", lambda batch: batch)
+    monkeypatch.setattr(PairBatch, "to", lambda batch, device, non_blocking=False: batch)
+    monkeypatch.setattr(PairBatch, "record_stream", lambda batch, stream: None)
+    before = set(threading.enumerate())
+
+    def parts():
+        for number in range(4):
+            if number == broken:
+                raise OSError("the disk is gone")
+            yield make_pairs(2, seed=number)
+
+    found = to_device(parts(), torch.device("cuda", 0))
+    if broken is None:
+        next(found)
+        assert set(threading.enumerate()) > before
+    else:
+        for number in range(broken):
+            assert torch.equal(next(found).ids, make_pairs(2, seed=number).ids)
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(found)
+    del found
+    assert set(threading.enumerate()) <= before
 
 
 def test_on_a_cpu_parts_are_taken_in_order():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,37 +148,19 @@ def test_a_restored_trainer_goes_on_bit_by_bit(tmp_path: Path, optimizer: Any, p
         assert torch.equal(left, right)
 
 
-class Watched(MemoryPairs):
-    """Pairs that tell when a batch is asked for; the batch number `broken`, from 1, cannot be read."""
+class Broken(MemoryPairs):
+    """Pairs of which the batch number `broken`, from 1, cannot be read."""
 
-    def __init__(self, broken: int = 0) -> None:
+    def __init__(self, broken: int) -> None:
         super().__init__()
-        self.asked = threading.Semaphore(0)
         self.broken = broken
         self.batches = 0
 
     def batch(self, rows: Any) -> Any:
         self.batches += 1
-        self.asked.release()
         if self.batches == self.broken:
             raise OSError("the disk is gone")
         return super().batch(rows)
-
-
-def test_the_next_batch_is_prepared_while_a_step_is_taken(tmp_path: Path) -> None:
-    pairs = Watched()
-    trainer = make(tmp_path, replace(SETTINGS, augment=True), pairs)
-    found: list[bool] = []
-
-    def forward(*_: Any) -> None:
-        # The first step's own and the next one's; then one more beside each step but the last.
-        wanted = 0 if len(found) == SETTINGS.steps - 1 else 1 if found else 2
-        found.append(all(pairs.asked.acquire(timeout=20) for _ in range(wanted)))
-
-    trainer.model.register_forward_pre_hook(forward)
-    finish(trainer)
-    assert all(found)
-    assert pairs.batches == SETTINGS.steps
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -197,19 +178,12 @@ def test_steps_see_their_own_pairs_whichever_step_training_goes_on_from(tmp_path
         assert torch.equal(images, step_pairs(trainer.pairs, trainer.order, settings, step).images)
 
 
-@pytest.mark.parametrize("broken", [0, 1, 4])
-def test_no_thread_outlives_a_trainer(tmp_path: Path, broken: int) -> None:
-    before = set(threading.enumerate())
-    trainer = make(tmp_path, replace(SETTINGS, augment=True), Watched(broken))
-    if broken:
-        with pytest.raises(OSError, match="the disk is gone"):
-            finish(trainer)
-        assert trainer.step == broken - 1
-    else:
-        trainer.advance()
-        assert set(threading.enumerate()) > before
-    del trainer
-    assert set(threading.enumerate()) <= before
+@pytest.mark.parametrize("broken", [1, 4])
+def test_a_batch_that_cannot_be_read_ends_training_at_its_step(tmp_path: Path, broken: int) -> None:
+    trainer = make(tmp_path, replace(SETTINGS, augment=True), Broken(broken))
+    with pytest.raises(OSError, match="the disk is gone"):
+        finish(trainer)
+    assert trainer.step == broken - 1
 
 
 def test_a_step_whose_loss_is_not_finite_is_not_counted(tmp_path: Path) -> None:
