@@ -156,7 +156,8 @@ class ProxyConfig(Section):
     workers: PositiveInt = 1
     """Training workers per run; above 1 the run goes through `ray.train`."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of a training worker, those of `evaluate` included; null takes one where the cluster has GPUs."""
+    """GPUs of a training worker, those of `evaluate` included; null takes one where the cluster has GPUs. With a GPU
+    go up to 4 CPUs, which crop its pairs, but no more than half of its share of a machine."""
     resume_every: PositiveInt = 200
     """Steps between the resume points of an interrupted proxy run."""
 
