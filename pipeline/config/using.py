@@ -159,8 +159,8 @@ class EvaluateConfig(Section):
     pairs whose captions are right."""
     compare: dict[str, dict[str, Any]] = {}
     """Other choices of the same size trained beside the kept one, by name: the keys of `select` that differ, such as
-    `{Diff-In alone: {by: utility}}`; no name of a set that there is anyway (`kept`, `full`, `random`, ...). With `truth`
-    their rankings are judged, too."""
+    `{Diff-In alone: {by: utility}}`; no name of a set that there is anyway (`kept`, `full`, `random`, ...). Their
+    rankings are judged, too, with `truth`."""
     shards: Shards | None = None
     """Pairs to measure on, used for nothing else; zero-shot accuracy where captions form few classes, else retrieval
     recall. `demo:test` is that part of the demo data."""
