@@ -29,10 +29,10 @@ class Section(BaseModel):
         """Without the keys of sections that hold nothing: YAML reads `score:` with only comments below it as null."""
         if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if value is not None or not cls._always_has(key)}
+        return {key: value for key, value in given.items() if value is not None or cls.section_at(key) is None}
 
     @classmethod
-    def _always_has(cls, key: str) -> bool:
-        """Whether `key` is a section that cannot be null."""
+    def section_at(cls, key: str) -> type[Section] | None:
+        """The section that `key` holds and that cannot be null; None for any other key."""
         annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
-        return isinstance(annotation, type) and issubclass(annotation, Section)
+        return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from pipeline.config.base import Section
 from pipeline.config.problems import first_problem
 from pipeline.config.tree import Config
 from pipeline.errors import ConfigError
@@ -109,12 +110,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _close_match(key: str) -> str:
-    section: type[BaseModel] = Config
+    section: type[Section] = Config
     *parents, leaf = key.split(".")
     for parent in parents:
-        annotation = section.model_fields[parent].annotation if parent in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        inner = section.section_at(parent)
+        if inner is None:
             return ""
-        section = annotation
+        section = inner
     close = difflib.get_close_matches(leaf, list(section.model_fields), n=1)
     return f" (did you mean {close[0]!r}?)" if close else f" ({', '.join(section.model_fields)})"

@@ -74,10 +74,12 @@ def _plan(job: Job) -> tuple[list[StageCost], Rates, Volume]:
     urls = expand(config.data.shards, "data.shards")
     known = _inventory(job, urls)
     with connect(config.engine):
-        if not plan_workers(config.engine, alive_nodes()).fitting:
-            _wait_for_room(plan_workers(config.engine, alive_nodes()).options())
         nodes = alive_nodes()
         asked = plan_workers(config.engine, nodes)
+        if not asked.fitting:
+            _wait_for_room(asked.options())
+            nodes = alive_nodes()
+            asked = plan_workers(config.engine, nodes)
         there = min(max(asked.fitting, 1), asked.workers, len(urls))
         # A cluster that was joined may grow to what is asked for; this machine alone does not.
         workers = min(asked.workers, len(urls)) if cluster_address(config.engine) is not None else there

@@ -81,10 +81,11 @@ def _by_runs(lines: list[RunsLine]) -> Table:
     return shown
 
 
-def _spread(mean: float | None, std: float | None) -> str:
+def _spread(mean: float | None, std: float | None, form: str = ".2f") -> str:
+    """Mean and deviation as numbers of this form, whose sign is the mean's alone."""
     if mean is None:
         return ""
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+    return f"{mean:{form}}" if std is None else f"{mean:{form}} ± {std:{form.removeprefix('+')}}"
 
 
 def _cleaning(cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> Table:
@@ -106,8 +107,7 @@ def _cleaning(cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> Ta
 
 def _over_seeds(values: Floats, form: str) -> str:
     """Mean and standard deviation, which one seed has not."""
-    mean = f"{values.mean():{form}}"
-    return f"{mean} ± {values.std(ddof=1):.4f}" if len(values) > 1 else mean
+    return _spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, form)
 
 
 def _deletions(found: list[dict[str, Any]]) -> Table:
