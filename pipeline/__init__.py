@@ -4,8 +4,9 @@ The public surface, loaded when it is first used (`import pipeline` loads neithe
 
 - configs: `Config`, `load_config`, `parse_config`;
 - a run's files: `open_scores` and `select`, and `RunFolder` for the paths of all others;
-- influence of pairs held in Python: `build_model`, `load_checkpoint`, `encode_pairs`, `score_pairs`, with `Settings`,
-  `Batches`, `Checkpoint`, `PairBatch`, and underneath `prepare_run`, `Scorer` and `utility_of`;
+- influence of pairs held in Python: `build_model`, `encode_pairs`, `score_pairs`, with `Settings`, `Batches` and
+  `PairBatch`, and underneath `prepare_run`, `Scorer` and `utility_of`;
+- checkpoints, of a training loop of one's own too: `Checkpoint`, `checkpoint_of`, `load_checkpoint`, `save_checkpoint`;
 - the errors of users: `DiffpruneError` and those derived from it.
 """
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from pipeline.errors import ConfigError, DiffpruneError, FingerprintError, InputError, StageError
     from pipeline.finished import open_scores, select
     from pipeline.influence import Batches, Scorer, Settings, prepare_run, utility_of
-    from pipeline.models.checkpoint import load_checkpoint
+    from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
     from pipeline.models.clip import build_model
+    from pipeline.models.snapshot import checkpoint_of
     from pipeline.run import RunFolder
     from pipeline.types import AdamState, Checkpoint, Features, PairBatch
 
@@ -31,8 +33,9 @@ _HOME = {
     "pipeline.errors": ("ConfigError", "DiffpruneError", "FingerprintError", "InputError", "StageError"),
     "pipeline.finished": ("open_scores", "select"),
     "pipeline.influence": ("Batches", "Scorer", "Settings", "prepare_run", "utility_of"),
-    "pipeline.models.checkpoint": ("load_checkpoint",),
+    "pipeline.models.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "pipeline.models.clip": ("build_model",),
+    "pipeline.models.snapshot": ("checkpoint_of",),
     "pipeline.run": ("RunFolder",),
     "pipeline.types": ("AdamState", "Checkpoint", "Features", "PairBatch"),
 }
@@ -54,12 +57,14 @@ __all__ = [
     "Settings",
     "StageError",
     "build_model",
+    "checkpoint_of",
     "encode_pairs",
     "load_checkpoint",
     "load_config",
     "open_scores",
     "parse_config",
     "prepare_run",
+    "save_checkpoint",
     "score_pairs",
     "select",
     "utility_of",

@@ -133,13 +133,11 @@ def score_pairs(
     Raises `ConfigError` without checkpoints, `InputError` for what the model or the checkpoints cannot give.
 
     >>> from PIL import Image
-    >>> from pipeline import Batches, Checkpoint, Settings, build_model
-    >>> from pipeline.models.clip import split_state
+    >>> from pipeline import Batches, Settings, build_model, checkpoint_of
     >>> model = build_model("digits-vit", seed=1)
     >>> colours = ["red", "green", "blue", "orange", "purple", "white", "black", "grey"]
     >>> pairs = encode_pairs(model, [Image.new("RGB", (16, 16), c) for c in colours], [f"all {c}" for c in colours])
-    >>> params, buffers = split_state(model)
-    >>> checkpoints = [Checkpoint(step=1, lr=1e-3, run=0, params=params, buffers=buffers)]
+    >>> checkpoints = [checkpoint_of(model, step=1, lr=1e-3)]
     >>> batches = Batches(reference=pairs[:4], gradient=pairs[:4], target=pairs[4:])
     >>> found = score_pairs(model, checkpoints, pairs, batches, Settings(estimator="tracin"))
     >>> found.utility.shape, found.terms.shape, bool((found.terms.sum(1) == found.score).all())

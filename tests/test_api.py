@@ -42,7 +42,7 @@ def test_every_public_name_is_there_and_others_are_not() -> None:
         pipeline.prune  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["open_scores", "select", "encode_pairs", "score_pairs"])
+@pytest.mark.parametrize("name", ["open_scores", "select", "encode_pairs", "score_pairs", "checkpoint_of"])
 def test_doctests(name: str, tmp_path: Path, tiny_shards: list[str]) -> None:
     run = make_run(tmp_path / "run", tiny_shards).run.root
     home = importlib.import_module(getattr(pipeline, name).__module__)

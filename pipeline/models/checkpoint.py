@@ -153,7 +153,7 @@ def _open_clip(url: str, model: nn.Module | None, step: int | None, lr: float | 
     state = tree.get("state_dict")
     if not isinstance(state, dict):
         raise InputError(f"{url}: expected open_clip's 'state_dict', found the keys {_some(map(str, tree))}")
-    params, buffers = _split(url, {_own_name(name): value for name, value in state.items()}, model)
+    params, buffers = _split(url, {own_name(name): value for name, value in state.items()}, model)
     optimizer = tree.get("optimizer")
     groups = optimizer["param_groups"] if optimizer else []
     adam = _adam_state(url, params, optimizer) if optimizer else None
@@ -166,16 +166,16 @@ def _open_clip(url: str, model: nn.Module | None, step: int | None, lr: float | 
             f"{url}: expected the optimizer's state with step and learning rate, found none; "
             "give proxy.checkpoint_steps and proxy.checkpoint_rates"
         )
-    gain = _gain(groups[0]) if groups else 1.0
+    gain = gain_of(groups[0]) if groups else 1.0
     return Checkpoint(step=step, lr=lr, run=0, params=params, buffers=buffers, adam=adam, gain=gain)
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """A tensor's name without what DistributedDataParallel and `torch.compile` put before it."""
     return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
 
 
-def _gain(group: dict[str, Any]) -> float:
+def gain_of(group: dict[str, Any]) -> float:
     """`Checkpoint.gain` of a group of an optimizer: SGD's alone has a dampening, and Nesterov's form settles alike."""
     momentum = group["momentum"] if "dampening" in group else 0.0
     return (1 - group["dampening"]) / (1 - momentum) if momentum else 1.0

@@ -12,18 +12,19 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import StageError
 from pipeline.influence.arithmetic import arithmetic, features_in
 from pipeline.influence.losses import batch_loss, similar_captions
 from pipeline.influence.transfers import to_device
 from pipeline.models.checkpoint import excluded_from_decay
-from pipeline.models.clip import PairModel, split_state
+from pipeline.models.clip import PairModel
+from pipeline.models.snapshot import checkpoint_of
 from pipeline.replay.augment import crop_boxes, cropped
 from pipeline.replay.schedule import DROPOUT, Rows, TrainingSettings, generator, learning_rates
 from pipeline.replay.workers import Alone, Workers
-from pipeline.types import AdamState, Checkpoint, PairBatch, Tree
+from pipeline.types import Checkpoint, PairBatch
 
 
 class Pairs(Protocol):
@@ -157,20 +158,10 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """A copy of the state on the CPU. Raises `StageError` when a parameter is not finite."""
-        params, buffers = split_state(self.model)
         rate = float(self.rates[self.step - 1]) if self.step else 0.0
-        if not all(bool(value.isfinite().all()) for value in params.values()):
+        if not all(bool(value.isfinite().all()) for value in self._parameters.values()):
             raise self._divergence("weights are not finite", rate)
-        copied = {name: _copy(value) for name, value in params.items()}
-        kept = {name: _copy(value) for name, value in buffers.items()}
-        made = Checkpoint(self.step, rate, self.settings.run, copied, kept)
-        if self.step and self.settings.optimizer == "adamw":
-            s = self.settings
-            made.adam = AdamState(self.step, self._state("exp_avg"), self._state("exp_avg_sq"), s.beta1, s.beta2, s.eps)
-        if self.step and self.settings.optimizer == "sgd" and self.settings.momentum:
-            made.momentum = self._state("momentum_buffer")
-            made.gain = 1 / (1 - self.settings.momentum)
-        return made
+        return checkpoint_of(self.model, self._optimizer, step=self.step, lr=rate, run=self.settings.run)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of this run, as if it had never been interrupted."""
@@ -188,9 +179,6 @@ class Trainer:
                 self._optimizer.state[parameter] = {"momentum_buffer": buffer}
         self.step = checkpoint.step
         self._batches = self._batches_from(self.step)
-
-    def _state(self, kind: str) -> Tree:
-        return {name: _copy(self._optimizer.state[p][kind]) for name, p in self._parameters.items()}
 
     @contextmanager
     def _training_mode(self) -> Iterator[None]:
@@ -234,7 +222,3 @@ def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettin
         lr=settings.lr,
         momentum=settings.momentum,
     )
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
