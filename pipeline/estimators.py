@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.config import EstimatorName
+from pipeline.literals import EstimatorName
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import typer
 from botocore.exceptions import NoCredentialsError
 
 from pipeline.cli import app, invoke
-from pipeline.config import Config, EstimatorName, load_config
+from pipeline.config import Config, load_config
 from pipeline.estimators import ESTIMATORS
 from pipeline.influence import Settings, prepare_run
+from pipeline.literals import EstimatorName
 from tests.helpers import image_bytes, sample_members, uid_of, write_tar
 from tests.influence.test_diff_in import N, make_case
 from tests.report.synthetic import Made, make_run

@@ -1,6 +1,6 @@
 """The config tree of a run: every setting, its type, its default and what it means, and how it is read."""
 
-from pipeline.config.base import EstimatorName, Section, Shards
+from pipeline.config.base import Section, Shards
 from pipeline.config.loading import dump_config, load_config, parse_config
 from pipeline.config.scoring import (
     DataConfig,
@@ -32,7 +32,6 @@ __all__ = [
     "DedupConfig",
     "EmitConfig",
     "EngineConfig",
-    "EstimatorName",
     "EvaluateConfig",
     "ProxyConfig",
     "ReferenceConfig",

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Shards = str | list[str]
-
-EstimatorName = Literal[
-    "diff-in", "diff-in-self", "tracin", "tracin-self", "moso", "unrolled", "z0",
-    "clip-score", "neg-clip-loss", "el2n", "grand", "random",
-]  # fmt: skip
 
 
 class Section(BaseModel):

@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import EstimatorName, Fraction, PositiveInt, Section, Shards
+from pipeline.config.base import Fraction, PositiveInt, Section, Shards
+from pipeline.literals import (
+    EqualCaptions,
+    EstimatorName,
+    Family,
+    Method,
+    OptimizerName,
+    PairLoss,
+    Precision,
+    Precondition,
+    ReplayForm,
+    SelfForm,
+)
 
 
 class DataConfig(Section):
@@ -92,7 +104,7 @@ class ReferenceConfig(Section):
     """Pairs in R, the negatives of the loss of one pair."""
     gradient_pairs: PositiveInt = 1024
     """Pairs in B, whose mean loss gives `G_B` and `H_B` of Eq. 9 (and `G_D` for `moso`)."""
-    equal_captions: Literal["negative", "ignore"] = "negative"
+    equal_captions: EqualCaptions = "negative"
     """Whether pairs with the same caption are each other's negatives, in training and in scores."""
 
 
@@ -124,9 +136,9 @@ class ProxyConfig(Section):
     """Optimizer steps; null derives them from `epochs`."""
     batch_size: PositiveInt = 256
     """Pairs per step over all workers: the pairs that are each other's negatives."""
-    loss: Literal["clip", "siglip"] = "clip"
+    loss: Family = "clip"
     """The contrastive loss the model trains with, and is scored with."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """The optimizer; Diff-In's formula follows it."""
     lr: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate."""
@@ -150,7 +162,7 @@ class ProxyConfig(Section):
     """Which steps are recorded: evenly spaced (the last one included), at random (seeded), or a list."""
     augment: bool = False
     """Train with open_clip's random crops instead of the evaluation transform."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Products of training: `tf32` on a GPU, or `bf16` (mixed precision, as open_clip's `amp_bf16`) there and on
     processors that multiply bfloat16. Weights, sums, norms and losses are always float32."""
     workers: PositiveInt = 1
@@ -190,16 +202,16 @@ class ScoreConfig(Section):
 
     estimator: EstimatorName = "diff-in"
     """The estimator; `diffprune estimators` lists them with their costs."""
-    method: Literal["auto", "exact", "central", "forward"] = "auto"
+    method: Method = "auto"
     """How Diff-In's bracket is computed: `exact` by a Hessian-vector product and a mixed second derivative, `central`
     by a central difference of two tangent passes, `forward` by differences of losses. `auto` is `exact` with
     `parameters: projections`, else `central`. `forward` also replaces the tangent pass of `tracin` and `moso` by two
     forward passes."""
-    loss: Literal["marginal", "row"] = "marginal"
+    loss: PairLoss = "marginal"
     """The loss of one pair against R: with what it does to the others as a negative, or without."""
     parameters: str = "all"
     """Parameters that directions live on: `all`, `projections`, or `last-K-blocks` with K from 1."""
-    precondition: Literal["auto", "adam", "none"] = "auto"
+    precondition: Precondition = "auto"
     """AdamW's preconditioner in Eq. 9; `auto` uses it where the checkpoint carries Adam's state."""
     held_out: bool = False
     """Score each pair only with the proxy runs that did not train on it; needs `proxy.subset` below 1 and runs that
@@ -207,7 +219,7 @@ class ScoreConfig(Section):
     batch_size: PositiveInt = 1024
     """Pairs per tangent pass: on a CPU at most 32 to 128, by the model, on a GPU halved until its memory holds them. It
     changes speed and memory, not the scores (to rounding)."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Products of the passes: `tf32` on a GPU, `bf16` there and on processors that multiply bfloat16. Sums, softmax,
     norms and losses are always float32. Rankings of `tracin` survive both, those of `diff-in` `tf32`."""
     compile: bool = False
@@ -222,9 +234,9 @@ class ScoreConfig(Section):
     """Random directions of the projected forms of `diff-in-self`, `tracin-self` and `grand`."""
     eigenpairs: PositiveInt = 16
     """Leading eigenpairs of `H_B` (Lanczos) for `diff-in-self`."""
-    self_form: Literal["projected", "exact"] = "projected"
+    self_form: SelfForm = "projected"
     """How self-influences are computed; `exact` takes a gradient per pair (small models)."""
-    replay: Literal["exact", "checkpoints"] = "checkpoints"
+    replay: ReplayForm = "checkpoints"
     """`unrolled`: back through every recorded step, or with each checkpoint's own Hessian in between."""
     sample: Fraction = 1.0
     """Share of the pairs, drawn by their uids, that is scored; the others' scores are predicted from one forward pass

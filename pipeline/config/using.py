@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from pipeline.config.base import EstimatorName, Fraction, PositiveInt, Section, Shards
+from pipeline.config.base import Fraction, PositiveInt, Section, Shards
 from pipeline.config.problems import first_problem
+from pipeline.literals import EstimatorName
 
 
 class Threshold(Section):

@@ -7,8 +7,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import EstimatorName
 from pipeline.influence import ScoreBatch, utility_of
+from pipeline.literals import EstimatorName
 
 
 class ScoreColumns:

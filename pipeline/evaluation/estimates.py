@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pipeline.config import EstimatorName
 from pipeline.evaluation.correlation import Floats
 from pipeline.evaluation.flops import flop_counter
 from pipeline.evaluation.small_run import SmallRun
@@ -17,6 +16,7 @@ from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.passes import Passes
 from pipeline.influence.trees import dot, plus
 from pipeline.influence.unrolled import nearest_checkpoint
+from pipeline.literals import EstimatorName
 from pipeline.types import Checkpoint, PairBatch, Tree
 
 

@@ -16,7 +16,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.influence.arithmetic import attention_in_parts
-from pipeline.influence.losses import Family, batch_loss
+from pipeline.influence.losses import batch_loss
+from pipeline.literals import Family, OptimizerName
 from pipeline.models.checkpoint import excluded_from_decay
 from pipeline.types import AdamState, Checkpoint, Features, PairBatch, Tree
 
@@ -42,7 +43,7 @@ class Recipe:
 
     order: Tensor
     rates: list[float]
-    optimizer: str = "adamw"
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.98

@@ -94,7 +94,7 @@ class SmallRun:
         """What `unrolled` needs to go back through this run step by step."""
         recipe = self.recipe
         rule = StepRule(
-            optimizer="sgd" if recipe.optimizer == "sgd" else "adamw",
+            optimizer=recipe.optimizer,
             weight_decay=decay_of_each(self.start.params, recipe.weight_decay),
             beta1=recipe.beta1,
             beta2=recipe.beta2,

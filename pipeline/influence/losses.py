@@ -6,15 +6,12 @@ seeded reference batch `R`. A member of `R` that is the pair itself is taken out
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pipeline.literals import Family, PairLoss
 from pipeline.types import Features
-
-Family = Literal["clip", "siglip"]
 
 #: Numbers held at once while pairs are taken out of R.
 _BLOCK = 2**22
@@ -66,9 +63,7 @@ class Neighbours:
         self.members = self.itself.any(1).nonzero().squeeze(1)
 
 
-def pair_losses(
-    pairs: Features, reference: Features, near: Neighbours, family: Family, form: Literal["marginal", "row"]
-) -> Tensor:
+def pair_losses(pairs: Features, reference: Features, near: Neighbours, family: Family, form: PairLoss) -> Tensor:
     """Loss of each pair against R, `[b]`.
 
     `row`: half the image-to-text plus half the text-to-image loss of `z` among `R + {z}`. `marginal`:

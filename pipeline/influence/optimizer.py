@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.influence.trees import dot, norm, scaled, tree_map
+from pipeline.literals import OptimizerName
 from pipeline.types import Checkpoint, Tree
 
 
@@ -26,7 +26,7 @@ class StepRule:
         grad_clip: norm to which the gradient is clipped, or None.
     """
 
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: OptimizerName
     weight_decay: dict[str, float]
     beta1: float = 0.9
     beta2: float = 0.98

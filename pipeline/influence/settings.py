@@ -11,15 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import ConfigError
+from pipeline.literals import (
+    EqualCaptions,
+    EstimatorName,
+    Family,
+    Method,
+    PairLoss,
+    Precision,
+    Precondition,
+    ReplayForm,
+    SelfForm,
+)
 from pipeline.types import PairBatch
 
-Estimator = Literal[
-    "diff-in", "diff-in-self", "tracin", "tracin-self", "moso", "unrolled", "z0",
-    "clip-score", "neg-clip-loss", "el2n", "grand", "random",
-]  # fmt: skip
-
 #: How a score, which keeps its published sign, becomes a utility, in which higher means keep.
-UTILITY: dict[str, Literal["score", "-score", "-|score|"]] = {
+UTILITY: dict[EstimatorName, Literal["score", "-score", "-|score|"]] = {
     "diff-in": "-score",
     "diff-in-self": "-|score|",
     "tracin": "score",
@@ -37,7 +43,7 @@ UTILITY: dict[str, Literal["score", "-score", "-|score|"]] = {
 _Numbers = TypeVar("_Numbers", Tensor, NDArray[np.float32], NDArray[np.float64])
 
 
-def utility_of(estimator: str, score: _Numbers) -> _Numbers:
+def utility_of(estimator: EstimatorName, score: _Numbers) -> _Numbers:
     """The utility of scores of any shape. A self-influence of either sign is suspect when it is large."""
     form = UTILITY[estimator]
     if form == "score":
@@ -74,27 +80,25 @@ class Settings:
     Raises `ConfigError` for an unknown estimator, method and the like.
     """
 
-    estimator: Estimator = "diff-in"
-    method: Literal["auto", "exact", "central", "forward"] = "auto"
-    family: Literal["clip", "siglip"] = "clip"
-    loss: Literal["marginal", "row"] = "marginal"
-    equal_captions: Literal["negative", "ignore"] = "negative"
+    estimator: EstimatorName = "diff-in"
+    method: Method = "auto"
+    family: Family = "clip"
+    loss: PairLoss = "marginal"
+    equal_captions: EqualCaptions = "negative"
     parameters: str = "all"
-    precondition: Literal["auto", "adam", "none"] = "auto"
+    precondition: Precondition = "auto"
     projections: int = 64
     eigenpairs: int = 16
-    self_form: Literal["projected", "exact"] = "projected"
-    replay: Literal["exact", "checkpoints"] = "checkpoints"
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    self_form: SelfForm = "projected"
+    replay: ReplayForm = "checkpoints"
+    precision: Precision = "fp32"
     chunk: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for a value that there is not: a misspelt one would be taken for another."""
-        if self.estimator not in UTILITY:
-            raise ConfigError(f"expected one of {', '.join(UTILITY)}", key="estimator", found=self.estimator)
         for name, kind in get_type_hints(type(self)).items():
-            if name != "estimator" and get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ConfigError(f"expected one of {choices}", key=name, found=getattr(self, name))
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib import resources
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from timm.layers import DropPath  # type: ignore[attr-defined]
 
 from pipeline.data.decode import ImageSpec
 from pipeline.errors import InputError
+from pipeline.literals import Family
 from pipeline.types import Features, Tree, longest_caption
 
 Tokenize = Callable[[list[str]], Tensor]
@@ -125,9 +126,7 @@ class _PairCustomTextCLIP(PairModel, open_clip.CustomTextCLIP):  # type: ignore[
     pass
 
 
-def build_model(
-    name_or_json: str, pretrained: str | None = None, loss: Literal["clip", "siglip"] = "clip", seed: int = 0
-) -> PairModel:
+def build_model(name_or_json: str, pretrained: str | None = None, loss: Family = "clip", seed: int = 0) -> PairModel:
     """Build a proxy in float32 on the CPU, in `eval` mode.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config, ProxyConfig
 from pipeline.errors import ConfigError
+from pipeline.literals import EqualCaptions, Family, OptimizerName, Precision
 
 Rows = NDArray[np.int64]
 
@@ -47,9 +47,9 @@ class TrainingSettings:
 
     steps: int
     batch_size: int
-    loss: Literal["clip", "siglip"] = "clip"
-    equal_captions: Literal["negative", "ignore"] = "negative"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    loss: Family = "clip"
+    equal_captions: EqualCaptions = "negative"
+    optimizer: OptimizerName = "adamw"
     lr: float = 5e-4
     beta1: float = 0.9
     beta2: float = 0.98
@@ -59,7 +59,7 @@ class TrainingSettings:
     grad_clip: float | None = None
     warmup: float = 0.1
     augment: bool = False
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     seed: int = 0
     run: int = 0
 

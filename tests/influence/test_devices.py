@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from pipeline.evaluation.zeroshot import HeldOut, measure
-from pipeline.influence import Batches, Estimator, Replay, Scorer, Settings, prepare_run, with_reference
+from pipeline.influence import Batches, Replay, Scorer, Settings, prepare_run, with_reference
 from pipeline.influence.arithmetic import arithmetic
 from pipeline.influence.gradients import BatchLoss
 from pipeline.influence.optimizer import RunState, advanced
 from pipeline.influence.passes import Passes
 from pipeline.influence.transfers import _copied_ahead, on_device, to_device
+from pipeline.literals import EstimatorName
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.models.clip import split_state
 from pipeline.prepared import load_plan, save_plan
@@ -32,7 +33,7 @@ from tests.influence.towers import SmallTowers, make_pairs
 from tests.pretended import Pretended, machine
 from tests.replay.pairs import Factory, MemoryPairs
 
-ALL = {estimator: Settings(estimator=estimator) for estimator in get_args(Estimator)} | {
+ALL = {estimator: Settings(estimator=estimator) for estimator in get_args(EstimatorName)} | {
     "diff-in exact": Settings(method="exact"),
     "diff-in by losses": Settings(method="forward"),
     "tracin by losses": Settings(estimator="tracin", method="forward"),

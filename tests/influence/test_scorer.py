@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.influence import UTILITY, Estimator, ProbePlan, Scorer, Settings, prepare_run, utility_of
+from pipeline.influence import UTILITY, ProbePlan, Scorer, Settings, prepare_run, utility_of
 from pipeline.influence.scorer import with_reference
+from pipeline.literals import EstimatorName
 from pipeline.types import PairBatch
 from tests.influence.oracle import Explicit
 from tests.influence.test_diff_in import N, assert_close, make_case
 from tests.influence.towers import SmallTowers, make_pairs
 
-ESTIMATORS = get_args(Estimator)
+ESTIMATORS = get_args(EstimatorName)
 
 
 def scorer_of(settings, dtype=torch.float64, **kwargs):
