@@ -29,6 +29,11 @@ class EstimatorFacts:
     purpose: str
 
     @property
+    def for_a_target(self) -> bool:
+        """Whether its utility is the expected help to the target."""
+        return self.needs.startswith("target")
+
+    @property
     def passes(self) -> str:
         """The cost in words."""
         parts = [(self.tangents, "tangent"), (self.forwards, "forward")]
@@ -90,6 +95,11 @@ ESTIMATORS: tuple[EstimatorFacts, ...] = (
     EstimatorFacts("grand", "|G_z|", 64, 0, "-", "hard pairs, by the size of their gradient"),
     EstimatorFacts("random", "a hash of the uid", 0, 0, "-", "the floor that every other one has to beat"),
 )
+
+
+def facts_of(name: str) -> EstimatorFacts:
+    """The line of an estimator."""
+    return next(facts for facts in ESTIMATORS if facts.name == name)
 
 
 def markdown_table() -> Iterator[str]:

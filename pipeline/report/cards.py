@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import DataConfig
+from pipeline.estimators import facts_of
 from pipeline.pictures import data_uri, open_image
 from pipeline.report.collect import Findings
 from pipeline.report.contents import Content, Place
@@ -29,14 +30,12 @@ class Gallery:
 
 
 GALLERIES = ("highest", "lowest", "threshold", "rejected")
-#: Estimators whose utility is the expected help to the target.
-FOR_A_TARGET = frozenset({"diff-in", "tracin", "unrolled", "z0"})
 
 
 def galleries(estimator: str) -> list[Gallery]:
     """All galleries in the order of the page; what is said of them is true of this estimator."""
     helps, harms = "", ""
-    if estimator in FOR_A_TARGET:
+    if facts_of(estimator).for_a_target:
         helps, harms = ": training on them helps the target most", ": training on them works against the target"
     tight = "here the choice is tight"
     return [

@@ -17,8 +17,9 @@ from scipy.special import stdtr
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, read_inventory
 from pipeline.errors import StageError
+from pipeline.estimators import facts_of
 from pipeline.report import evaluation, predicted, sections, tables
-from pipeline.report.cards import FOR_A_TARGET, galleries, make_cards
+from pipeline.report.cards import galleries, make_cards
 from pipeline.report.clusters import find_clusters
 from pipeline.report.collect import Comparison, Findings, collect
 from pipeline.report.contents import fetch
@@ -93,7 +94,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
         "scores": _scores(found),
         "predicted": predicted.predicted_section(run) if config.score.sample < 1 else None,
         "galleries": [each for each in galleries(config.score.estimator) if found.galleries.get(each.id)],
-        "for_a_target": config.score.estimator in FOR_A_TARGET,
+        "for_a_target": facts_of(config.score.estimator).for_a_target,
         "cards": cards,
         "reasons": sorted({card.reason for card in cards}),
         "card_sources": sorted({card.source for card in cards if card.source}),
@@ -128,7 +129,7 @@ def lead(found: Findings, config: Config) -> str:
     text += f" {config.score.estimator}. "
     if found.pruned and by != "utility":
         text += f"{count(found.pruned)} that rank lower are pruned. "
-    elif found.pruned and (config.score.estimator not in FOR_A_TARGET or not found.cut.sharp):
+    elif found.pruned and (not facts_of(config.score.estimator).for_a_target or not found.cut.sharp):
         text += f"{count(found.pruned)} are pruned. "
     elif found.pruned:
         text += f"{count(found.pruned)} are pruned because others are expected to help the target more. "

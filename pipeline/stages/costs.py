@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.estimators import ESTIMATORS
+from pipeline.estimators import facts_of
 
 #: Bytes of a score file per pair without embeddings (measured: docs/operations.md).
 SCORE_BYTES = 90
@@ -159,7 +159,7 @@ def _directions(config: Config, rates: Rates, volume: Volume) -> StageCost:
 
 def _score(config: Config, rates: Rates, volume: Volume) -> StageCost:
     m, sample = volume.checkpoints * volume.runs, config.score.sample
-    facts = next(facts for facts in ESTIMATORS if facts.name == config.score.estimator)
+    facts = facts_of(config.score.estimator)
     terms = rates.checkpoint * m if facts.tangents or facts.forwards else 0.0
     seen = rates.observe * volume.runs
     # A pass with tangents gives loss and similarity, too; a difference of passes does not.
