@@ -17,7 +17,7 @@ from pipeline.influence.forward_mode import pull_back, push_forward
 from pipeline.influence.losses import batch_loss, similar_captions
 from pipeline.influence.memory import halving
 from pipeline.influence.passes import Passes, chunks, joined, pass_size
-from pipeline.influence.trees import plus
+from pipeline.influence.trees import filled, plus
 from pipeline.types import Features, PairBatch, Tree
 
 _Found = TypeVar("_Found")
@@ -76,7 +76,7 @@ class BatchLoss:
         `H v = d/ds J(theta + s v)^T c(s)`, with `c` the loss's gradient with respect to the features.
         """
         point = {name: state[name] for name in self.names}
-        moved = {name: vector[name] if name in vector else torch.zeros_like(point[name]) for name in self.names}
+        along = filled(vector, point)
 
         def found(parts: list[PairBatch]) -> Tree:
             with torch.no_grad():
@@ -89,7 +89,7 @@ class BatchLoss:
             total: Tree = {}
             for part, cotangent, change in zip(parts, _split(pull, parts), _split(pull_slope, parts), strict=True):
                 _, product = push_forward(
-                    lambda p, c, part=part: self._pulled_back(state, p, part, c), (point, cotangent), (moved, change)
+                    lambda p, c, part=part: self._pulled_back(state, p, part, c), (point, cotangent), (along, change)
                 )
                 total = plus(total, product)
             return total

@@ -13,7 +13,7 @@ from pipeline.influence.lanczos import Operator
 from pipeline.influence.parameters import chosen_names
 from pipeline.influence.passes import Passes
 from pipeline.influence.settings import Batches, Settings
-from pipeline.influence.trees import flattened, norm, plus, restricted, times, to_device, tree_map, unflattened
+from pipeline.influence.trees import flattened, moved, norm, plus, restricted, times, to_device, tree_map, unflattened
 from pipeline.types import Checkpoint, Tree
 
 
@@ -64,7 +64,7 @@ class LocalView:
 
     def moved(self, vector: Tree, step: float) -> Tree:
         """The state at `theta + step * vector`."""
-        return {**self.state, **plus(restricted(self.state, vector), vector, step)}
+        return moved(self.state, vector, step)
 
     def step_for(self, vector: Tree, order: int) -> float:
         """Step `h` along a vector for a central difference of what is rounded to `r`, the precision of the passes.

@@ -22,6 +22,7 @@ from pipeline.influence.compiled import Pass, Programs
 from pipeline.influence.forward_mode import push_forward, push_named_forward
 from pipeline.influence.settings import Settings
 from pipeline.influence.tangents import TangentRules
+from pipeline.influence.trees import filled, restricted
 from pipeline.influence.twice import TwiceDifferentiable
 from pipeline.types import Features, PairBatch, Tree
 
@@ -118,7 +119,7 @@ class Passes:
         if not moved:
             value = self._value(state, batch)
             return {(): value} | {(name,): _zeros(value) for name in names}
-        directions = [_filled(vectors[name], state, moved) for name in names]
+        directions = [filled(vectors[name], restricted(state, moved)) for name in names]
         if len(names) == 1:
             value, tangent = self._run(self._along, state, directions[0], batch)
             return {(): value, (names[0],): tangent}
@@ -161,7 +162,7 @@ class Passes:
         """The mixed derivative along two vectors, and first ones along these and those `beside` them."""
         outer = [second, *beside]
         moved = sorted(set(vectors[first]).union(*(vectors[name] for name in outer)))
-        inner, *directions = (_filled(vectors[name], state, moved) for name in (first, *outer))
+        inner, *directions = (filled(vectors[name], restricted(state, moved)) for name in (first, *outer))
         if not beside:
             value, along_first, along_second, mixed = self._run(self._twice, state, (inner, directions[0]), batch)
             return {(): value, (first,): along_first, (second,): along_second, (first, second): mixed}
@@ -243,10 +244,6 @@ class _Trail:
 
 def _on(passes: Passes, state: Tree, images: Tensor, tokens: Tensor) -> Callable[[Tree], Features]:
     return lambda point: passes._features({**state, **point}, images, tokens)
-
-
-def _filled(vector: Tree, state: Tree, names: Sequence[str]) -> Tree:
-    return {name: vector[name] if name in vector else torch.zeros_like(state[name]) for name in names}
 
 
 def _stacked(directions: Sequence[Tree]) -> Tree:

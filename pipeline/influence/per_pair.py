@@ -11,7 +11,7 @@ from torch.func import grad
 from pipeline.influence.forward_mode import push_forward
 from pipeline.influence.losses import Neighbours
 from pipeline.influence.passes import Passes
-from pipeline.influence.trees import dot, flattened, times
+from pipeline.influence.trees import dot, filled, flattened, times
 from pipeline.influence.twice import TwiceDifferentiable
 from pipeline.types import Features, PairBatch, Tree
 
@@ -56,11 +56,8 @@ def self_values(
             gradient = grad(of_pair)(point)
             values.append(dot(gradient, times(gradient, scale)))
             continue
-        push = {
-            name: vectors["push"][name] if name in vectors["push"] else torch.zeros_like(v) for name, v in point.items()
-        }
         with TwiceDifferentiable():
-            gradient, bent = push_forward(grad(of_pair), (point,), (push,))
+            gradient, bent = push_forward(grad(of_pair), (point,), (filled(vectors["push"], point),))
         scaled = times(gradient, scale)
         flat = flattened(scaled, point)
         values.append(flat @ (vectors["hessian"]["matrix"] @ flat) + dot(scaled, bent))

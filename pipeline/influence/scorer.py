@@ -19,7 +19,7 @@ from pipeline.influence.plan import Point, Probe, ProbePlan
 from pipeline.influence.regressor import Observed
 from pipeline.influence.settings import ScoreBatch, Settings
 from pipeline.influence.transfers import on_device
-from pipeline.influence.trees import plus, restricted, to_device
+from pipeline.influence.trees import moved, to_device
 from pipeline.types import Checkpoint, Features, PairBatch, Tree
 
 #: Pairs on the device at once: weights are moved to the point of a probe, and losses taken, once for all of them.
@@ -256,8 +256,7 @@ class _CheckpointScorer:
     def _state_at(self, point: Point) -> Tree:
         state = self.state
         for name, coefficient in point:
-            vector = self.vectors[name]
-            state = {**state, **plus(restricted(state, vector), vector, coefficient)}
+            state = moved(state, self.vectors[name], coefficient)
         return state
 
     def score(self, batch: PairBatch, near: Neighbours) -> tuple[Tensor, tuple[Tensor, Features] | None]:

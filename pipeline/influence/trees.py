@@ -49,6 +49,16 @@ def restricted(tree: Tree, names: Iterable[str]) -> Tree:
     return {name: tree[name] for name in names if name in tree}
 
 
+def filled(tree: Tree, like: Tree) -> Tree:
+    """The tree on the names of `like`, with zeros where it has none."""
+    return {name: tree[name] if name in tree else torch.zeros_like(value) for name, value in like.items()}
+
+
+def moved(state: Tree, vector: Tree, step: float) -> Tree:
+    """`state + step * vector`; a vector on some of the state's names."""
+    return {**state, **plus(restricted(state, vector), vector, step)}
+
+
 def without_zeros(tree: Tree) -> Tree:
     """Drop tensors that are zero throughout: no tangent is carried for them."""
     return {name: value for name, value in tree.items() if bool(value.any())}
@@ -56,7 +66,7 @@ def without_zeros(tree: Tree) -> Tree:
 
 def flattened(tree: Tree, like: Tree) -> Tensor:
     """One vector `[p]` with the entries in the order of `like`."""
-    return torch.cat([(tree[name] if name in tree else torch.zeros_like(like[name])).reshape(-1) for name in like])
+    return torch.cat([value.reshape(-1) for value in filled(tree, like).values()])
 
 
 def unflattened(vector: Tensor, like: Tree) -> Tree:
