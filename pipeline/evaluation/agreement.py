@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.evaluation.correlation import Floats, Interval, difference_of_spearman, mean_spearman, spearman
+from pipeline.arrays import Bool, Float64, Int64
+from pipeline.evaluation.correlation import Interval, difference_of_spearman, mean_spearman, spearman
 from pipeline.evaluation.lds import predicted_outcomes
-
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,13 @@ class Measured:
         outcomes: of training on each half, `[s, h]`.
     """
 
-    utilities: dict[str, Floats]
+    utilities: dict[str, Float64]
     costs: dict[str, tuple[float, float]]
-    rows: NDArray[np.int64]
-    changes: Floats
-    halves: Bools
-    outcomes: Floats
-    partial: Floats | None = None
+    rows: Int64
+    changes: Float64
+    halves: Bool
+    outcomes: Float64
+    partial: Float64 | None = None
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,13 @@ def table(measured: Measured) -> list[Line]:
     return lines
 
 
-def _of_others(values: Floats) -> Floats:
+def _of_others(values: Float64) -> Float64:
     """For each run the mean over the other ones: `[s, k]` gives `[s, k]`."""
-    others: Floats = (values.sum(0) - values) / (len(values) - 1)
+    others: Float64 = (values.sum(0) - values) / (len(values) - 1)
     return others
 
 
-def between_seeds(outcomes: Floats) -> float:
+def between_seeds(outcomes: Float64) -> float:
     """Mean rank correlation of two seeds' outcomes `[s, h]`; NaN for one seed. If low, nothing carries over."""
     found = [spearman(one, other) for one, other in combinations(outcomes, 2)]
     return float(np.mean(found)) if found else float("nan")

@@ -8,9 +8,10 @@ from itertools import combinations
 
 import numpy as np
 
+from pipeline.arrays import Bool, Float64
 from pipeline.evaluation.agreement import Measured
-from pipeline.evaluation.correlation import Floats, spearman
-from pipeline.evaluation.lds import Bools, predicted_outcomes
+from pipeline.evaluation.correlation import spearman
+from pipeline.evaluation.lds import predicted_outcomes
 from pipeline.evaluation.quality import auroc
 
 #: Sets of runs looked at per number of runs; more are drawn from at random.
@@ -41,7 +42,7 @@ class RunsLine:
     auroc_std: float | None
 
 
-def by_runs(measured: Measured, wrong: Bools | None) -> Iterable[RunsLine]:
+def by_runs(measured: Measured, wrong: Bool | None) -> Iterable[RunsLine]:
     """A line per estimator and number of runs, from one to all; each run's utilities are standardised first."""
     count = len(measured.outcomes)
     known = wrong if wrong is not None and wrong.any() else None
@@ -67,10 +68,10 @@ def _over_sets(found: list[float]) -> tuple[float | None, float | None]:
     return float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None
 
 
-def _standardised(utilities: Floats) -> Floats:
+def _standardised(utilities: Float64) -> Float64:
     """Each run's utilities `[s, n]` with mean 0 and spread 1, so that no run outweighs the others."""
     spread = utilities.std(1, keepdims=True)
-    standard: Floats = (utilities - utilities.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    standard: Float64 = (utilities - utilities.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
     return standard
 
 

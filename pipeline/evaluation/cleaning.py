@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pipeline.evaluation.correlation import Floats
+from pipeline.arrays import Bool, Float64
 from pipeline.evaluation.small_run import SmallRun
 from pipeline.types import PairBatch
 
-Bools = NDArray[np.bool_]
 
-
-def with_swapped_captions(data: PairBatch, share: float, seed: int) -> tuple[PairBatch, Bools]:
+def with_swapped_captions(data: PairBatch, share: float, seed: int) -> tuple[PairBatch, Bool]:
     """Captions of a random share of the pairs handed on among them; also which pairs got another caption `[n]`."""
     rng = np.random.default_rng(seed)
     chosen = torch.from_numpy(rng.permutation(len(data))[: round(share * len(data))])
@@ -23,13 +20,13 @@ def with_swapped_captions(data: PairBatch, share: float, seed: int) -> tuple[Pai
     return swapped, np.asarray((swapped.captions != data.captions).numpy(), bool)
 
 
-def suspects(utilities: Floats, count: int) -> Bools:
+def suspects(utilities: Float64, count: int) -> Bool:
     """The `count` pairs of lowest utility, bool `[n]`."""
     found = np.zeros(len(utilities), dtype=bool)
     found[np.argsort(utilities, kind="stable")[:count]] = True
     return found
 
 
-def losses_without(run: SmallRun, sets: list[Bools]) -> Floats:
+def losses_without(run: SmallRun, sets: list[Bool]) -> Float64:
     """The target loss after training without each set, `[len(sets)]`."""
     return np.asarray(run.losses(torch.from_numpy(np.stack(sets))).numpy(), np.float64)

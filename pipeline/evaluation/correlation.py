@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-Floats = NDArray[np.float64]
-Rows = NDArray[np.int64]
+from pipeline.arrays import Float64, Int64
 
 #: Resamples of a bootstrap interval, and its coverage.
 RESAMPLES = 1000
@@ -30,12 +28,12 @@ class Interval:
         return self.low > other.high
 
 
-def spearman(left: Floats, right: Floats) -> float:
+def spearman(left: Float64, right: Float64) -> float:
     """Rank correlation of two vectors `[n]`; NaN where either is constant or not finite."""
     return float(spearman_rows(left[None], right[None])[0])
 
 
-def spearman_rows(left: Floats, right: Floats) -> Floats:
+def spearman_rows(left: Float64, right: Float64) -> Float64:
     """Rank correlation of each row of `left [..., n]` with the same row of `right`, `[...]`."""
     finite = np.isfinite(left).all(-1) & np.isfinite(right).all(-1)
     a, b = rankdata(left, axis=-1), rankdata(right, axis=-1)
@@ -45,7 +43,7 @@ def spearman_rows(left: Floats, right: Floats) -> Floats:
     return np.where(usable, (a * b).sum(-1) / np.where(usable, length, 1.0), np.nan)
 
 
-def bootstrapped(statistic: Callable[[Rows], Floats], n: int, seed: int = 0) -> Interval:
+def bootstrapped(statistic: Callable[[Int64], Float64], n: int, seed: int = 0) -> Interval:
     """A statistic of `n` items with its percentile bootstrap interval.
 
     Args:
@@ -63,24 +61,24 @@ def bootstrapped(statistic: Callable[[Rows], Floats], n: int, seed: int = 0) -> 
     return Interval(value, float(low), float(high))
 
 
-def mean_spearman(predicted: Floats, true: Floats, seed: int = 0) -> Interval:
+def mean_spearman(predicted: Float64, true: Float64, seed: int = 0) -> Interval:
     """Mean over runs of the rank correlation of `predicted [runs, n]` with `true [runs, n]`, items resampled."""
 
-    def statistic(items: Rows) -> Floats:
+    def statistic(items: Int64) -> Float64:
         return _over_runs([spearman_rows(p[items], t[items]) for p, t in zip(predicted, true, strict=True)])
 
     return bootstrapped(statistic, predicted.shape[1], seed)
 
 
-def difference_of_spearman(first: Floats, second: Floats, true: Floats, seed: int = 0) -> Interval:
+def difference_of_spearman(first: Float64, second: Float64, true: Float64, seed: int = 0) -> Interval:
     """By how much the first prediction correlates better than the second, each `[runs, n]`, on the same resamples."""
 
-    def statistic(items: Rows) -> Floats:
+    def statistic(items: Int64) -> Float64:
         runs = zip(first, second, true, strict=True)
         return _over_runs([spearman_rows(a[items], t[items]) - spearman_rows(b[items], t[items]) for a, b, t in runs])
 
     return bootstrapped(statistic, true.shape[1], seed)
 
 
-def _over_runs(found: list[Floats]) -> Floats:
+def _over_runs(found: list[Float64]) -> Float64:
     return np.asarray(np.mean(found, 0), np.float64)

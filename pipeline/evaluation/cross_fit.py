@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.arrays import Float64
 from pipeline.evaluation.correlation import spearman
 from pipeline.influence import Observed, Regressor, fit, scaled_up
 
@@ -76,7 +76,7 @@ def cross_fit(
     # Within a fold, the pairs of a part are those whose remainder is below it.
     within = draws * FOLDS - folds
 
-    def held_out(part: float, network: bool) -> tuple[NDArray[np.float64], HeldOut] | None:
+    def held_out(part: float, network: bool) -> tuple[Float64, HeldOut] | None:
         predicted = torch.zeros_like(score)
         fitted = 0.0
         for fold in range(FOLDS):
@@ -100,7 +100,7 @@ def cross_fit(
     return regressor, CrossFit("ridge and network" if network else "ridge", error, (*curve, last))
 
 
-def _correlation(predicted: NDArray[np.float64], true: NDArray[np.float64]) -> tuple[float, float, float]:
+def _correlation(predicted: Float64, true: Float64) -> tuple[float, float, float]:
     """Spearman's correlation with its 95 % interval (Bonett and Wright 2000); 0 for a constant prediction."""
     value = float(np.nan_to_num(spearman(predicted, true)))
     spread = 1.96 * np.sqrt((1 + value**2 / 2) / (len(true) - 3))

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from pipeline.arrays import Bool
 from pipeline.evaluation.small_run import SmallRun
 from pipeline.influence import Settings
 from pipeline.influence.forward_mode import push_forward
@@ -23,8 +23,6 @@ from pipeline.influence.optimizer import RunState, advanced
 from pipeline.influence.passes import Passes
 from pipeline.influence.trees import dot, norm, plus, times, tree_map
 from pipeline.types import Checkpoint, Tree
-
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Deletion:
     distance: float
 
 
-def random_deletions(n: int, count: int, share: float, seed: int) -> Bools:
+def random_deletions(n: int, count: int, share: float, seed: int) -> Bool:
     """`count` random sets of `share` of `n` pairs, bool `[count, n]`."""
     rng = np.random.default_rng(seed)
     sets = np.zeros((count, n), dtype=bool)
@@ -54,7 +52,7 @@ def random_deletions(n: int, count: int, share: float, seed: int) -> Bools:
     return sets
 
 
-def deletions(run: SmallRun, recorded: Sequence[int], settings: Settings, sets: Bools) -> list[Deletion]:
+def deletions(run: SmallRun, recorded: Sequence[int], settings: Settings, sets: Bool) -> list[Deletion]:
     """Estimate each set's deletion by every method and compare with retraining; the first set only fits `c`."""
     stacked = run.retrained(torch.from_numpy(sets))
     full = run.states[-1].params
@@ -78,7 +76,7 @@ def deletions(run: SmallRun, recorded: Sequence[int], settings: Settings, sets: 
 class _Group:
     """Gradient and Hessian products of a deleted set: what the whole loss has and the loss of the rest has not."""
 
-    def __init__(self, run: SmallRun, settings: Settings, chosen: Bools) -> None:
+    def __init__(self, run: SmallRun, settings: Settings, chosen: Bool) -> None:
         passes = Passes(run.model, settings)
         names = list(run.start.params)
         self.share = 1 - float(chosen.mean())
@@ -94,14 +92,14 @@ class _Group:
         return plus(self.all.hessian_product(state, vector), self.rest.hessian_product(state, vector), -self.share)
 
 
-def _by_fine_tuning(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bools) -> Tree:
+def _by_fine_tuning(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bool) -> Tree:
     """A step down the loss of the pairs that are left, at the end of the run: no influence in it."""
     group = _Group(run, settings, chosen)
     _, state, scale = _views(run, recorded[-1:], settings)[0]
     return tree_map(torch.neg, scale(group.rest.gradient(state)))
 
 
-def _by_tracin(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bools) -> Tree:
+def _by_tracin(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bool) -> Tree:
     """`sum_t eta_t P G_D`: the pushes of the set, as if nothing came after them."""
     group, total = _Group(run, settings, chosen), dict[str, torch.Tensor]()
     for checkpoint, state, scale in _views(run, recorded, settings):
@@ -109,7 +107,7 @@ def _by_tracin(run: SmallRun, recorded: Sequence[int], settings: Settings, chose
     return total
 
 
-def _by_diff_in(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bools) -> Tree:
+def _by_diff_in(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bool) -> Tree:
     """Eq. 9's parameter influence `sum_t a_t P (H_B P G_D + H_D P G_B)`; its sign is left to the factor."""
     group, total = _Group(run, settings, chosen), dict[str, torch.Tensor]()
     for checkpoint, state, scale in _views(run, recorded, settings):
@@ -119,7 +117,7 @@ def _by_diff_in(run: SmallRun, recorded: Sequence[int], settings: Settings, chos
     return total
 
 
-def _by_unrolling(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bools) -> Tree:
+def _by_unrolling(run: SmallRun, recorded: Sequence[int], settings: Settings, chosen: Bool) -> Tree:
     """The change of gradient that the deletion makes at every step, carried forwards through the run's own steps."""
     passes = Passes(run.model, settings)
     replay, device = run.replay(), torch.device("cpu")
@@ -167,7 +165,7 @@ def _views(
     return found
 
 
-_METHODS: dict[str, Callable[[SmallRun, Sequence[int], Settings, Bools], Tree]] = {
+_METHODS: dict[str, Callable[[SmallRun, Sequence[int], Settings, Bool], Tree]] = {
     "fine-tuning": _by_fine_tuning,
     "diff-in": _by_diff_in,
     "tracin": _by_tracin,

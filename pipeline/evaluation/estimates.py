@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pipeline.evaluation.correlation import Floats
+from pipeline.arrays import Float64
 from pipeline.evaluation.flops import flop_counter
 from pipeline.evaluation.small_run import SmallRun
 from pipeline.influence import Batches, ProbePlan, Scorer, Settings, prepare_run, utility_of
@@ -47,7 +47,7 @@ class Estimate:
         scoring: cost of scoring the pairs, in forward passes over them.
     """
 
-    utilities: Floats
+    utilities: Float64
     directions: float
     scoring: float
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pipeline.evaluation.correlation import Floats, spearman
+from pipeline.arrays import Bool, Float64
+from pipeline.evaluation.correlation import spearman
 from pipeline.evaluation.small_run import SmallRun
 
-Bools = NDArray[np.bool_]
 
-
-def random_halves(n: int, count: int, seed: int) -> Bools:
+def random_halves(n: int, count: int, seed: int) -> Bool:
     """`count` random halves of `n` pairs, bool `[count, n]`; exactly half of the pairs in each."""
     rng = np.random.default_rng(seed)
     halves = np.zeros((count, n), dtype=bool)
@@ -21,16 +19,16 @@ def random_halves(n: int, count: int, seed: int) -> Bools:
     return halves
 
 
-def outcomes(run: SmallRun, halves: Bools) -> Floats:
+def outcomes(run: SmallRun, halves: Bool) -> Float64:
     """Minus the target loss after training on each half, `[count]`."""
     return np.asarray(-run.losses(torch.from_numpy(~halves)).numpy(), np.float64)
 
 
-def predicted_outcomes(utilities: Floats, halves: Bools) -> Floats:
+def predicted_outcomes(utilities: Float64, halves: Bool) -> Float64:
     """Summed utilities of each half: `utilities [..., n]` gives `[..., count]`."""
     return np.asarray(utilities @ halves.T.astype(np.float64), np.float64)
 
 
-def lds(utilities: Floats, halves: Bools, results: Floats) -> float:
+def lds(utilities: Float64, halves: Bool, results: Float64) -> float:
     """Rank correlation of the summed utilities `[n]` of each half with its outcome `[count]`."""
     return spearman(predicted_outcomes(utilities, halves), results)

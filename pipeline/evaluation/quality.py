@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.arrays import Bool, Float64
 from pipeline.errors import InputError
 from pipeline.store import storage
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 _TRUTH_COLUMNS = ("uid", "clean", "caption_class")
 
@@ -44,7 +41,7 @@ class Detection:
         return asdict(self)
 
 
-def auroc(values: Floats, wrong: Bools) -> float:
+def auroc(values: Float64, wrong: Bool) -> float:
     """Chance that a wrong pair has a lower value than a right one, ties counted half; NaN if one kind is missing."""
     low, high = values[wrong], np.sort(values[~wrong])
     if not len(low) or not len(high):
@@ -53,7 +50,7 @@ def auroc(values: Floats, wrong: Bools) -> float:
     return float(above.mean() / len(high))
 
 
-def detect(values: Floats, wrong: Bools) -> Detection:
+def detect(values: Float64, wrong: Bool) -> Detection:
     """Judge a ranking, `values [n]` (low is suspect), against `wrong [n]`. Non-finite values are left out."""
     finite = np.isfinite(values)
     values, wrong = values[finite], wrong[finite]
@@ -87,7 +84,7 @@ def read_truth(url: str) -> dict[str, bool]:
     return {row["uid"]: row["clean"] != row["caption_class"] for row in rows}
 
 
-def match_truth(url: str, uids: Sequence[str]) -> tuple[Bools, Bools]:
+def match_truth(url: str, uids: Sequence[str]) -> tuple[Bool, Bool]:
     """Of a run's pairs, which the truth at `url` knows, and which have a wrong caption: bool `[uids]` each.
 
     A uid is empty where nothing is known of the pair. Raises `InputError` as `read_truth` does, and where the truth

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from pipeline.arrays import Int64
 from pipeline.config import Config, EvaluateConfig
 from pipeline.evaluation.zeroshot import HeldOut, measure
 from pipeline.models.clip import PairModel
@@ -32,7 +32,7 @@ def train_and_measure(
     config: Config,
     build: Callable[[int], PairModel],
     pairs: Pairs,
-    rows: NDArray[np.int64],
+    rows: Int64,
     held_out: HeldOut,
     seed: int,
     device: str = "cpu",

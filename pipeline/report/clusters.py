@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.arrays import Float32
 from pipeline.data.inventory import ShardInfo
 from pipeline.report.contents import Place
 from pipeline.report.groups import Group
 from pipeline.report.rows import Bools, read_shard_rows
 from pipeline.run import RunFolder
-from pipeline.selection.clusters import Float32, assign, image_half, kmeans, unit
+from pipeline.selection.clusters import assign, image_half, kmeans, unit
 from pipeline.store import storage
 
 #: Scored pairs that are clustered, from as few shards as hold them.

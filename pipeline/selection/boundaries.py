@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.selection.keys import KEY_BITS, UInt64
+from pipeline.arrays import Bool, Int64, UInt64
+from pipeline.selection.keys import KEY_BITS
 from pipeline.selection.recipe import Judged
-from pipeline.selection.scan import Bool
 
-Int64 = npt.NDArray[np.int64]
 #: Keys that no pair has: below them all, above them all.
 ALL, NONE = -1, 1 << KEY_BITS
 _LAST, _LAST_ROW = np.uint64(2**64 - 1), np.int64(2**63 - 1)

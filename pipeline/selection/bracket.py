@@ -9,8 +9,8 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline.selection.boundaries import Int64
-from pipeline.selection.keys import KEY_BITS, UInt32
+from pipeline.arrays import Int64, UInt32
+from pipeline.selection.keys import KEY_BITS
 from pipeline.selection.quotas import count_of
 from pipeline.selection.recipe import Judged, OpenShard, Recipe
 from pipeline.selection.scan import ScoreShard

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.arrays import Bool, Float32, Float64, Int32, Int64
 from pipeline.errors import StageError
 from pipeline.selection import layers
 from pipeline.selection.keys import seeded_draw
 from pipeline.selection.recipe import Judged, OpenShard, Recipe
-from pipeline.selection.scan import Bool, ScoreShard
+from pipeline.selection.scan import ScoreShard
 from pipeline.selection.tasks import MapTasks, chunks
 
 #: Pairs that a part of a cluster should have: its pairs of pairs are looked at in memory.
@@ -36,18 +37,16 @@ PROBES = 8
 #: Neighbouring clusters that the distance between clusters is averaged over, and the softmax temperature (the paper's).
 NEIGHBOURS, TEMPERATURE = 20, 0.1
 
-Float32 = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class Clusters:
     """Centroids [p, d] of the parts (unit length), the cluster of each part [p], and each cluster's complexity [k]."""
 
     centroids: Float32
-    cluster: npt.NDArray[np.int32]
-    complexity: npt.NDArray[np.float64]
+    cluster: Int32
+    complexity: Float64
 
-    def weights(self) -> npt.NDArray[np.float64]:
+    def weights(self) -> Float64:
         """Density-Based Pruning's share of each cluster [k]: the softmax of the complexities."""
         scaled = np.exp((self.complexity - self.complexity.max()) / TEMPERATURE)
         return np.asarray(scaled / scaled.sum())
@@ -107,7 +106,7 @@ def find_clusters(
     return Clusters(np.concatenate(parts_of), np.array(cluster_of, dtype=np.int32), complexity)
 
 
-def assign(vectors: Float32, centroids: Float32, nearest: int) -> tuple[npt.NDArray[np.int64], Float32]:
+def assign(vectors: Float32, centroids: Float32, nearest: int) -> tuple[Int64, Float32]:
     """The `nearest` centroids of each vector [n, nearest] and their cosine similarities [n, nearest]."""
     import faiss  # here, since the driver loads this module too
 
@@ -119,7 +118,7 @@ def assign(vectors: Float32, centroids: Float32, nearest: int) -> tuple[npt.NDAr
 
 def write_parts(
     recipe: Recipe, shards: Sequence[ScoreShard], clusters: Clusters, margin: float, map_tasks: MapTasks
-) -> npt.NDArray[np.int64]:
+) -> Int64:
     """Write the layers `cluster` [n] and `part` [n, PROBES or 1]; returns how many pairs each part [p] looks at.
 
     The first entry is a pair's own part. It visits a next nearest one (else -1) when it is not farther than `margin`
@@ -143,9 +142,7 @@ def _sample(recipe: Recipe, share: float, shards: Sequence[ScoreShard]) -> list[
     return found
 
 
-def _write_parts(
-    recipe: Recipe, clusters: Clusters, margin: float, shards: Sequence[ScoreShard]
-) -> npt.NDArray[np.int64]:
+def _write_parts(recipe: Recipe, clusters: Clusters, margin: float, shards: Sequence[ScoreShard]) -> Int64:
     sizes = np.zeros(len(clusters.centroids), dtype=np.int64)
     for shard in shards:
         parts = np.full((shard.rows, PROBES if margin > 0 else 1), -1, dtype=np.int32)
@@ -177,7 +174,7 @@ def kmeans(vectors: Float32, count: int, seed: int) -> Float32:
     return unit(np.asarray(means.centroids, dtype=np.float32))
 
 
-def _complexity(centroids: Float32, nearest: npt.NDArray[np.int64], similarity: Float32) -> npt.NDArray[np.float64]:
+def _complexity(centroids: Float32, nearest: Int64, similarity: Float32) -> Float64:
     """Mean cosine distance of a cluster's pairs to its centroid, times that of its centroid to its neighbours [k]."""
     count = len(centroids)
     members = np.maximum(np.bincount(nearest, minlength=count), 1)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from pipeline.arrays import Bool, Float64, Int64
 from pipeline.config import SelectConfig
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
@@ -23,8 +23,8 @@ from pipeline.selection.tasks import MapTasks, chunks
 from pipeline.selection.write import keep_file
 from pipeline.store import storage
 
-Triple = npt.NDArray[np.int64]
-Sums = npt.NDArray[np.float64]
+Triple = Int64
+Sums = Float64
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _compare_shard(
     return counted
 
 
-def _kept_rows(folder: str, shard: ScoreShard) -> npt.NDArray[np.bool_]:
+def _kept_rows(folder: str, shard: ScoreShard) -> Bool:
     kept = np.zeros(shard.rows, dtype=bool)
     with storage.open_read(keep_file(folder, shard.index)) as handle:
         kept[pq.read_table(handle, columns=["index"])["index"].to_numpy()] = True

@@ -18,9 +18,10 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.selection.boundaries import ALL, NONE, Boundaries, Int64
+from pipeline.arrays import Int64, UInt32, UInt64
+from pipeline.selection.boundaries import ALL, NONE, Boundaries
 from pipeline.selection.bracket import Bracket, Caught, Places
-from pipeline.selection.keys import KEY_BITS, UInt32, UInt64
+from pipeline.selection.keys import KEY_BITS
 from pipeline.selection.quotas import Counts
 from pipeline.selection.recipe import OpenShard, Recipe
 from pipeline.selection.scan import ScoreFile, ScoreShard

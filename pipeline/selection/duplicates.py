@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.arrays import Bool, Float32, Int64, UInt8
 from pipeline.selection.clusters import unit
 from pipeline.selection.keys import parse_uids
 from pipeline.selection.recipe import DUPLICATE, Judged, OpenShard, Recipe
 from pipeline.selection.regroup import best_first, bring_back, evaluate_buckets, place_rows, regroup
-from pipeline.selection.runs import Int64, Rows
-from pipeline.selection.scan import Bool, ScoreShard
+from pipeline.selection.runs import Rows
+from pipeline.selection.scan import ScoreShard
 from pipeline.selection.tasks import MapTasks
 
 #: Pairs of a bucket of content hashes (36 bytes each).
@@ -38,9 +38,6 @@ SKETCH, FEW = 32, 512
 DENSE = 256
 #: Cosines of unit vectors in float32, and their bounds, are off by less than this.
 ROUNDING, BOUND_ROUNDING = 1e-6, 1e-5
-
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
 
 
 def find_exact(recipe: Recipe, shards: Sequence[ScoreShard], pairs: int, map_tasks: MapTasks) -> Recipe:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.arrays import Bool, Int64
 from pipeline.selection.recipe import OpenShard, Recipe, caption_ids
 from pipeline.selection.scan import ScoreShard
 from pipeline.selection.tasks import MapTasks, chunks
@@ -16,8 +16,6 @@ from pipeline.selection.tasks import MapTasks, chunks
 MIN_PAIRS, MIN_SHARE = 10, 1 / 32768
 #: Counters that captions are hashed into, in each of two tables, to find the frequent ones in bounded memory.
 BUCKET_BITS = 18
-
-Int64 = npt.NDArray[np.int64]
 
 
 def frequent_captions(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks) -> Int64:
@@ -61,7 +59,7 @@ def _hashed_counts(recipe: Recipe, shards: Sequence[ScoreShard]) -> Int64:
     return tables
 
 
-def _caption_counts(recipe: Recipe, heavy: npt.NDArray[np.bool_], shards: Sequence[ScoreShard]) -> tuple[Int64, Int64]:
+def _caption_counts(recipe: Recipe, heavy: Bool, shards: Sequence[ScoreShard]) -> tuple[Int64, Int64]:
     ids, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for shard in shards:
         for found in _eligible_captions(recipe, shard):

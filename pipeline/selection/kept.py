@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from pipeline.arrays import Float64
 from pipeline.config import SelectConfig
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.positions import Positions, by_shard, offsets
@@ -77,7 +77,7 @@ def chosen_positions(
 
 def ranked_values(
     run: RunFolder, config: SelectConfig, inventory: Sequence[ShardInfo], *, seed: int, map_tasks: MapTasks = map
-) -> npt.NDArray[np.float64]:
+) -> Float64:
     """The value that a selection ranks each sample by, float64 `[samples]`; NaN where there is none."""
     starts = offsets(inventory)
     values = np.full(int(starts[-1]), np.nan)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.arrays import Float32, UInt8, UInt32, UInt64
 from pipeline.errors import InputError
-
-UInt32 = npt.NDArray[np.uint32]
-UInt64 = npt.NDArray[np.uint64]
 
 #: Bits of an order key.
 KEY_BITS = 32
@@ -19,7 +16,7 @@ KEY_BITS = 32
 _SIGN = np.uint32(0x80000000)
 
 
-def order_keys(values: npt.NDArray[np.float32]) -> UInt32:
+def order_keys(values: Float32) -> UInt32:
     """Integers in the order of float32 `values` [n]; -0.0 and 0.0 share one key. NaN is the caller's to remove."""
     bits = (values + np.float32(0.0)).view(np.uint32)
     bits ^= (bits.view(np.int32) >> 31).view(np.uint32) | _SIGN
@@ -33,7 +30,7 @@ def value_of(key: int) -> float:
     return float(bits.view(np.float32))
 
 
-def _hex_table() -> npt.NDArray[np.uint8]:
+def _hex_table() -> UInt8:
     table = np.full(256, 255, dtype=np.uint8)
     for digit, char in enumerate("0123456789abcdef"):
         table[ord(char)] = table[ord(char.upper())] = digit

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pipeline.arrays import Int64
 from pipeline.config import Band, SelectConfig, Threshold
 from pipeline.errors import ConfigError
 from pipeline.run import RunFolder
 from pipeline.selection import grouping, prepare, structure
-from pipeline.selection.boundaries import Boundaries, Int64
+from pipeline.selection.boundaries import Boundaries
 from pipeline.selection.bracket import guess
 from pipeline.selection.clusters import Clusters
 from pipeline.selection.cuts import COLLECT, Census, count_taken, find_boundaries, take_census

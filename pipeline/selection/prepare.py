@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 
+from pipeline.arrays import Int64
 from pipeline.config import SelectConfig
 from pipeline.errors import ConfigError, InputError, StageError
 from pipeline.run import RunFolder
@@ -101,7 +101,7 @@ def _emptiness(column: str) -> str:
     return f"{column} is empty throughout{takes}"
 
 
-def _runs_of_terms(run: RunFolder, shards: Sequence[ScoreShard]) -> npt.NDArray[np.int64]:
+def _runs_of_terms(run: RunFolder, shards: Sequence[ScoreShard]) -> Int64:
     """The proxy run that each term belongs to [m]: from the checkpoints' manifest, which lists them in that order."""
     width = next((width for shard in shards if (width := _terms_width(shard))), 0)
     if width == 0:
@@ -141,7 +141,7 @@ def _match_joined(recipe: Recipe, shards: Sequence[ScoreShard]) -> None:
                         raise InputError(f"{other.url}: expected the same pairs in the same order as {shard.url}")
 
 
-def _moments(runs: npt.NDArray[np.int64], shards: Sequence[ScoreShard]) -> list[Moments]:
+def _moments(runs: Int64, shards: Sequence[ScoreShard]) -> list[Moments]:
     """Moments of the terms of the pairs that scored, one per shard."""
     found = []
     for shard in shards:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from decimal import Decimal
 
 import numpy as np
-import numpy.typing as npt
 
-Counts = npt.NDArray[np.int64]
+from pipeline.arrays import Float64, Int64
+
+Counts = Int64
 
 
 def count_of(fraction: float, total: int) -> int:
@@ -15,7 +16,7 @@ def count_of(fraction: float, total: int) -> int:
     return int(Decimal(repr(fraction)) * total + Decimal("0.5"))
 
 
-def share_out(total: int, weights: npt.NDArray[np.float64], sizes: Counts) -> Counts:
+def share_out(total: int, weights: Float64, sizes: Counts) -> Counts:
     """Share `total` out over groups in proportion to `weights` [g], at most `sizes` [g] each (largest remainder).
 
     What a group cannot take goes to the others in the same proportion. The result adds up to

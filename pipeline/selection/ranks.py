@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.selection.keys import UInt32, order_keys
+from pipeline.arrays import Float32, Float64, Int64, UInt32
+from pipeline.selection.keys import order_keys
 
 MAX_BINS = 1 << 18
 
@@ -25,9 +25,9 @@ class RankSketch:
     def __init__(self) -> None:
         self.shift = 0
         self.bins: UInt32 = np.empty(0, np.uint32)
-        self.counts: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self.counts: Int64 = np.empty(0, np.int64)
 
-    def add(self, values: npt.NDArray[np.float32]) -> None:
+    def add(self, values: Float32) -> None:
         """Count `values` [n] float32; those that are not finite are left out."""
         keys = order_keys(values[np.isfinite(values)]) >> np.uint32(self.shift)
         bins, counts = np.unique(keys, return_counts=True)
@@ -45,7 +45,7 @@ class RankSketch:
         middle = np.cumsum(self.counts) - self.counts / 2
         return RankTable(self.shift, self.bins, middle / total)
 
-    def _take(self, bins: UInt32, counts: npt.NDArray[np.int64]) -> None:
+    def _take(self, bins: UInt32, counts: Int64) -> None:
         self.bins, self.counts = _sum_equal(np.concatenate([self.bins, bins]), np.concatenate([self.counts, counts]))
         while len(self.bins) > MAX_BINS:
             self._coarsen(self.shift + 1)
@@ -61,9 +61,9 @@ class RankTable:
 
     shift: int
     bins: UInt32
-    ranks: npt.NDArray[np.float64]
+    ranks: Float64
 
-    def rank(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    def rank(self, values: Float32) -> Float64:
         """Share of the pairs below each value plus half the share of those equal to it; NaN where not finite."""
         result = np.full(np.shape(values), np.nan)
         finite = np.isfinite(values)
@@ -81,7 +81,7 @@ def merged(sketches: Iterable[RankSketch]) -> RankSketch:
     return total
 
 
-def _sum_equal(bins: UInt32, counts: npt.NDArray[np.int64]) -> tuple[UInt32, npt.NDArray[np.int64]]:
+def _sum_equal(bins: UInt32, counts: Int64) -> tuple[UInt32, Int64]:
     if len(bins) == 0:
         return bins, counts
     order = np.argsort(bins, kind="stable")

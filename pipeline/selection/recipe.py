@@ -11,17 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.arrays import Bool, Float32, Int32, Int64, UInt32
 from pipeline.errors import InputError
 from pipeline.run import RunFolder
 from pipeline.selection import layers
 from pipeline.selection.formula import Formula
-from pipeline.selection.keys import UInt32, order_keys, seeded_draw
+from pipeline.selection.keys import order_keys, seeded_draw
 from pipeline.selection.ranks import RankTable
-from pipeline.selection.scan import SPAN_ROWS, Bool, ScoreFile, ScoreShard, Span
+from pipeline.selection.scan import SPAN_ROWS, ScoreFile, ScoreShard, Span
 from pipeline.selection.standardise import Standardisation
-
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
 
 #: Layers that rule out pairs where they are not 0, named after the reason.
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near-duplicate"
@@ -52,9 +50,9 @@ class Recipe:
     tables: dict[str, RankTable] = field(default_factory=dict)
     zterms: Standardisation | None = None
     grouping: Literal["none", "caption", "cluster"] = "none"
-    captions: npt.NDArray[np.int64] | None = None
+    captions: Int64 | None = None
     clusters: int = 0
-    left_out: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    left_out: Mapping[int, Int64] = field(default_factory=dict)
     scratch: str = ""
     layers: frozenset[str] = frozenset()
 
@@ -90,7 +88,7 @@ class Judged:
     """
 
     span: Span
-    rows: npt.NDArray[np.int64] | None
+    rows: Int64 | None
     value: Float32
     keys: UInt32
     stratum: Int32 | None
@@ -98,7 +96,7 @@ class Judged:
     rejected: Counter[str]
     pruned: Counter[str]
 
-    def places(self) -> npt.NDArray[np.int64]:
+    def places(self) -> Int64:
         """Row numbers within the shard [k]."""
         rows = np.arange(self.span.rows) if self.rows is None else self.rows
         return rows + self.span.start
@@ -239,7 +237,7 @@ class OpenShard:
         """`judge` for every span of the shard, of about `rows` rows."""
         return (self.judge(span) for span in self.file.spans(rows))
 
-    def _tiers(self, span: Span, rows: npt.NDArray[np.int64] | None, value: Float32) -> Int32 | None:
+    def _tiers(self, span: Span, rows: Int64 | None, value: Float32) -> Int32 | None:
         if self.recipe.spread is None:
             return None
         spread = _at(self.evaluate(self.recipe.spread, span), rows)
@@ -249,7 +247,7 @@ class OpenShard:
         tier[value < -margin] = HARMFUL
         return tier
 
-    def _keys(self, span: Span, rows: npt.NDArray[np.int64] | None, value: Float32, tier: Int32 | None) -> UInt32:
+    def _keys(self, span: Span, rows: Int64 | None, value: Float32, tier: Int32 | None) -> UInt32:
         recipe = self.recipe
         if tier is None:
             if "preference" in recipe.layers:
@@ -265,13 +263,13 @@ class OpenShard:
             keys[ties] = order_keys(_at(self.layer("preference", span), rows)[ties])
         return keys
 
-    def _strata(self, span: Span, rows: npt.NDArray[np.int64] | None, tier: Int32 | None) -> Int32 | None:
+    def _strata(self, span: Span, rows: Int64 | None, tier: Int32 | None) -> Int32 | None:
         group = self.group(span, rows)
         if group is None:
             return tier
         return group if tier is None else group * np.int32(self.recipe.tiers) + tier
 
-    def group(self, span: Span, rows: npt.NDArray[np.int64] | None) -> Int32 | None:
+    def group(self, span: Span, rows: Int64 | None) -> Int32 | None:
         """The group of each of `rows` [k] int32; None where all are in one."""
         recipe = self.recipe
         if recipe.grouping == "cluster" and "cluster" in recipe.layers:
@@ -287,11 +285,11 @@ class OpenShard:
         return None
 
 
-def caption_ids(span: Span) -> npt.NDArray[np.int64]:
+def caption_ids(span: Span) -> Int64:
     """The caption hashes of a span [rows], 0 where there is none."""
     column = span.arrow("caption_id")
     return np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def _at(values: npt.NDArray[Any], rows: npt.NDArray[np.int64] | None) -> npt.NDArray[Any]:
+def _at(values: npt.NDArray[Any], rows: Int64 | None) -> npt.NDArray[Any]:
     return values if rows is None else values[rows]

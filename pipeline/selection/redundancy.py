@@ -10,8 +10,8 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.arrays import Bool, Float32, Float64, Int64
 from pipeline.selection.recipe import HELPFUL, TIE
 from pipeline.selection.regroup import best_first
 from pipeline.selection.runs import Rows
@@ -21,9 +21,6 @@ NEIGHBOURS = 10
 #: Pairs whose distances are held in memory at a time.
 MOST_PAIRS = 8192
 BLOCK = 1024
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 
 
 def infomax(rows: Rows, redundancy: float) -> Float32:
@@ -90,7 +87,7 @@ def _chunks(vectors: Float32) -> list[Int64]:
     return [np.sort(piece) for piece in np.array_split(np.argsort(along, kind="stable"), pieces)]
 
 
-def _farthest_first(vectors: Float32, chosen: npt.NDArray[np.bool_]) -> Float32:
+def _farthest_first(vectors: Float32, chosen: Bool) -> Float32:
     similarity = vectors @ vectors.T
     gains = np.full(len(vectors), 2.0, dtype=np.float32)
     if chosen.any():
@@ -129,7 +126,7 @@ def _neighbours(vectors: Float32) -> list[list[tuple[int, float]]]:
     return [sorted(edges.items()) for edges in graph]
 
 
-def _greedy_gains(values: npt.NDArray[np.float64], graph: list[list[tuple[int, float]]], redundancy: float) -> Float32:
+def _greedy_gains(values: Float64, graph: list[list[tuple[int, float]]], redundancy: float) -> Float32:
     gains = values.tolist()
     picked = np.full(len(values), np.nan, dtype=np.float32)
     heap = [(-gain, place) for place, gain in enumerate(gains)]

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.arrays import Int64
 from pipeline.selection import layers
 from pipeline.selection.keys import order_keys
 from pipeline.selection.recipe import Judged, OpenShard, Recipe
-from pipeline.selection.runs import Int64, Rows, Runs, layout
+from pipeline.selection.runs import Rows, Runs, layout
 from pipeline.selection.scan import ScoreShard
 from pipeline.selection.tasks import MapTasks, chunks
 

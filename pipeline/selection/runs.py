@@ -13,10 +13,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.arrays import Int64
 from pipeline.selection import layers
 from pipeline.store import storage
 
-Int64 = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.void]
 
 #: Rows of a run (about 1 kB each with embeddings of 512 dimensions), and of a piece.

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.arrays import Bool, UInt64
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
-from pipeline.selection.keys import UInt64, parse_uids
+from pipeline.selection.keys import parse_uids
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
 from pipeline.store.fingerprint import Fingerprint
@@ -23,8 +24,6 @@ SPAN_ROWS = 1 << 18
 
 #: Columns of few distinct strings, read as dictionaries: several times faster.
 REPEATING = ["status", "source"]
-
-Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

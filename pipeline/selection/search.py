@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.selection.boundaries import Boundaries, Int64
-from pipeline.selection.keys import KEY_BITS, UInt64
+from pipeline.arrays import Bool, Int64, UInt64
+from pipeline.selection.boundaries import Boundaries
+from pipeline.selection.keys import KEY_BITS
 from pipeline.selection.quotas import Counts
 from pipeline.selection.recipe import Judged
-from pipeline.selection.scan import Bool
 
 UID_BITS = 128
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-Float64 = npt.NDArray[np.float64]
+from pipeline.arrays import Float64, Int64
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Moments:
     """Count [m], mean [m] and summed squared deviation [m] of the terms of some pairs; `agreement` sums the sign of
     utility times score over them, which tells the estimator's sign."""
 
-    count: npt.NDArray[np.int64]
+    count: Int64
     mean: Float64
     squares: Float64
     agreement: int
@@ -56,11 +55,11 @@ class Standardisation:
 
     mean: Float64
     std: Float64
-    runs: npt.NDArray[np.int64]
+    runs: Int64
     sign: int
 
     @staticmethod
-    def of(parts: Iterable[Moments], runs: npt.NDArray[np.int64]) -> Standardisation:
+    def of(parts: Iterable[Moments], runs: Int64) -> Standardisation:
         """From the moments of the shards, in their order."""
         total = Moments.none(len(runs))
         for part in parts:
@@ -86,7 +85,7 @@ class Standardisation:
         return mean, np.sqrt(variance)
 
 
-def terms_matrix(column: Any, runs: npt.NDArray[np.int64]) -> Float64:
+def terms_matrix(column: Any, runs: Int64) -> Float64:
     """A list column as float64 [n, m], each run's terms as large as if all `runs` [m] counted.
 
     Terms that do not count (null) are NaN, and so are rows of another length (those without a score). In the file

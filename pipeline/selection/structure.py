@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.arrays import Float64, Int64
 from pipeline.config import SelectConfig
 from pipeline.selection import duplicates, redundancy
 from pipeline.selection.clusters import (
@@ -25,7 +25,7 @@ from pipeline.selection.grouping import frequent_captions
 from pipeline.selection.prepare import Progress
 from pipeline.selection.recipe import HARMFUL, NEAR_DUPLICATE, Judged, OpenShard, Recipe
 from pipeline.selection.regroup import bring_back, evaluate_buckets, place_rows, regroup
-from pipeline.selection.runs import Int64, Rows
+from pipeline.selection.runs import Rows
 from pipeline.selection.scan import ScoreShard
 from pipeline.selection.standardise import Moments
 from pipeline.selection.tasks import MapTasks, chunks
@@ -147,6 +147,6 @@ def _moments_of_shards(recipe: Recipe, shards: Sequence[ScoreShard]) -> list[Mom
     found = []
     for shard in shards:
         with OpenShard(recipe, shard) as opened:
-            values: list[npt.NDArray[np.float64]] = [j.value.astype(np.float64)[:, None] for j in opened.judged()]
+            values: list[Float64] = [j.value.astype(np.float64)[:, None] for j in opened.judged()]
         found.append(Moments.of(np.concatenate(values) if values else np.empty((0, 1)), 0))
     return found

@@ -9,10 +9,10 @@ from functools import partial
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.arrays import Bool, Int64
 from pipeline.selection.plan import SelectionPlan
 from pipeline.selection.recipe import Judged, OpenShard
 from pipeline.selection.scan import ScoreShard, Span
@@ -54,7 +54,7 @@ class Account:
     shards: list[ShardKept] = field(default_factory=list)
     pairs: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
-    clusters: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 0), np.int64))
+    clusters: Int64 = field(default_factory=lambda: np.zeros((2, 0), np.int64))
 
     def add(self, other: Account) -> None:
         """Count what `other` has counted, too."""
@@ -107,9 +107,7 @@ def _carry_out(plan: SelectionPlan, folder: str | None, shards: Sequence[ScoreSh
     return account
 
 
-def _kept(
-    plan: SelectionPlan, opened: OpenShard, columns: list[str], account: Account
-) -> Iterator[tuple[Span, npt.NDArray[np.int64]]]:
+def _kept(plan: SelectionPlan, opened: OpenShard, columns: list[str], account: Account) -> Iterator[tuple[Span, Int64]]:
     """Each span with the rows of it that are kept [k]."""
     for span in opened.spans():
         span.load(columns)
@@ -125,11 +123,11 @@ def _kept(
         yield span, rows
 
 
-def _no_clusters(plan: SelectionPlan) -> npt.NDArray[np.int64]:
+def _no_clusters(plan: SelectionPlan) -> Int64:
     return np.zeros((2, plan.recipe.clusters), np.int64)
 
 
-def taken_rows(plan: SelectionPlan, judged: Judged, shard: int) -> npt.NDArray[np.bool_]:
+def taken_rows(plan: SelectionPlan, judged: Judged, shard: int) -> Bool:
     """Which of the judged rows [k] the plan keeps."""
     taken = plan.end.takes(judged, shard)
     if plan.skip is not None:
@@ -137,7 +135,7 @@ def taken_rows(plan: SelectionPlan, judged: Judged, shard: int) -> npt.NDArray[n
     return taken
 
 
-def _write(handle: IO[bytes], kept: Iterable[tuple[Span, npt.NDArray[np.int64]]]) -> int:
+def _write(handle: IO[bytes], kept: Iterable[tuple[Span, Int64]]) -> int:
     count = 0
     with pq.ParquetWriter(handle, KEEP_SCHEMA, compression=_COMPRESSION, use_dictionary=False) as writer:
         for span, rows in kept:

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from pipeline.arrays import Float64
 from pipeline.config import Config, SelectConfig
 from pipeline.data.positions import Positions, offsets
 from pipeline.evaluation.quality import match_truth
@@ -154,7 +154,7 @@ def _right(job: Job, scored: Positions) -> Positions:
     return np.asarray(scored[(known & ~wrong)[scored]], np.int64)
 
 
-def score_column(job: Job, name: str) -> NDArray[np.float64]:
+def score_column(job: Job, name: str) -> Float64:
     """A numeric column of the scores by global position, `[samples]`; NaN where there is no score."""
     values = np.full(job.samples, np.nan)
     starts = offsets(job.inventory)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 
+from pipeline.arrays import Int64
 from pipeline.config import Config
 from pipeline.data.decode import uid_to_id
 from pipeline.data.inventory import ShardInfo
@@ -27,7 +27,7 @@ FEWEST_PAIRS = 100
 
 
 def fit_regressor(
-    config: Config, sampled: Fingerprint, runs: NDArray[np.int64], shards: Sequence[ShardInfo], most: int
+    config: Config, sampled: Fingerprint, runs: Int64, shards: Sequence[ShardInfo], most: int
 ) -> dict[str, Any]:
     """Fit in one thread, so that the same sample gives the same bytes; write it, and return its mark's content.
 

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from pipeline.allocator import keep_freed_memory
+from pipeline.arrays import Bool
 from pipeline.config import Config, ValidateConfig
 from pipeline.data.decode import uid_to_id
 from pipeline.data.sampling import load_pairs
@@ -21,7 +22,7 @@ from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import losses_without, suspects, with_swapped_captions
 from pipeline.evaluation.deletion import deletions, random_deletions
 from pipeline.evaluation.estimates import Estimator, forms_of, reference_of
-from pipeline.evaluation.lds import Bools, outcomes, random_halves
+from pipeline.evaluation.lds import outcomes, random_halves
 from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
 from pipeline.evaluation.quality import Detection, detect, read_truth
 from pipeline.evaluation.small_run import small_run
@@ -67,7 +68,7 @@ class _Pairs:
         return self.drawn[sizes.pairs : sizes.pairs + sizes.warm_pairs] if sizes.warm_steps else None
 
     @cached_property
-    def data(self) -> tuple[PairBatch, Bools | None]:
+    def data(self) -> tuple[PairBatch, Bool | None]:
         """The pairs of the small run, and which of them are known to be wrong (None where nothing is known)."""
         config = self.job.config
         data = self.drawn[: self.sizes.pairs]
@@ -153,7 +154,7 @@ def measure(config: Config, seed: int, pulse_file: str) -> dict[str, Any]:
     return result
 
 
-def _trainings(sizes: ValidateConfig, pairs: int, forms: int, wrong: Bools | None) -> int:
+def _trainings(sizes: ValidateConfig, pairs: int, forms: int, wrong: Bool | None) -> int:
     """Trainings of a seed beside its own run."""
     left_out = min(sizes.leave_out, pairs) + 1
     without = left_out * (1 if sizes.partial is None else 2) + sizes.halves
@@ -224,7 +225,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def _cleaning(measured: Measured, wrong: Bools | None) -> dict[str, Detection]:
+def _cleaning(measured: Measured, wrong: Bool | None) -> dict[str, Detection]:
     """How well low utility (mean over the runs) finds the wrong pairs, precision at their true number."""
     if wrong is None:
         return {}

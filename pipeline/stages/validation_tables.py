@@ -8,9 +8,10 @@ import numpy as np
 from rich.table import Table
 
 from pipeline import text
+from pipeline.arrays import Float64
 from pipeline.evaluation.agreement import Line, between_seeds
 from pipeline.evaluation.by_runs import RunsLine
-from pipeline.evaluation.correlation import Floats, Interval
+from pipeline.evaluation.correlation import Interval
 from pipeline.evaluation.quality import Detection
 
 
@@ -105,7 +106,7 @@ def _cleaning(cleaning: dict[str, Detection], seeds: list[dict[str, Any]]) -> Ta
     return shown
 
 
-def _over_seeds(values: Floats, form: str) -> str:
+def _over_seeds(values: Float64, form: str) -> str:
     """Mean and standard deviation, which one seed has not."""
     return _spread(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, form)
 
