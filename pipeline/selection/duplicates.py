@@ -21,7 +21,7 @@ from pipeline.arrays import Bool, Float32, Int64, UInt8
 from pipeline.selection.clusters import unit
 from pipeline.selection.keys import parse_uids
 from pipeline.selection.recipe import DUPLICATE, Judged, OpenShard, Recipe
-from pipeline.selection.regroup import best_first, bring_back, evaluate_buckets, place_rows, regroup
+from pipeline.selection.regroup import best_first, bring_back, by_part, evaluate_buckets, place_rows, regroup
 from pipeline.selection.runs import Rows
 from pipeline.selection.scan import ScoreShard
 from pipeline.selection.tasks import MapTasks
@@ -76,9 +76,7 @@ def near_duplicates(rows: Rows, cosine: float) -> UInt8:
     Rows that are not `home` are visitors of their part; two visitors are not compared.
     """
     result = np.zeros(len(rows), dtype=np.uint8)
-    order = best_first(rows)
-    for part in np.unique(rows["part"]):
-        members = order[rows["part"][order] == part]
+    for members in by_part(rows):
         vectors = unit(rows["embedding"][members].astype(np.float32))
         result[members[_greedy(vectors, rows["home"][members], cosine - ROUNDING)]] = 1
     return result

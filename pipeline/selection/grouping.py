@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from pipeline.arrays import Bool, Int64
+from pipeline.selection.keys import sum_equal
 from pipeline.selection.recipe import OpenShard, Recipe, caption_ids
 from pipeline.selection.scan import ScoreShard
 from pipeline.selection.tasks import MapTasks, chunks
@@ -31,7 +32,7 @@ def frequent_captions(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: M
     heavy = tables >= bar
     ids, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for part in map_tasks(partial(_caption_counts, recipe, heavy), chunks(shards)):
-        ids, counts = _sum_by_id(np.concatenate([ids, part[0]]), np.concatenate([counts, part[1]]))
+        ids, counts = sum_equal(np.concatenate([ids, part[0]]), np.concatenate([counts, part[1]]))
     return ids[counts >= bar]
 
 
@@ -65,13 +66,8 @@ def _caption_counts(recipe: Recipe, heavy: Bool, shards: Sequence[ScoreShard]) -
         for found in _eligible_captions(recipe, shard):
             first, second = _buckets(found)
             found = found[heavy[0, first] & heavy[1, second]]
-            ids, counts = _sum_by_id(np.concatenate([ids, found]), np.concatenate([counts, np.ones_like(found)]))
+            ids, counts = sum_equal(np.concatenate([ids, found]), np.concatenate([counts, np.ones_like(found)]))
     return ids, counts
-
-
-def _sum_by_id(ids: Int64, counts: Int64) -> tuple[Int64, Int64]:
-    unique, inverse = np.unique(ids, return_inverse=True)
-    return unique, np.bincount(inverse, weights=counts, minlength=len(unique)).astype(np.int64)
 
 
 def group_names(recipe: Recipe) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.arrays import Float32, UInt8, UInt32, UInt64
+from pipeline.arrays import Float32, Int64, UInt8, UInt32, UInt64
 from pipeline.errors import InputError
 
 #: Bits of an order key.
 KEY_BITS = 32
+
+_Keys = TypeVar("_Keys", UInt32, Int64)
 
 _SIGN = np.uint32(0x80000000)
 
@@ -28,6 +30,16 @@ def value_of(key: int) -> float:
     bits = np.uint32(key)
     bits = bits ^ _SIGN if bits & _SIGN else ~bits
     return float(bits.view(np.float32))
+
+
+def sum_equal(keys: _Keys, counts: Int64) -> tuple[_Keys, Int64]:
+    """The different ones of `keys` [n], ascending, and the sum of the `counts` [n] of each."""
+    if len(keys) == 0:
+        return keys, counts
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return keys[starts], np.add.reduceat(counts, starts)
 
 
 def _hex_table() -> UInt8:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.arrays import Float32, Float64, Int64, UInt32
-from pipeline.selection.keys import order_keys
+from pipeline.selection.keys import order_keys, sum_equal
 
 MAX_BINS = 1 << 18
 
@@ -46,12 +46,12 @@ class RankSketch:
         return RankTable(self.shift, self.bins, middle / total)
 
     def _take(self, bins: UInt32, counts: Int64) -> None:
-        self.bins, self.counts = _sum_equal(np.concatenate([self.bins, bins]), np.concatenate([self.counts, counts]))
+        self.bins, self.counts = sum_equal(np.concatenate([self.bins, bins]), np.concatenate([self.counts, counts]))
         while len(self.bins) > MAX_BINS:
             self._coarsen(self.shift + 1)
 
     def _coarsen(self, shift: int) -> None:
-        self.bins, self.counts = _sum_equal(self.bins >> np.uint32(shift - self.shift), self.counts)
+        self.bins, self.counts = sum_equal(self.bins >> np.uint32(shift - self.shift), self.counts)
         self.shift = shift
 
 
@@ -79,12 +79,3 @@ def merged(sketches: Iterable[RankSketch]) -> RankSketch:
     for sketch in sketches:
         total.merge(sketch)
     return total
-
-
-def _sum_equal(bins: UInt32, counts: Int64) -> tuple[UInt32, Int64]:
-    if len(bins) == 0:
-        return bins, counts
-    order = np.argsort(bins, kind="stable")
-    bins, counts = bins[order], counts[order]
-    starts = np.flatnonzero(np.concatenate([[True], bins[1:] != bins[:-1]]))
-    return bins[starts], np.add.reduceat(counts, starts)

@@ -275,13 +275,10 @@ class OpenShard:
         if recipe.grouping == "cluster" and "cluster" in recipe.layers:
             return _at(self.layer("cluster", span), rows).astype(np.int32, copy=False)
         if recipe.grouping == "caption" and recipe.captions is not None:
-            ids = _at(caption_ids(span), rows)
+            ids, rare = _at(caption_ids(span), rows), len(recipe.captions)
             place = np.searchsorted(recipe.captions, ids)
-            known = (
-                recipe.captions[np.minimum(place, len(recipe.captions) - 1)] == ids if len(recipe.captions) else None
-            )
-            rare = len(recipe.captions)
-            return np.where(known, place, rare).astype(np.int32) if known is not None else np.zeros(len(ids), np.int32)
+            # The entry behind the last caption may be anything: who is placed there is rare either way.
+            return np.where(np.append(recipe.captions, 0)[place] == ids, place, rare).astype(np.int32)
         return None
 
 

@@ -8,12 +8,13 @@ count is the greedy choice of that many.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 
 from pipeline.arrays import Bool, Float32, Float64, Int64
 from pipeline.selection.recipe import HELPFUL, TIE
-from pipeline.selection.regroup import best_first
+from pipeline.selection.regroup import by_part
 from pipeline.selection.runs import Rows
 
 #: Nearest neighbours of a pair in the graph of a part.
@@ -33,7 +34,7 @@ def infomax(rows: Rows, redundancy: float) -> Float32:
     def gains(members: Int64, vectors: Float32) -> Float32:
         return _greedy_gains(rows["value"][members].astype(np.float64), _neighbours(vectors), redundancy)
 
-    return _by_part(rows, gains)
+    return _in_each_part(rows, gains)
 
 
 def representative(rows: Rows) -> Float32:
@@ -50,7 +51,7 @@ def representative(rows: Rows) -> Float32:
         result[ties] = -(places + 0.5) / max(len(order), 1)
         return result
 
-    return _by_part(rows, rank)
+    return _in_each_part(rows, rank)
 
 
 def diverse(rows: Rows) -> Float32:
@@ -65,15 +66,13 @@ def diverse(rows: Rows) -> Float32:
             result[chunk] = _farthest_first(vectors[chunk], rows["tier"][members[chunk]] == HELPFUL)
         return result
 
-    return _by_part(rows, distance)
+    return _in_each_part(rows, distance)
 
 
-def _by_part(rows: Rows, work) -> Float32:  # type: ignore[no-untyped-def]
+def _in_each_part(rows: Rows, work: Callable[[Int64, Float32], Float32]) -> Float32:
     """Run `work(members, vectors)` on the rows of each part, best first."""
     result = np.zeros(len(rows), dtype=np.float32)
-    order = best_first(rows)
-    for part in np.unique(rows["part"]):
-        members = order[rows["part"][order] == part]
+    for members in by_part(rows):
         result[members] = work(members, rows["embedding"][members].astype(np.float32))
     return result
 

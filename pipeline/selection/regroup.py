@@ -8,7 +8,7 @@ shards. Memory is one bucket's rows, `RUN_ROWS` of them, or the value of each ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -60,6 +60,13 @@ def place_rows(judged: Judged, shard: int, chosen: Int64, extra: list[tuple[Any,
 def best_first(rows: Rows) -> Int64:
     """The order of regrouped rows: higher key, then lower uid, then lower shard and row."""
     return np.lexsort((rows["row"], rows["shard"], rows["low"], rows["high"], ~rows["key"]))
+
+
+def by_part(rows: Rows) -> Iterator[Int64]:
+    """The rows of each part (field `part`), best first."""
+    order = best_first(rows)
+    for part in np.unique(rows["part"]):
+        yield order[rows["part"][order] == part]
 
 
 def regroup(
