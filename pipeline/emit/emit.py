@@ -105,7 +105,7 @@ def emit(
         return parse_mark(earlier)
     storage.remove(folder.mark)
 
-    lines = build_manifest(folder, inventory, selection)
+    lines = build_manifest(inventory, selection)
     write_manifest(folder.manifest, lines)
     keep_files = [storage.join(folder.root, line.keep) for line in lines if line.keep is not None]
     summary = EmitSummary(

@@ -72,9 +72,7 @@ class ManifestLine:
     keep: str | None
 
 
-def build_manifest(
-    folder: SelectionFolder, inventory: Sequence[ShardInfo], selection: SelectionSummary
-) -> list[ManifestLine]:
+def build_manifest(inventory: Sequence[ShardInfo], selection: SelectionSummary) -> list[ManifestLine]:
     """What a finished selection keeps of each input shard, in order of the inventory."""
     kept = {shard.shard: shard.kept for shard in selection.shards}
     return [

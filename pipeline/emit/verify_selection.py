@@ -143,7 +143,7 @@ def _check_manifest(
     except (ValueError, TypeError) as error:
         yield f"{folder.manifest}: expected one JSON object per input shard: {error}"
         return
-    expected = build_manifest(folder, inventory, selection)
+    expected = build_manifest(inventory, selection)
     if len(found) != len(expected):
         yield f"{folder.manifest}: expected {len(expected)} lines, one per input shard, found {len(found)}"
     for number, (line, right) in enumerate(zip(found, expected, strict=False), start=1):

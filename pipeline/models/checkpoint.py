@@ -97,7 +97,7 @@ def load_checkpoint(
     """
     if url.endswith(".safetensors"):
         tensors, header = _read_safetensors(url)
-        checkpoint = _ours(url, tensors, header) if header is not None else _plain(url, tensors, model, step, lr)
+        checkpoint = _ours(tensors, header) if header is not None else _plain(url, tensors, model, step, lr)
     else:
         checkpoint = _open_clip(url, model, step, lr)
     if model is not None:
@@ -119,7 +119,7 @@ def _read_safetensors(url: str) -> tuple[Tree, dict[str, Any] | None]:
     return tensors, json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
 
 
-def _ours(url: str, tensors: Tree, header: dict[str, Any]) -> Checkpoint:
+def _ours(tensors: Tree, header: dict[str, Any]) -> Checkpoint:
     trees: dict[str, Tree] = {kind: {} for kind in ("params", "buffers", "exp_avg", "exp_avg_sq", "momentum")}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
