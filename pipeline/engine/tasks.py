@@ -69,7 +69,6 @@ def run_tasks(
     name: Callable[[Item], str] = str,
     marks: TaskMarks | None = None,
     unit: str = "tasks",
-    cpus: float = 1,
     gpus: float = 0,
     patience: Patience | None = None,
     pulse: Callable[[Item], object] | None = None,
@@ -94,8 +93,7 @@ def run_tasks(
         name: how an item is called in messages.
         marks: of tasks that are done; without them nothing is known of earlier calls.
         unit: what the display counts, in the plural.
-        cpus: CPUs of one task.
-        gpus: GPUs of one task.
+        gpus: GPUs of one task, which has one CPU.
         patience: when there was no news for so long, the tasks in hand are taken to hang: they are killed, and count as
             failed. News are a task that came back, and another `pulse`. None waits for ever.
         pulse: called in the driver; something about an item in hand that becomes another one while its task goes on.
@@ -111,10 +109,10 @@ def run_tasks(
         outcome.done += 1
         on_result(number, result)
     pending = array("q", (number for number, value in enumerate(settled) if not value))
-    waiting = ShardQueue(pending, depth=_in_flight(cpus, gpus), retries=config.retries, wait=config.retry_wait)
+    waiting = ShardQueue(pending, depth=_in_flight(gpus), retries=config.retries, wait=config.retry_wait)
     # Retries are counted here, not by Ray, so that exceptions and dead processes share one limit and one back-off.
     remote = ray.remote(_call).options(
-        num_cpus=cpus, num_gpus=gpus, max_retries=0, name=stage, scheduling_strategy="SPREAD"
+        num_cpus=1, num_gpus=gpus, max_retries=0, name=stage, scheduling_strategy="SPREAD"
     )
     function_ref = ray.put(function)
     tally = Tally(len(items), done=outcome.done)
@@ -318,10 +316,10 @@ def _call(function: Callable[[Any], Any], item: Any, number: int, marks: TaskMar
     return _Done(result, take_notes())
 
 
-def _in_flight(cpus: float, gpus: float) -> int:
+def _in_flight(gpus: float) -> int:
     """Tasks handed to Ray at a time: a small multiple of those that can run at once."""
     nodes = alive_nodes()
-    resource, share = ("GPU", gpus) if gpus else ("CPU", cpus)
+    resource, share = ("GPU", gpus) if gpus else ("CPU", 1)
     at_once = sum(node.get(resource, 0.0) for node in nodes) / max(share, 0.01)
     return max(2, int(at_once * IN_FLIGHT_PER_CPU))
 
