@@ -46,7 +46,7 @@ def _read(job: Job) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def note_scores(job: Job, outcome: Outcome | None = None) -> None:
+def note_scores(job: Job, outcome: Outcome) -> None:
     """Note counts of the scoring: shards, failed ones, pairs by reason of rejection, throughput."""
     rows, reasons, seconds = 0, dict[str, int](), dict[str, float]()
     shards = 0
@@ -62,7 +62,7 @@ def note_scores(job: Job, outcome: Outcome | None = None) -> None:
             _add(seconds, mark.seconds)
         found = storage.read_json(job.folder.regressor_mark)
         predicted = {"predicted": {"sample": job.config.score.sample, "kind": found["kind"], **found["curve"][-1]}}
-    failed = [str(aside) for aside in outcome.failed] if outcome else []
+    failed = [str(aside) for aside in outcome.failed]
     busy = seconds.get("score", 0.0)
     _note(
         job,

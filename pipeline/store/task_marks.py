@@ -14,13 +14,12 @@ from pipeline.store.fingerprint import Fingerprint
 class TaskMarks:
     """One JSON file per finished task in `folder`; a task's result must be a JSON value.
 
-    `fingerprint` is of everything that decides the results, the list of tasks included; `stale` says whether marks
-    with another one are redone or refused.
+    `fingerprint` is of everything that decides the results, the list of tasks included; a mark with another one counts
+    as none.
     """
 
     folder: str
     fingerprint: Fingerprint
-    stale: str = "redo"
 
     def url(self, task: int) -> str:
         """The mark of task number `task`."""
@@ -44,7 +43,7 @@ class TaskMarks:
         there = set(storage.list_files(self.folder, ".json"))
         tasks = [task for task in range(count) if self.url(task) in there]
         for task, mark in zip(tasks, ahead.in_order(self._read, tasks), strict=True):
-            if mark is not None and marks.is_current(self.url(task), mark, self.fingerprint, self.stale):
+            if mark is not None and mark["fingerprint"] == self.fingerprint.digest:
                 yield task, mark["result"]
 
     def _read(self, task: int) -> dict[str, Any] | None:

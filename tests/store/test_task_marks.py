@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from pipeline.errors import FingerprintError
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.task_marks import TaskMarks
@@ -29,17 +26,12 @@ def test_more_tasks_than_are_read_at_once(tmp_path: Path) -> None:
     assert list(marks.finished(300)) == [(task, task) for task in range(300)]
 
 
-@pytest.mark.parametrize("stale", ["redo", "refuse"])
-def test_marks_of_other_settings_are_redone_or_refused(tmp_path: Path, stale: str) -> None:
+def test_marks_of_other_settings_count_as_none(tmp_path: Path) -> None:
     TaskMarks(str(tmp_path), Fingerprint({"steps": 1})).write(0, "old")
-    marks = TaskMarks(str(tmp_path), Fingerprint({"steps": 2}), stale)
-    if stale == "refuse":
-        with pytest.raises(FingerprintError, match=r"00000\.json was .* settings \(steps: 1 there, 2 now\)"):
-            list(marks.finished(1))
-    else:
-        assert list(marks.finished(1)) == []
-        marks.write(0, "new")
-        assert list(marks.finished(1)) == [(0, "new")]
+    marks = TaskMarks(str(tmp_path), Fingerprint({"steps": 2}))
+    assert list(marks.finished(1)) == []
+    marks.write(0, "new")
+    assert list(marks.finished(1)) == [(0, "new")]
 
 
 def test_only_marks_of_other_settings_are_removed_before_files_are_replaced(tmp_path: Path) -> None:
