@@ -80,11 +80,7 @@ class Cut:
     @property
     def sharp(self) -> bool:
         """Whether one value of utility divides the kept pairs from the pruned ones."""
-        return np.isfinite(self.lowest_kept) and np.isfinite(self.highest_pruned) and self._divided
-
-    @property
-    def _divided(self) -> bool:
-        return self.lowest_kept >= self.highest_pruned
+        return -np.inf < self.highest_pruned <= self.lowest_kept < np.inf
 
 
 class Sample:

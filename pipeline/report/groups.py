@@ -26,15 +26,16 @@ class Group:
         """Kept share of the group."""
         return self.kept / self.pairs
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson score interval of the kept share, 95 % by default."""
-        return wilson(self.kept, self.pairs, z)
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the kept share."""
+        return wilson(self.kept, self.pairs)
 
 
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share `hits / total`; `(0, 1)` without any."""
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share `hits / total`; `(0, 1)` without any."""
     if total == 0:
         return 0.0, 1.0
+    z = 1.96
     share = hits / total
     middle = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
@@ -83,11 +84,11 @@ class GroupCounter:
     def __len__(self) -> int:
         return len(self._merge().names)
 
-    def largest(self, count: int | None = None, at_least: int = 1) -> list[Group]:
-        """The groups with the most pairs, all of them by default."""
+    def largest(self, at_least: int = 1) -> list[Group]:
+        """The groups of `at_least` so many pairs, the largest first."""
         counts = self._merge()
         order = np.argsort(-counts.pairs, kind="stable")
-        return counts.groups(order[counts.pairs[order] >= at_least][:count])
+        return counts.groups(order[counts.pairs[order] >= at_least])
 
     def gained_and_lost(self, count: int) -> list[Group]:
         """The groups whose number of kept pairs differs most from their part of what is kept, best share first."""

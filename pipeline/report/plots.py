@@ -90,11 +90,10 @@ class Canvas:
         inner = f"<title>{escape(title)}</title>" if title else ""
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{css}">{inner}</circle>')
 
-    def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start", turn: bool = False) -> None:
-        """Text, at most one line; `turn` writes it upwards."""
-        turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turn else ""
+    def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start") -> None:
+        """Text, at most one line."""
         style = f' class="{css}"' if css else ""
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}{turned}>{escape(text)}</text>')
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(text)}</text>')
 
     def x_axis(self, scale: Scale, label: str, grid: bool = False) -> None:
         """Ticks, numbers and label below the plotting area."""

@@ -164,8 +164,8 @@ def test_counter_stays_within_its_capacity_and_keeps_the_frequent() -> None:
         values = np.concatenate([np.repeat(7, 30), rng.integers(1000, 1_000_000, 60)])
         counter.add(values, np.ones(90, dtype=bool), shard, np.arange(90))
         assert len(counter) <= 100
-    assert counter.largest(1)[0].name == 7
-    assert counter.largest(1)[0].pairs == 1500
+    assert counter.largest()[0].name == 7
+    assert counter.largest()[0].pairs == 1500
     assert counter.pairs == 4500
     assert sum(group.pairs for group in counter.largest()) + counter.dropped == 4500
 
