@@ -23,10 +23,6 @@ class Interval:
     low: float
     high: float
 
-    def above(self, other: Interval) -> bool:
-        """Whether the two intervals lie apart, this one higher."""
-        return self.low > other.high
-
 
 def spearman(left: Float64, right: Float64) -> float:
     """Rank correlation of two vectors `[n]`; NaN where either is constant or not finite."""

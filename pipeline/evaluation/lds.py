@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from pipeline.arrays import Bool, Float64
-from pipeline.evaluation.correlation import spearman
 from pipeline.evaluation.small_run import SmallRun
 
 
@@ -27,8 +26,3 @@ def outcomes(run: SmallRun, halves: Bool) -> Float64:
 def predicted_outcomes(utilities: Float64, halves: Bool) -> Float64:
     """Summed utilities of each half: `utilities [..., n]` gives `[..., count]`."""
     return np.asarray(utilities @ halves.T.astype(np.float64), np.float64)
-
-
-def lds(utilities: Float64, halves: Bool, results: Float64) -> float:
-    """Rank correlation of the summed utilities `[n]` of each half with its outcome `[count]`."""
-    return spearman(predicted_outcomes(utilities, halves), results)

@@ -47,9 +47,8 @@ class Overlap:
 class ComparisonSummary:
     """Two selections side by side. `shards` and `sources` come with the largest difference first.
 
-    `spearman` and `mean_rank_difference` (a share of all pairs) compare the rankings by which the selections choose
-    (their `by`), over the pairs that both rank. `mean_utility` is that of the pairs both keep, only a, only b (NaN
-    where there are none).
+    `spearman` compares the rankings by which the selections choose (their `by`), over the pairs that both rank.
+    `mean_utility` is that of the pairs both keep, only a, only b (NaN where there are none).
     """
 
     a: str
@@ -58,7 +57,6 @@ class ComparisonSummary:
     shards: list[Overlap]
     sources: list[Overlap]
     spearman: float
-    mean_rank_difference: float
     mean_utility: tuple[float, float, float]
 
 
@@ -86,11 +84,11 @@ def compare(run: RunFolder, a: str, b: str, *, map_tasks: MapTasks = map) -> Com
 @dataclass
 class _Counted:
     """What shards add up to. Counts and utility sums are [both, only a, only b]; `ranks` are the sums over pairs that
-    both rank of 1, x, y, x^2, y^2, x y and |x - y|, with x and y the two ranks less one half."""
+    both rank of 1, x, y, x^2, y^2 and x y, with x and y the two ranks less one half."""
 
     counts: Triple = field(default_factory=lambda: np.zeros(3, np.int64))
     utility: Sums = field(default_factory=lambda: np.zeros(3))
-    ranks: Sums = field(default_factory=lambda: np.zeros(7))
+    ranks: Sums = field(default_factory=lambda: np.zeros(6))
     shards: dict[str, Triple] = field(default_factory=dict)
     sources: dict[str, Triple] = field(default_factory=dict)
 
@@ -105,7 +103,7 @@ class _Counted:
 
     def summarise(self, a: str, b: str) -> ComparisonSummary:
         """The comparison of selections `a` and `b`."""
-        count, x, y, xx, yy, xy, apart = (float(value) for value in self.ranks)
+        count, x, y, xx, yy, xy = (float(value) for value in self.ranks)
         spread = (xx - x * x / max(count, 1)) * (yy - y * y / max(count, 1))
         spearman = (xy - x * y / max(count, 1)) / math.sqrt(spread) if spread > 0 else math.nan
         means = [float(u) / int(n) if n else math.nan for u, n in zip(self.utility, self.counts, strict=True)]
@@ -116,7 +114,6 @@ class _Counted:
             shards=_largest_first(self.shards),
             sources=_largest_first(self.sources),
             spearman=spearman,
-            mean_rank_difference=apart / count if count else math.nan,
             mean_utility=(means[0], means[1], means[2]),
         )
 
@@ -180,7 +177,7 @@ def _compare_shard(
                 rank[judged.places() - span.start] = tables[side].rank(judged.value) - 0.5
             ranked = np.isfinite(ranks[0]) & np.isfinite(ranks[1])
             x, y = ranks[0][ranked], ranks[1][ranked]
-            counted.ranks += [len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y, np.abs(x - y).sum()]
+            counted.ranks += [len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y]
     return counted
 
 
