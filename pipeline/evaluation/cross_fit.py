@@ -23,8 +23,8 @@ FEWEST = 20
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Rank correlation of predicted with computed scores on held-out pairs.
+class CurvePoint:
+    """Rank correlation of predicted with computed scores on held-out pairs, at one size of the sample.
 
     Attributes:
         share: of all pairs: those that the regressor was fitted on.
@@ -51,7 +51,7 @@ class CrossFit:
 
     kind: str
     error: float
-    curve: tuple[HeldOut, ...]
+    curve: tuple[CurvePoint, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -76,7 +76,7 @@ def cross_fit(
     # Within a fold, the pairs of a part are those whose remainder is below it.
     within = draws * FOLDS - folds
 
-    def held_out(part: float, network: bool) -> tuple[Float64, HeldOut] | None:
+    def held_out(part: float, network: bool) -> tuple[Float64, CurvePoint] | None:
         predicted = torch.zeros_like(score)
         fitted = 0.0
         for fold in range(FOLDS):
@@ -87,7 +87,7 @@ def cross_fit(
             predicted[folds == fold] = scaled_up(found.predict(seen[folds == fold]), runs).nansum(1)
             fitted += float(rows.sum()) / FOLDS
         left = predicted.numpy()
-        return left, HeldOut(share * fitted / len(seen), round(fitted), *_correlation(left, score.numpy()))
+        return left, CurvePoint(share * fitted / len(seen), round(fitted), *_correlation(left, score.numpy()))
 
     plain, deep = held_out(1.0, network=False), held_out(1.0, network=True)
     assert plain is not None

@@ -70,7 +70,7 @@ def forms_of(estimators: Sequence[EstimatorName], settings: Settings) -> list[Fo
     return forms
 
 
-class Estimator:
+class RunEstimator:
     """Computes the forms on one run.
 
     Args:

@@ -21,7 +21,7 @@ from pipeline.evaluation.agreement import Measured, between_seeds, raw_rows, tab
 from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import losses_without, suspects, with_swapped_captions
 from pipeline.evaluation.deletion import deletions, random_deletions
-from pipeline.evaluation.estimates import Estimator, forms_of, reference_of
+from pipeline.evaluation.estimates import RunEstimator, forms_of, reference_of
 from pipeline.evaluation.lds import outcomes, random_halves
 from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
 from pipeline.evaluation.quality import Detection, detect, read_truth
@@ -117,7 +117,7 @@ def measure(config: Config, seed: int, pulse_file: str) -> dict[str, Any]:
     recorded = _recorded(config, n)
     reference = reference_of(run.data, config.reference.pairs, config.seed)
     settings = settings_of(config)
-    estimator = Estimator(run, recorded, reference)
+    estimator = RunEstimator(run, recorded, reference)
     forms = forms_of(sizes.estimators, settings)
     progress = _Progress(pulse_file, len(forms), _trainings(sizes, n, len(forms), wrong))
     estimates = {}

@@ -12,7 +12,7 @@ from pipeline.evaluation.by_runs import by_runs
 from pipeline.evaluation.cleaning import suspects, with_swapped_captions
 from pipeline.evaluation.correlation import bootstrapped, mean_spearman, spearman
 from pipeline.evaluation.deletion import _by_unrolling, deletions
-from pipeline.evaluation.estimates import Estimator, forms_of
+from pipeline.evaluation.estimates import RunEstimator, forms_of
 from pipeline.evaluation.lds import predicted_outcomes, random_halves
 from pipeline.evaluation.leave_one_out import left_out_changes, left_out_pairs
 from pipeline.evaluation.small_run import SmallRun
@@ -31,7 +31,7 @@ EXACT = {form.name: form for form in forms_of(["unrolled"], Settings())}
 
 
 def utilities(run: SmallRun, name: str) -> np.ndarray:
-    return Estimator(run, [1, run.steps], run.data).estimate(EXACT[name]).utilities
+    return RunEstimator(run, [1, run.steps], run.data).estimate(EXACT[name]).utilities
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.005), ("adamw", 0.01)])
@@ -50,7 +50,7 @@ def test_with_full_batches_every_step_ranks_as_own_batches() -> None:
 
 def test_gathered_directions_are_those_of_the_recorded_checkpoints() -> None:
     run = make_run("adamw", batch=12, steps=4, rate=0.01)
-    estimator, form = Estimator(run, [2, 4], run.data), EXACT["unrolled (replayed)"]
+    estimator, form = RunEstimator(run, [2, 4], run.data), EXACT["unrolled (replayed)"]
     batches = Batches(run.data, run.data, run.target)
     checkpoints = [run.states[2], run.states[4]]
     expected = prepare_run(run.model, checkpoints, batches, form.settings, dataset_size=24, replay=run.replay())
@@ -167,7 +167,7 @@ def test_deletion_by_unrolling_comes_near_the_retrained_model(optimizer: str) ->
 def test_checkpoints_of_a_momentum_run_foretell_leave_one_out_in_its_own_units() -> None:
     run = make_run(steps=60, rate=0.0002, momentum=0.9)
     form = next(form for form in forms_of(["unrolled"], Settings()) if form.settings.replay == "checkpoints")
-    found = Estimator(run, [20, 40, 60], run.data).estimate(form).utilities
+    found = RunEstimator(run, [20, 40, 60], run.data).estimate(form).utilities
     exact = utilities(run, "unrolled (every step)")
     assert spearman(found, exact) > 0.98
     assert np.polyfit(found, exact, 1)[0] == pytest.approx(1, abs=0.3)
