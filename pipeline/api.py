@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import Sample
 from pipeline.data.reasons import Reason
@@ -21,8 +22,6 @@ from pipeline.types import Checkpoint, PairBatch
 
 #: Pillow's modes that a PNG can hold; others (CMYK) become RGB.
 _PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
-#: As `data.max_pixels`.
-MAX_PIXELS = 64_000_000
 
 
 def encode_pairs(

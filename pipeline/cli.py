@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline.config import Config, load_config, parse_config
+from pipeline.config import MAX_PIXELS, Config, load_config, parse_config
 from pipeline.errors import ConfigError, DiffpruneError
 
 BEFORE, JOB, STAGES, AFTER, TRUST = (
@@ -97,7 +97,7 @@ def inspect(
     shards: Shards,
     caption: Annotated[str, typer.Option(metavar="WHERE", help="`txt`, or `json:KEY`.")] = "txt",
     examples: Annotated[int, typer.Option(min=0, help="Pairs to show.")] = 4,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images count as problems.")] = 64_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images count as problems.")] = MAX_PIXELS,
 ) -> None:
     """Show a few pairs of shards, how many there are, how large, and what is wrong with some.
 
@@ -108,7 +108,7 @@ def inspect(
     from pipeline.inspecting import first_problem, inspect_shards, print_inspection
 
     data = parse_config({"data": {"shards": shards, "caption": caption, "max_pixels": max_pixels}}).data
-    found = inspect_shards(data.shards, caption=data.caption, examples=examples, max_pixels=data.max_pixels)
+    found = inspect_shards(data, examples=examples)
     print_inspection(found, max_pixels=max_pixels)
     problem = first_problem(found)
     if problem is not None:

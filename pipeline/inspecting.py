@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import DataConfig, Shards
+from pipeline.config import MAX_PIXELS, DataConfig
 from pipeline.data.decode import Decoder, ImageSpec
 from pipeline.data.inventory import inspect_shard
 from pipeline.data.reader import Sample, read_shard
@@ -93,14 +93,11 @@ class Inspection:
         return counted if self.exact else round(counted * sum(self.sizes) / max(weight, 1))
 
 
-def inspect_shards(
-    shards: Shards, *, caption: str = "txt", examples: int = 4, max_pixels: int = 64_000_000, source: str = "url"
-) -> Inspection:
-    """Look at shards: decode the start of the first one, count a few, take the sizes of all.
+def inspect_shards(data: DataConfig, *, examples: int = 4) -> Inspection:
+    """Look at the shards of a config: decode the start of the first one, count a few, take the sizes of all.
 
-    Raises `ConfigError` when `shards` names nothing, `InputError` when storage fails.
+    Raises `ConfigError` when `data.shards` names nothing, `InputError` when storage fails.
     """
-    data = DataConfig(shards=shards, caption=caption, max_pixels=max_pixels, source=source)
     urls = expand(data.shards)
     with ThreadPoolExecutor(READERS) as pool:
         found = Inspection(urls, [size for size, _ in pool.map(describe, urls)])
@@ -146,7 +143,7 @@ def _example(sample: Sample, width: int, height: int) -> Example:
     return Example(sample.key, sample.uid, sample.caption or "", sample.image, width, height)
 
 
-def print_inspection(found: Inspection, console: Console | None = None, *, max_pixels: int = 64_000_000) -> None:
+def print_inspection(found: Inspection, console: Console | None = None, *, max_pixels: int = MAX_PIXELS) -> None:
     """Print what was found: totals, the pairs looked at, problems by reason, and a few pairs with small pictures."""
     console = console or Console()
     facts = Table.grid(padding=(0, 2))

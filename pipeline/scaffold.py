@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import Config, Shards, parse_config
+from pipeline.config import Config, DataConfig, Shards, parse_config
 from pipeline.data.shards import expand
 from pipeline.errors import ConfigError
 from pipeline.inspecting import Inspection, first_problem, inspect_shards
@@ -123,12 +123,12 @@ def shorten(shards: Shards) -> Shards:
 
 def _find_captions(shards: Shards) -> tuple[str, Inspection]:
     """Where the captions are: `txt`, or the json key under which most pairs have one."""
-    found = inspect_shards(shards, examples=0)
+    found = inspect_shards(DataConfig(shards=shards), examples=0)
     best = ("txt", found)
     if found.status["no-caption"] > found.looked_at / 2:
         keys = [key for key in CAPTION_KEYS if found.json_keys[key]]
         for key in keys:
-            other = inspect_shards(shards, caption=f"json:{key}", examples=0)
+            other = inspect_shards(DataConfig(shards=shards, caption=f"json:{key}"), examples=0)
             if other.status["ok"] > best[1].status["ok"]:
                 best = (f"json:{key}", other)
     problem = first_problem(best[1])

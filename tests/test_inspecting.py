@@ -15,9 +15,9 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline import inspecting
-from pipeline.config import DedupConfig, SelectConfig
+from pipeline.config import DataConfig, DedupConfig, SelectConfig
 from pipeline.errors import ConfigError, InputError, StageError
-from pipeline.inspecting import first_problem, inspect_shards, print_inspection
+from pipeline.inspecting import Inspection, first_problem, inspect_shards, print_inspection
 from pipeline.pictures import half_blocks
 from pipeline.selection.select import select as run_selection
 from pipeline.showing import Story, print_story, tell
@@ -41,9 +41,13 @@ def printed(show: Callable[[Console], None], colour: bool = False) -> str:
     return output.getvalue()
 
 
+def look(shards: str | list[str], **keys: Any) -> Inspection:
+    return inspect_shards(DataConfig(shards=shards, **keys))
+
+
 def test_counts_sizes_and_kinds(make_shards: Callable[..., list[str]]) -> None:
     urls = make_shards(shards=3, samples=20)
-    found = inspect_shards(urls)
+    found = look(urls)
     assert (found.samples, found.exact, found.looked_at) == (60, True, 20)
     assert found.sizes == [Path(url).stat().st_size for url in urls]
     assert found.status == {"ok": 20}
@@ -60,7 +64,7 @@ def test_problems_by_reason_with_an_example(tmp_path: Path) -> None:
     members += sample_members("1", b"no image", "broken") + sample_members("2", image_bytes(), None)
     members += sample_members("3", image_bytes((64, 64)), "large") + sample_members("4", image_bytes(), "fine")
     url = write_tar(tmp_path / "a.tar", members)
-    found = inspect_shards(url, max_pixels=2000)
+    found = look(url, max_pixels=2000)
     assert found.status == {"ok": 2, "corrupt-image": 1, "no-caption": 1, "too-many-pixels": 1}
     assert found.repeated == 1.0
     text = printed(lambda console: print_inspection(found, console))
@@ -71,13 +75,13 @@ def test_problems_by_reason_with_an_example(tmp_path: Path) -> None:
 def test_broken_tar_is_named(tmp_path: Path) -> None:
     whole = Path(write_tar(tmp_path / "a.tar", sample_members("0", image_bytes((200, 200)), "fine")))
     whole.write_bytes(whole.read_bytes()[:1500])
-    text = printed(lambda console: print_inspection(inspect_shards(str(whole)), console))
+    text = printed(lambda console: print_inspection(look(str(whole)), console))
     assert "broken tar" in text
     assert "a.tar: the tar breaks off" in text
 
 
 def test_nothing_is_said_of_the_pairs_of_an_empty_tar(tmp_path: Path) -> None:
-    found = inspect_shards(write_tar(tmp_path / "a.tar", []))
+    found = look(write_tar(tmp_path / "a.tar", []))
     assert "No problems found." not in printed(lambda console: print_inspection(found, console))
     assert "no pair can be used: it has no samples" in str(first_problem(found))
 
@@ -87,7 +91,7 @@ def test_many_shards_are_estimated_from_a_few(
 ) -> None:
     urls = make_shards(shards=6, samples=5)
     monkeypatch.setattr(inspecting, "COUNTED", 3)
-    found = inspect_shards(urls)
+    found = look(urls)
     assert not found.exact
     assert len(found.counts) == 3
     assert abs(found.samples - 30) <= 2
@@ -98,19 +102,19 @@ def test_hostile_text_cannot_steer_the_terminal(tmp_path: Path) -> None:
     url = write_tar(
         tmp_path / "a.tar", sample_members("k\x1b[31m", image_bytes(), "[bold]x[/] \x1b]0;title\x07 \u202eend")
     )
-    text = printed(lambda console: print_inspection(inspect_shards(url), console))
+    text = printed(lambda console: print_inspection(look(url), console))
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert "[bold]x[/]" in text
 
 
 def test_shards_without_a_usable_pair(tmp_path: Path) -> None:
-    found = inspect_shards(write_tar(tmp_path / "a.tar", sample_members("0", image_bytes(), None)))
+    found = look(write_tar(tmp_path / "a.tar", sample_members("0", image_bytes(), None)))
     problem = first_problem(found)
     assert problem is not None
     assert "no pair can be used: no-caption 1" in str(problem)
     with pytest.raises(ConfigError):
-        inspect_shards(str(tmp_path / "none-*.tar"))
+        look(str(tmp_path / "none-*.tar"))
 
 
 def test_half_blocks_show_two_pixels_per_character() -> None:

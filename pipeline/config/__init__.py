@@ -3,6 +3,7 @@
 from pipeline.config.base import Section, Shards
 from pipeline.config.loading import dump_config, load_config, parse_config
 from pipeline.config.scoring import (
+    MAX_PIXELS,
     DataConfig,
     EngineConfig,
     ProxyConfig,
@@ -25,6 +26,7 @@ from pipeline.config.using import (
 )
 
 __all__ = [
+    "MAX_PIXELS",
     "BalanceConfig",
     "Band",
     "Config",

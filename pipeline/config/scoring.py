@@ -21,6 +21,9 @@ from pipeline.literals import (
     SelfForm,
 )
 
+#: Pixels of the largest image that is decoded, where a config does not say.
+MAX_PIXELS = 64_000_000
+
 
 class DataConfig(Section):
     """The pairs that are to be scored and pruned."""
@@ -31,7 +34,7 @@ class DataConfig(Section):
     caption: str = "txt"
     """Where the caption is: `txt`, or `json:KEY` for a key of the sample's json. What is handed over for training has
     it as `txt`."""
-    max_pixels: PositiveInt = 64_000_000
+    max_pixels: PositiveInt = MAX_PIXELS
     """Images with more pixels than this are rejected before they are decoded (decompression bombs)."""
     draft: Annotated[float, Field(ge=1)] | None = None
     """Decode JPEGs at a half, a quarter or an eighth of their size where this many times what they are then resized to

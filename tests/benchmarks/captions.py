@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pipeline.api import MAX_PIXELS
+from pipeline.config import MAX_PIXELS
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import read_shard
 from pipeline.influence import Settings

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipeline.api import MAX_PIXELS
+from pipeline.config import MAX_PIXELS
 from pipeline.data.decode import Decoder
 from pipeline.data.reader import read_shard
 from pipeline.data.shards import expand
