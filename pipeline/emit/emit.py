@@ -15,7 +15,7 @@ from pipeline.emit.card import render_card
 from pipeline.emit.keys import keys_repeat
 from pipeline.emit.manifest import ManifestLine, SelectionFolder, build_manifest, write_manifest
 from pipeline.emit.plan import Input, Plan
-from pipeline.emit.reshard import FORMAT, reshard
+from pipeline.emit.reshard import FORMAT, ShardStats, reshard
 from pipeline.emit.summary import account
 from pipeline.emit.train_script import (
     TrainCommand,
@@ -119,6 +119,7 @@ def emit(
         json_without_uid=0,
         warnings=[],
     )
+    stats: list[ShardStats] = []
     if config.emit.materialize:
         apart(_check_unchanged, [info for info, line in zip(inventory, lines, strict=True) if line.num_kept])
         plan = make_plan(run, config, inventory, lines, fingerprint.digest, apart)
@@ -133,7 +134,7 @@ def emit(
         )
     else:
         storage.remove_folder(folder.shards)  # of an earlier hand-over
-    train = train_command(config, folder, lines, summary.tars)
+    train = train_command(config, folder, lines, [entry.successes for entry in stats])
     summary = replace(summary, warnings=[*_of_repeated_uids(selection.kept, summary.uids), *train.warnings()])
     storage.write_bytes(folder.train_script, train.render().encode())
     storage.write_bytes(folder.card, _card(run, config, inventory, selection, summary, command).encode())
@@ -229,18 +230,22 @@ def make_plan(
     )
 
 
-def train_command(config: Config, folder: SelectionFolder, lines: Sequence[ManifestLine], tars: int) -> TrainCommand:
-    """The open_clip command for the pruned tars, or without them for the input shards read through the keep lists."""
+def train_command(
+    config: Config, folder: SelectionFolder, lines: Sequence[ManifestLine], tars: Sequence[int]
+) -> TrainCommand:
+    """The open_clip command for the pruned tars, or without them for the input shards read through the keep lists.
+
+    `tars` are the pairs of each pruned tar.
+    """
     local = storage.is_local(folder.root)
     used = [line for line in lines if line.num_kept]
     kept = sum(line.num_kept for line in used)
     if tars and local:
-        data = f'"{shard_pattern("$here/shards", tars)}"'
+        data = f'"{shard_pattern("$here/shards", len(tars))}"'
     elif tars:
-        data = shlex.quote(join_urls([consumer_url(f"{folder.shards}/{tar:05d}.tar") for tar in range(tars)]))
+        data = shlex.quote(join_urls([consumer_url(f"{folder.shards}/{tar:05d}.tar") for tar in range(len(tars))]))
     else:
         data = shlex.quote(join_urls([consumer_url(line.url) for line in used]))
-    sizes = [(kept + tar) // tars for tar in range(tars)] or [line.num_kept for line in used]
     batch_size = min(config.emit.train_batch_size, kept)
     keep = '--keep "$here"' if local else f"--keep {shlex.quote(folder.root)}"
     return TrainCommand(
@@ -248,7 +253,7 @@ def train_command(config: Config, folder: SelectionFolder, lines: Sequence[Manif
         options="" if tars else keep,
         train_data=data,
         num_samples=kept,
-        loaders=most_loaders(sizes, batch_size),
+        loaders=most_loaders(tars or [line.num_kept for line in used], batch_size),
         model=consumer_model(config.proxy.model),
         batch_size=batch_size,
         epochs=config.emit.train_epochs,
