@@ -115,14 +115,9 @@ def train_runs(
         storage.remove(job.failure(run))
     watch = _Watch(job, progress)
     if proxy.workers == 1:
-        gpus = _gpus(job)
+        gpus = gpus_for_a_task(proxy.gpus_per_worker)
         return _gather(_train_alone, job, range(proxy.runs), watch, note, num_gpus=gpus, num_cpus=_cpus(gpus))
     return [_gather(_train_distributed, job, [run], watch, note, num_cpus=0)[0] for run in range(proxy.runs)]
-
-
-def _gpus(job: ProxyJob) -> float:
-    given = job.config.proxy.gpus_per_worker
-    return given if given is not None else gpus_for_a_task()
 
 
 def _cpus(gpus: float) -> int:
@@ -198,7 +193,7 @@ def _train_distributed(job: ProxyJob, run: int) -> int:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpus = _gpus(job)
+    gpus = gpus_for_a_task(job.config.proxy.gpus_per_worker)
     trainer = TorchTrainer(
         _train_shared,
         train_loop_config={"job": job, "run": run},
