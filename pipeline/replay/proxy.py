@@ -17,7 +17,7 @@ from pipeline.models.checkpoint import load_checkpoint, save_checkpoint, seriali
 from pipeline.models.clip import PairModel
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.record import Record, write_manifest, write_plan
-from pipeline.replay.schedule import Rows, TrainingSettings, data_order, recorded_steps, training_rows
+from pipeline.replay.schedule import TrainingSettings, data_order, recorded_steps, training_rows
 from pipeline.replay.train import Pairs, Trainer
 from pipeline.replay.workers import Alone, Workers
 from pipeline.run import RunFolder
@@ -38,7 +38,6 @@ def train_proxy(
     folder: RunFolder,
     run: int = 0,
     *,
-    rows: Rows | None = None,
     identity: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     workers: Workers | None = None,
@@ -53,10 +52,9 @@ def train_proxy(
     Args:
         config: its `proxy`, `reference.equal_captions`, `seed` and `engine.stale` are used.
         model_factory: the proxy at its initial weights, given the number of the run.
-        cache: the decoded pairs.
+        cache: the decoded pairs, of which `proxy.subset` is drawn.
         folder: the run's folder.
         run: which of the `proxy.runs`.
-        rows: cache rows that may be trained on; None takes all. `proxy.subset` is drawn from them.
         identity: what else decides the result and is not seen here, such as the inventory's fingerprint.
         device: where to train.
         workers: the processes that share each batch, this one included.
@@ -66,8 +64,7 @@ def train_proxy(
     other settings (`engine.stale: refuse`), `StageError` when training diverges.
     """
     workers = workers or Alone()
-    available = np.arange(len(cache)) if rows is None else np.asarray(rows, np.int64)
-    chosen = training_rows(available, config.proxy.subset, config.seed, run)
+    chosen = training_rows(np.arange(len(cache)), config.proxy.subset, config.seed, run)
     settings = TrainingSettings.of(config, len(chosen), run)
     if settings.batch_size % workers.size:
         raise ConfigError("expected a divisor of proxy.batch_size", key="proxy.workers", found=workers.size)

@@ -21,7 +21,6 @@ from pipeline.device import device_of_this_task, gpus_for_a_task
 from pipeline.errors import DiffpruneError, StageError
 from pipeline.patience import Patience, Silence, kill, killed_by_errors
 from pipeline.replay.files import RecordFolder
-from pipeline.replay.schedule import Rows
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.pulse import read_pulse
@@ -63,7 +62,7 @@ class ProxyJob:
     """What every training process is sent.
 
     Attributes:
-        config, model_factory, folder, rows, identity: as in `train_proxy`.
+        config, model_factory, folder, identity: as in `train_proxy`.
         open_pairs: opens the decoded pairs on the machine of the training process.
     """
 
@@ -71,7 +70,6 @@ class ProxyJob:
     model_factory: Callable[[int], PairModel]
     open_pairs: Callable[[], Pairs]
     folder: RunFolder
-    rows: Rows | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def train(self, run: int, **where: Any) -> int:
@@ -81,14 +79,7 @@ class ProxyJob:
         try:
             pairs = self.open_pairs()
             record = train_proxy(
-                self.config,
-                self.model_factory,
-                pairs,
-                self.folder,
-                run,
-                rows=self.rows,
-                identity=self.identity,
-                **where,
+                self.config, self.model_factory, pairs, self.folder, run, identity=self.identity, **where
             )
         except DiffpruneError as error:
             storage.write_json(self.failure(run), {"error": str(error)})
