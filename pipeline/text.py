@@ -63,7 +63,7 @@ def plus_minus(value: float, spread: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
+    """Seconds as they were measured: `400 ms`, `42.2 s`, `1 min 22 s`, `2 h 00 min`."""
     if seconds < 0.95:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
@@ -71,6 +71,19 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def rough_duration(seconds: float) -> str:
+    """Seconds as far as they matter to somebody who waits: `42 s`, `7 min`, `3 h 05 min`, `6 d 4 h`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def size(value: float) -> str:

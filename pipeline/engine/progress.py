@@ -11,6 +11,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pipeline.text import rough_duration
+
 #: Seconds between two lines where there is no terminal.
 LINE_EVERY = 10.0
 
@@ -115,10 +117,12 @@ class Tally:
         if self._pairs.per_second():
             parts.append(f"{self._pairs.per_second():,.0f} pairs/s{self._per_worker()}")
         elif rate := self._units.per_second():
-            parts.append(f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{duration(1 / rate)} per {unit.removesuffix('s')}")
+            parts.append(
+                f"{rate:,.1f} {unit}/s" if rate >= 1 else f"{rough_duration(1 / rate)} per {unit.removesuffix('s')}"
+            )
         if self.done + self.failed < self.total:
             left = self.seconds_left()
-            parts.append(f"{duration(left)} left" if left is not None else "time left unknown")
+            parts.append(f"{rough_duration(left)} left" if left is not None else "time left unknown")
         if self.rejected:
             parts.append(f"{self.rejected:,} rejected")
         if self.failed:
@@ -203,16 +207,3 @@ class Display:
         self._last_line = time.monotonic()
         line = self.tally.line(self._unit)
         self.note(f"{self.tally.done:,} of {self.tally.total:,} {self._unit}" + (f", {line}" if line else ""))
-
-
-def duration(seconds: float) -> str:
-    """`seconds` for people: `42 s`, `7 min`, `3 h 05 min`, `6 d 4 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -21,7 +21,7 @@ from pipeline.engine.interrupt import Interruption
 from pipeline.engine.metrics import DriverMetrics
 from pipeline.engine.notes import Said
 from pipeline.engine.outcome import Outcome, pending_shards, rejected
-from pipeline.engine.progress import Display, Tally, duration
+from pipeline.engine.progress import Display, Tally
 from pipeline.engine.resources import plan_workers
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.engine.worker import Place, ScoreWorker, ShardStats, WorkerSpec
@@ -30,7 +30,7 @@ from pipeline.patience import Patience
 from pipeline.run import RunFolder
 from pipeline.store import commits
 from pipeline.store.fingerprint import Fingerprint
-from pipeline.text import plural
+from pipeline.text import plural, rough_duration
 
 #: Times Ray restarts one actor by itself; after that the driver makes a new one.
 ACTOR_RESTARTS = 10
@@ -248,7 +248,7 @@ class _Driver:
 
     def _note_rest(self, name: str) -> None:
         if rest := self._queue.rest(name):
-            self._display.note(f"worker {name} fails while others go on: it gets no shard for {duration(rest)}")
+            self._display.note(f"worker {name} fails while others go on: it gets no shard for {rough_duration(rest)}")
 
     def _replace_hanging(self) -> None:
         """Kill workers that were silent for too long, with shards in hand or at their start, and start others."""
@@ -261,7 +261,7 @@ class _Driver:
                 continue
             doing = "" if slot.ready else " at its start"
             self._display.note(
-                f"worker {name} on {slot.place.host} was silent for {duration(silent)}{doing} and is killed"
+                f"worker {name} on {slot.place.host} was silent for {rough_duration(silent)}{doing} and is killed"
             )
             self._metrics.worker_died()
             slot.life += 1

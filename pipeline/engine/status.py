@@ -13,13 +13,12 @@ from rich.table import Table
 
 from pipeline.emit.emit import is_emitted
 from pipeline.engine.failures import Aside, read_aside
-from pipeline.engine.progress import duration
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.selection.summary import begun_selections, summary_file
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
-from pipeline.text import plural
+from pipeline.text import plural, rough_duration
 
 #: The rate is that of the shards committed in the last so many seconds before the newest one.
 RATE_SECONDS = 600.0
@@ -148,7 +147,7 @@ def print_status(root: str) -> None:
         if status.pairs_per_second is not None:
             table.add_row("rate", f"{status.pairs_per_second:,.0f} pairs/s on {plural(status.workers, 'worker')}")
         if status.seconds_left is not None and status.shards_left:
-            table.add_row("time left", duration(status.seconds_left))
+            table.add_row("time left", rough_duration(status.seconds_left))
     console.print(table)
     for aside in status.failed:
         console.print(f"failed: {aside}", markup=False, highlight=False, soft_wrap=True)

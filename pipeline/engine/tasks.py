@@ -19,13 +19,14 @@ from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
 from pipeline.engine.futures import tell
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.notes import Said, keep_notes, take_notes
-from pipeline.engine.progress import Display, Tally, duration
+from pipeline.engine.progress import Display, Tally
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
 from pipeline.patience import Patience, Silence, kill, killed_by_errors
 from pipeline.run import RunFolder
 from pipeline.store import storage
 from pipeline.store.task_marks import TaskMarks
+from pipeline.text import rough_duration
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -137,7 +138,7 @@ def run_tasks(
                 number, answer = in_hand.news.get(timeout=TICK)
             except queue.Empty:
                 if (limit := in_hand.kill_hanging()) is not None:
-                    display.note(f"no news for {duration(limit)}: killing {len(in_hand)} {unit} in progress")
+                    display.note(f"no news for {rough_duration(limit)}: killing {len(in_hand)} {unit} in progress")
                 continue
             found = in_hand.came_back(number, answer)
             if isinstance(found, _Done):

@@ -24,7 +24,7 @@ from pipeline.data.shards import expand
 from pipeline.data.stream import describe
 from pipeline.device import gpus_for_a_task
 from pipeline.engine.connect import alive_nodes, cluster_address, connect
-from pipeline.engine.progress import duration, say
+from pipeline.engine.progress import say
 from pipeline.engine.resources import plan_workers
 from pipeline.errors import InputError, StageError
 from pipeline.patience import kill
@@ -33,7 +33,7 @@ from pipeline.stages.checks import check_ahead, check_given
 from pipeline.stages.costs import Rates, StageCost, Volume, costs
 from pipeline.stages.job import Job, demo_folder, open_job, uses_demo
 from pipeline.store import storage
-from pipeline.text import count, plural, size
+from pipeline.text import count, plural, rough_duration, size
 
 #: Shards whose samples are counted where there is no inventory yet, and those whose sizes are asked for.
 COUNTED, SIZED = 8, 200
@@ -147,7 +147,7 @@ def _wait_for_room(options: dict[str, Any]) -> None:
     say("plan", f"no machine has room for a process with {asked}; the cluster is asked for it")
     if not ray.wait([probe], timeout=WAITS_AT_MOST)[0]:
         kill([probe])
-        raise StageError(f"plan: no machine had room for a process with {asked} within {duration(WAITS_AT_MOST)}")
+        raise StageError(f"plan: no machine had room for a process with {asked} within {rough_duration(WAITS_AT_MOST)}")
 
 
 def _nothing() -> None:
@@ -235,4 +235,4 @@ def show_plan(config: Config, *, as_json: bool = False) -> None:
 
 def _row(stage: StageCost) -> tuple[str, ...]:
     hours = f"{stage.gpu_hours:.1f}" if stage.gpu_hours else "0"
-    return stage.stage, duration(stage.seconds), hours, size(stage.memory), size(stage.storage)
+    return stage.stage, rough_duration(stage.seconds), hours, size(stage.memory), size(stage.storage)

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.engine import progress
-from pipeline.engine.progress import Display, Tally, duration
+from pipeline.engine.progress import Display, Tally
+from pipeline.text import rough_duration
 
 
 class Clock:
@@ -135,5 +136,5 @@ def test_a_bar_only_where_it_can_be_painted_over(
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (119, "2 min"), (3900, "1 h 05 min"), (532_800, "6 d 4 h")])
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_rough_duration(seconds: float, text: str) -> None:
+    assert rough_duration(seconds) == text
