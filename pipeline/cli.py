@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.config import MAX_PIXELS, Config, load_config, parse_config
 from pipeline.errors import ConfigError, DiffpruneError
@@ -294,12 +295,13 @@ def verify(run: Run) -> None:
     Example: `diffprune verify runs/mine`
     """
     from pipeline.emit.verify import verify as find_problems
+    from pipeline.text import plural
 
     problems = find_problems(run)
     for problem in problems:
         typer.echo(problem)
     if problems:
-        typer.echo(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} found in {run}", err=True)
+        typer.echo(f"{plural(len(problems), 'problem')} found in {run}", err=True)
         raise typer.Exit(1)
     typer.echo(f"{run}: all files are consistent")
 
@@ -341,19 +343,20 @@ def invoke(arguments: list[str]) -> int:
     try:
         result: Any = app(arguments, prog_name="diffprune", standalone_mode=False)
     except DiffpruneError as error:
-        errors.print(f"[bold red]error:[/] {_escape(str(error))}")
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
         return error.exit_status
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except Exception as error:
         if _is_of_storage(error):
-            errors.print(f"[bold red]error:[/] storage: {_escape(_one_line(error))}")
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            errors.print(f"[bold red]error:[/] storage: {escape(message)}")
             return 1
         if not isinstance(error, _USAGE_ERROR):
             raise
         message = " ".join(error.format_message().split())
         if message:  # empty when the help was asked for by giving no command
-            errors.print(f"[bold red]error:[/] {_escape(message)} (see `{_command_path(error)} --help`)")
+            errors.print(f"[bold red]error:[/] {escape(message)} (see `{_command_path(error)} --help`)")
         return 2
     if result == INTERRUPTED:  # typer makes this status of a KeyboardInterrupt
         errors.print("stopped; the same command goes on from here")
@@ -372,19 +375,9 @@ def _is_of_storage(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _STORAGE
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def _command_path(error: Any) -> str:
     context = getattr(error, "ctx", None)
     return str(context.command_path) if context is not None else "diffprune"
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -170,10 +170,9 @@ def _rounded(value: float | None) -> str:
 def _add_results(table: Table, results: list[Result]) -> None:
     for place, result in enumerate(sorted(results, key=lambda result: -result.mean)):
         spread = "" if result.std != result.std else f" ± {result.std:.3f}"
-        seeds = f"{result.seeds} seed{'s' if result.seeds > 1 else ''}"
         table.add_row(
             result.metric if place == 0 else "",
-            f"{result.mean:.3f}{spread}  {result.set} ({result.size:,} pairs, {seeds})",
+            f"{result.mean:.3f}{spread}  {result.set} ({result.size:,} pairs, {text.plural(result.seeds, 'seed')})",
         )
     kept = [result for result in results if result.series == "kept"]
     for mine in kept:

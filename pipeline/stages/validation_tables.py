@@ -72,7 +72,7 @@ def _by_runs(lines: list[RunsLine]) -> Table:
     shown = _table(
         "utilities standardised and averaged over some of the runs: LDS in a seed that is not among them, and AUROC of "
         "low utility for wrong captions (± over the sets of runs, which overlap)",
-        ("estimator", "", *(f"{number} run{'s' * (number > 1)}" for number in numbers)),
+        ("estimator", "", *(text.plural(number, "run") for number in numbers)),
     )
     for name in dict.fromkeys(line.estimator for line in lines):
         own = [line for line in lines if line.estimator == name]
