@@ -40,13 +40,13 @@ class Measured:
 class Line:
     """One line of the table.
 
-    What carries over to another model is asked of the utilities averaged over all runs but one, against what that
-    one's seed shows, mean over the seeds; None where there is one seed alone.
+    Whether something carries over to another model (`loo_other`, `lds_other`): the utilities averaged over all runs but
+    one against what that one's seed shows, mean over the seeds; None where there is one seed only.
 
     Attributes:
         estimator: its name.
         directions: cost of the directions of one run, in forward passes over the pairs.
-        scoring: cost of scoring with one run, likewise.
+        scoring: cost of scoring with one run, in the same unit.
         loo: rank correlation with leave-one-out in the same run, mean over runs.
         loo_partial: as `loo` with a share of each pair taken away; None where that was not measured.
         loo_other: rank correlation with leave-one-out of another seed.

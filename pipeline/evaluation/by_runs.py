@@ -14,7 +14,7 @@ from pipeline.evaluation.correlation import spearman
 from pipeline.evaluation.lds import predicted_outcomes
 from pipeline.evaluation.quality import auroc
 
-#: Sets of runs looked at per number of runs; more are drawn from at random.
+#: Sets of runs looked at per number of runs; where there are more, that many are drawn at random.
 MOST_SETS = 32
 
 
@@ -22,7 +22,7 @@ MOST_SETS = 32
 class RunsLine:
     """One estimator averaged over some of the runs: mean and standard deviation over sets of that many runs.
 
-    The sets overlap, so that the deviation falls with their size whatever is measured; None where there is one set.
+    The sets overlap, so the deviation falls with their size whatever is measured. It is None where there is one set.
 
     Attributes:
         estimator: its name.

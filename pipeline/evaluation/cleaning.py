@@ -11,7 +11,7 @@ from pipeline.types import PairBatch
 
 
 def with_swapped_captions(data: PairBatch, share: float, seed: int) -> tuple[PairBatch, Bool]:
-    """Captions of a random share of the pairs handed on among them; also which pairs got another caption `[n]`."""
+    """The pairs, with the captions of a random share of them exchanged; and which got another caption, bool `[n]`."""
     rng = np.random.default_rng(seed)
     chosen = torch.from_numpy(rng.permutation(len(data))[: round(share * len(data))])
     source = torch.arange(len(data))

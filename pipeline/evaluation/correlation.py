@@ -1,4 +1,4 @@
-"""Rank correlations of predicted with true effects, and how sure one can be of them."""
+"""Rank correlations of predicted with true effects, and their intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COVERAGE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its bootstrap interval (NaN bounds where it cannot be had)."""
+    """A figure with its bootstrap interval (NaN where there is none)."""
 
     value: float
     low: float

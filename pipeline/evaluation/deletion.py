@@ -27,7 +27,7 @@ from pipeline.types import Checkpoint, Tree
 
 @dataclass(frozen=True)
 class Deletion:
-    """How well one deletion was foretold.
+    """How well the outcome of one deletion was estimated.
 
     Attributes:
         method: whose parameter influence, or `fine-tuning`.
@@ -74,7 +74,7 @@ def deletions(run: SmallRun, recorded: Sequence[int], settings: Settings, sets: 
 
 
 class _Group:
-    """Gradient and Hessian products of a deleted set: what the whole loss has and the loss of the rest has not."""
+    """Gradient and Hessian products of a deleted set: those of the whole loss without those of the loss of the rest."""
 
     def __init__(self, run: SmallRun, settings: Settings, chosen: Bool) -> None:
         passes = Passes(run.model, settings)

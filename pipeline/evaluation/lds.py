@@ -1,4 +1,4 @@
-"""The linear datamodelling score (TRAK, arXiv 2303.14186): do summed utilities foretell how a random half trains?"""
+"""The linear datamodelling score (TRAK, arXiv 2303.14186): do summed utilities predict how a random half trains?"""
 
 from __future__ import annotations
 

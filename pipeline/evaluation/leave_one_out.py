@@ -17,7 +17,7 @@ def left_out_pairs(n: int, count: int, seed: int) -> Int64:
 def left_out_changes(run: SmallRun, rows: Int64, removal: float = 1.0) -> Float64:
     """Change of the target loss from training without each of `rows`, `[k]`; positive for pairs that help.
 
-    With a `removal` below 1 only that share of each pair is taken away: what an estimator of first order foretells.
+    With a `removal` below 1 only that share of each pair is taken away: what a first-order estimator predicts.
     """
     without = torch.zeros(len(rows) + 1, len(run.data), dtype=torch.bool)
     without[torch.arange(len(rows)) + 1, torch.from_numpy(rows)] = True

@@ -85,7 +85,7 @@ def read_truth(url: str) -> dict[str, bool]:
 
 
 def match_truth(url: str, uids: Sequence[str]) -> tuple[Bool, Bool]:
-    """Of a run's pairs, which the truth at `url` knows, and which have a wrong caption: bool `[uids]` each.
+    """Which of a run's pairs the truth at `url` knows, and which have a wrong caption: bool `[uids]` each.
 
     A uid is empty where nothing is known of the pair. Raises `InputError` as `read_truth` does, and where the truth
     knows none of them.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: A difference that seeds alone would give in fewer cases than these is taken for one of the sets.
+#: A difference that the seeds alone would give in less than this share of cases counts as one between the sets.
 LEVEL = 0.05
 
 
@@ -14,8 +14,8 @@ LEVEL = 0.05
 class Result:
     """One row of `evaluation/results.json`: a set, what chose it, its size, and the metric over the seeds.
 
-    `share` is what a choice keeps of the scored pairs (those held out as the target aside), None for sets of their own
-    size; `std` the standard deviation over seeds (n - 1); NaN with one seed.
+    `share` is what a choice keeps of the scored pairs (without those held out as the target); None for sets of their
+    own size. `std` is the standard deviation over the seeds (n - 1); NaN with one seed.
     """
 
     set: str

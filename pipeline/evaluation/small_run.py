@@ -155,7 +155,7 @@ def _warmed_up(
 ) -> Checkpoint:
     """The start of a run after `validation.warm_steps` of AdamW on other pairs, with Adam's moments for an AdamW run.
 
-    Without them the first steps would nearly be the signs of the gradient, as no run's later steps are.
+    Without them the first steps would be little more than signs of the gradient, unlike the later steps of any run.
     """
     validation = config.validation
     settings = TrainingSettings(

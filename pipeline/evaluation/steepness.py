@@ -25,7 +25,7 @@ def steepness(run: SmallRun, settings: Settings) -> float:
 
 
 def stability_limit(run: SmallRun) -> float:
-    """Where steps of the run's optimizer stop to converge: 2 for plain SGD, `2 (1 + beta) / (1 - beta)` for Adam.
+    """Where steps of the run's optimizer stop converging: 2 for plain SGD, `2 (1 + beta) / (1 - beta)` for Adam.
 
     Heavy-ball momentum, whose steps are not averages, has `2 (1 + beta)`.
     """

@@ -20,7 +20,7 @@ _PANELS = (
 
 
 def plot(lines: Sequence[Line], runs: Sequence[RunsLine]) -> bytes:
-    """An SVG with one panel per measure, bars are 95 % bootstrap intervals; below, LDS against the number of runs."""
+    """An SVG: one panel per measure, with 95 % bootstrap intervals as bars; below, LDS against the number of runs."""
     height = 0.38 * len(lines) + 1.4
     figure = Figure(figsize=(11, height + 3.2 * bool(runs)), layout="constrained")
     upper, *lower = figure.subfigures(1 + bool(runs), 1, squeeze=False, height_ratios=[height, 3.2][: 1 + bool(runs)])[

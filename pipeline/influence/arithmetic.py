@@ -17,7 +17,7 @@ from pipeline.types import Features
 def arithmetic(precision: str) -> Iterator[None]:
     """Within this context float32 is float32, or tf32 where `precision` is `tf32`; no effect on a CPU.
 
-    Of itself torch computes convolutions in tf32 and products of matrices in float32, and may add up the parts of a
+    By default torch computes convolutions in tf32 and matrix products in float32, and may add up the parts of a
     bfloat16 product in bfloat16.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -32,7 +32,7 @@ def arithmetic(precision: str) -> Iterator[None]:
 
 @contextmanager
 def attention_in_parts() -> Iterator[None]:
-    """Within this context attention modules call their products one by one in evaluation, too."""
+    """Within this context attention modules call their products one by one, in evaluation mode, too."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -42,7 +42,7 @@ def attention_in_parts() -> Iterator[None]:
 
 
 def features_in(precision: str, device: torch.device, run: Callable[[], Features]) -> Features:
-    """Features that a model gives, by products in this precision; themselves, and what follows, float32 or wider."""
+    """Features of a model whose products run in this precision; the features themselves are float32 or wider."""
     with arithmetic(precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         found = run()
     return Features(*(value.float() if value.itemsize < 4 else value for value in found))
@@ -66,10 +66,10 @@ _ADDED_IN_PLACE = (torch.ops.aten.addmm_.default, torch.ops.aten.baddbmm_.defaul
 
 
 class PrecisionRecorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within this context products in another precision than where it begins are recorded with theirs.
+    """Within this context, products in another precision than at its beginning are recorded with that precision.
 
-    What is traced holds no settings of torch: a program runs all its products by those that it is called with, but for
-    products that carry their own.
+    A traced program holds none of torch's settings: it runs all its products with the settings in force when it is
+    called, except those products that carry their own.
     """
 
     def __init__(self) -> None:

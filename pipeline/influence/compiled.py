@@ -1,6 +1,6 @@
 """Passes with tangents as compiled programs: traced with the rules they run by, then fused by TorchInductor.
 
-A program has fixed shapes: so many pairs, the last of which is repeated where there are fewer, and captions of a
+A program has fixed shapes: a number of pairs (where there are fewer, the last one is repeated) and captions of a
 multiple of 8 tokens.
 """
 
@@ -23,7 +23,7 @@ from pipeline.types import Features, PairBatch, Tree, longest_caption
 #: A pass: state, one or several directions, images and tokens in; features and their derivatives out.
 Pass = Callable[[Tree, Any, Tensor, Tensor], list[Features]]
 
-#: Captions are cut to multiples of so many tokens.
+#: Captions are cut to a multiple of this many tokens.
 _TOKENS = 8
 
 
@@ -41,7 +41,7 @@ class Programs:
         self._compiled: dict[tuple[Any, ...], Callable[..., list[Features]]] = {}
 
     def take(self, pairs: PairBatch) -> bool:
-        """Whether so many pairs are run by a program: more than half of its size, and the first ones of all."""
+        """Whether a program runs these pairs: where they fill more than half of it, or are the very first ones."""
         return len(pairs) <= self.size and (not self._compiled or self.size // 2 < len(pairs))
 
     def run(self, work: Pass, state: Tree, along: Any, pairs: PairBatch) -> list[Features]:
@@ -62,7 +62,7 @@ class Programs:
         ]
 
     def _cut(self, tokens: Tensor) -> Tensor:
-        """The tokens to the next multiple of 8 after the longest caption, where the model would cut them, too."""
+        """The tokens up to the next multiple of 8 after the longest caption, if the model cuts captions itself."""
         if not getattr(self.model, "cuts_captions", False):
             return tokens
         return tokens[:, : -(-longest_caption(tokens) // _TOKENS) * _TOKENS]
@@ -92,7 +92,7 @@ class Programs:
 
 @contextmanager
 def _captions_as_given(model: nn.Module) -> Iterator[None]:
-    """Within this context the model takes tokens as they are, without a look at them."""
+    """Within this context the model does not cut captions, which would take a look at the tokens."""
     before = getattr(model, "cuts_captions", None)
     if before:
         model.cuts_captions = False  # type: ignore[assignment]
@@ -104,7 +104,7 @@ def _captions_as_given(model: nn.Module) -> Iterator[None]:
 
 
 def _filled(rows: Tensor, size: int) -> Tensor:
-    """So many rows: the last one is repeated."""
+    """The rows, the last one repeated until there are `size`."""
     if len(rows) == size:
         return rows.contiguous()
     return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])

@@ -1,7 +1,7 @@
 """Dense layers of passes without gradients: on a CPU in float32 through oneDNN.
 
-torch's own linear layers leave float32 on a CPU to MKL, which on processors of other makers than its own takes twice
-the time of oneDNN (measured in docs/performance.md). oneDNN also adds a product to a tensor as it writes it.
+On a CPU torch's own linear layers leave float32 to Intel's MKL, which takes twice as long as oneDNN on processors of
+other makers (measured in docs/performance.md). oneDNN can also add a product to a tensor as it writes it.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ _opaque_attention.register_fake(lambda q, *rest: (_empty(q), _empty(q)))
 def _works(function: Callable[..., Any], device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether a kernel can be built for this GPU and agrees with the formula in float64.
 
-    Where memory lacks it raises what says so, and it is not known yet.
+    Where memory is short it raises that error, and the answer is not known yet.
     """
     with disable_proxy_modes_tracing():
         generator = torch.Generator().manual_seed(0)
@@ -216,7 +216,7 @@ def _refused(function: Callable[..., Any], reason: str) -> bool:
     return False
 
 
-#: What a kernel gave, on its device, and what it should have, float64 on the CPU.
+#: What a kernel gave, on its device, and what it should have given, float64 on the CPU.
 _Results = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 

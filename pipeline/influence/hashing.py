@@ -16,7 +16,7 @@ def uniform(ids: Tensor, seed: int) -> Tensor:
 def signed(tree: Tree, seed: int, index: int) -> Tree:
     """The tree with a random sign for each entry, drawn anew for each `index`.
 
-    An entry's hash has a bit for each of 64 indices. Names are taken in their own order, whatever the tree's.
+    An entry's hash has a bit for each of 64 indices. Names are taken in alphabetical order, whatever the tree's.
     """
     start = 0
     found: Tree = {}

@@ -1,8 +1,8 @@
-"""What stays float32 in a pass in lower precision, beyond what torch keeps; it costs little and saves the ranking.
+"""What stays float32 in a pass in lower precision, beyond what torch keeps: it costs little and saves the ranking.
 
-That is the sum that runs through the layers of a transformer, which starts with the embedding of the patches, and the
-products with one row per pair, such as the projection to the features (measured in docs/performance.md); in tf32 the
-latter, and the losses.
+In bfloat16 these are the sum that runs through the layers of a transformer, from the embedding of the patches on, and
+the products with one row per pair, such as the projection to the features (measured in docs/performance.md); in tf32
+these products, and the losses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Rules(TorchFunctionMode):
-    """Within this context functions of torch are replaced by rules, and by those of this module under autocast.
+    """Within this context rules take the place of torch's functions; under autocast those of this module do, too.
 
     Args:
         rules: by function; one that gives `NotImplemented` leaves the call to torch.

@@ -1,4 +1,4 @@
-"""Where a GPU's memory does not suffice: how that shows, and work that is then done in smaller parts."""
+"""When a GPU's memory runs out: how to tell, and work that is then done in smaller parts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _WORDS = ("out of memory", "ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED")
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's memory is full; torch's own allocator is one of many that raise."""
+    """Whether an error says that a device's memory is full, whichever library raised it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
 def halving(work: Callable[[int], _Found], size: int) -> _Found:
-    """What `work` gives with parts of `size` pairs, or of half as many, and so on, where memory does not hold them."""
+    """What `work` gives with parts of `size` pairs; where memory does not hold them, of half as many, and so on."""
     while True:
         try:
             return work(size)

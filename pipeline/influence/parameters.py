@@ -18,7 +18,7 @@ _FINAL = re.compile(r"(^|\.)(visual\.ln_post|visual\.trunk\.(norm|fc_norm|final_
 
 
 def chosen_names(names: Iterable[str], choice: str) -> list[str]:
-    """Names of the parameters that directions live on, in their own order.
+    """Names of the parameters that directions live on, in the order given.
 
     Args:
         names: all parameters of the model.

@@ -49,7 +49,7 @@ class Passes:
         settings: `precision` decides the arithmetic.
         compiled: pairs of compiled passes, which those with derivatives then are; 0 compiles none.
 
-    `chunk` is how many pairs a loss of a whole batch is differentiated for at a time, fewer once memory lacked.
+    `chunk` is how many pairs of a batch are differentiated at a time; fewer once memory did not suffice.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, compiled: int = 0) -> None:
@@ -60,7 +60,7 @@ class Passes:
 
     @contextmanager
     def ready(self, differentiable: bool = True) -> Iterator[None]:
-        """The global state that passes need: `eval` mode, plain attention where tangents flow, losses in float32."""
+        """Within this context: `eval` mode, plain attention where derivatives are taken, and losses in float32."""
         training = self.model.training
         self.model.eval()
         try:
@@ -129,7 +129,7 @@ class Passes:
         }
 
     def _run(self, work: Pass, state: Tree, direction: Any, batch: PairBatch) -> list[Features]:
-        """What a pass gives, by a compiled program where there is one for such a batch."""
+        """What a pass gives; a compiled program runs it where there is one for such a batch."""
         if self.programs is not None and self.programs.take(batch):
             with arithmetic(self.settings.precision):
                 return self.programs.run(work, state, direction, batch)
@@ -206,7 +206,7 @@ class Passes:
         return InputError(f"the model has no {what}{where or ''}: {text[:200]}; use score.method: {method}")
 
     def _failing(self, work: Callable[[], Any]) -> str | None:
-        """In which module a pass fails, as words, empty outside of all modules; None for a pass that does not."""
+        """In words, the module in which a pass fails (empty outside of all modules); None for a pass that does not."""
         trail = _Trail(self.model)
         try:
             work()
@@ -261,7 +261,7 @@ def _zeros(features: Features) -> Features:
 
 
 def pass_size(wanted: int, model: nn.Module, sample: PairBatch) -> int:
-    """Pairs in one pass where `sample` is: as wanted, on a CPU at most 32 to 128, by the model's activations."""
+    """Pairs in a pass on the device of `sample`: as wanted; on a CPU 32 to 128 at most, by the model's activations."""
     if sample.images.device.type != "cpu":
         return wanted
     if model not in _cpu_pairs:

@@ -37,7 +37,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A random vector that is drawn anew wherever it is needed, as many of them would fill a memory.
+    """A random vector that is drawn anew wherever it is needed: memory would not hold as many as there are.
 
     Attributes:
         of: name of the vector whose entries it has, each with a random sign.
@@ -58,9 +58,9 @@ class ProbePlan:
         vectors: vectors in parameter space by name; parameters that are missing count as zero.
         drawn: random ones by name; no point is displaced along them.
         root_weight: for estimators that are a norm: factor of the square root.
-        facts: what was found out on the way and belongs into the run's record, such as the step size.
-        reference: R's features and derivatives at points of the probes, computed once for all workers that score; what
-            is missing each of them computes.
+        facts: what was found out on the way and belongs in the run's record, such as the step size.
+        reference: R's features and derivatives at the points of the probes, computed once for all workers that score;
+            each of them computes what is missing.
     """
 
     probes: list[Probe]

@@ -1,6 +1,6 @@
 """Predicts the terms of pairs that were not scored from what one forward pass shows of them.
 
-Influence is a smooth function of the embedding, so a regression on a sample of scored pairs foretells the rest. Each
+Influence is a smooth function of the embedding, so a regression on a sample of scored pairs predicts the rest. Each
 proxy run has a regression of its own, on its own embedding: ridge, and if wanted a small network on what ridge leaves.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.types import Tree
 
-#: Share of a term's values beyond either end that is drawn in before fitting: a few outliers would decide the fit.
+#: Share of a term's values at either end that are clipped before fitting, as a few outliers would decide the fit.
 TAIL = 0.03
 #: Ridge penalties tried, as multiples of the number of pairs; features have unit variance.
 PENALTIES = tuple(10.0**power for power in (-4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2))

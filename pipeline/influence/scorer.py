@@ -47,8 +47,8 @@ class Scorer:
             fewer once its memory does not hold so many.
         trained: for each run by its number, the ids of the pairs that it was trained on (int64, ascending): a pair is
             then scored only by the other runs, whose terms are scaled up to stand for all. None scores by all runs.
-        compiled: whether passes with derivatives are compiled, once for each length of captions, when first a part of
-            more than half of `batch_size` comes; with one such pass the scorer starts.
+        compiled: whether passes with derivatives are compiled: a first program when the scorer starts, another one for
+            each new length of captions in a part that has more than half of `batch_size` pairs.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class _CheckpointScorer:
             return found
 
     def _in_memory(self, wanted: list[tuple[str, ...]]) -> Iterator[tuple[list[tuple[str, ...]], dict[str, Tree]]]:
-        """What is wanted, in parts whose vectors fit into memory together, with these vectors."""
+        """What is wanted, in parts whose vectors fit into memory together; with each part its vectors."""
         drawn = self.plan.drawn
         names = [each for each in wanted if not drawn.keys() & set(each)]
         rest = [each for each in wanted if drawn.keys() & set(each)]
@@ -245,7 +245,7 @@ class _CheckpointScorer:
             names = []
 
     def _stored(self, name: str) -> Tree:
-        """The vector, or of one that is drawn the one that it is a draw of."""
+        """The vector itself, or for one that is drawn the vector whose entries get random signs."""
         drawn = self.plan.drawn.get(name)
         return self.vectors[name if drawn is None else drawn.of]
 
@@ -322,7 +322,7 @@ class _CheckpointScorer:
 
 
 def random_bytes(plan: ProbePlan) -> int:
-    """Bytes that the random vectors of a plan take at most at a time, the copy of those in a pass included."""
+    """The most bytes that the random vectors of a plan take at a time, with the copy of those in a pass."""
     sizes = [_bytes(plan.vectors[drawn.of]) for drawn in plan.drawn.values()]
     return 2 * min(sum(sizes), max(_DRAWN_BYTES, *sizes)) if sizes else 0
 

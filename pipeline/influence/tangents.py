@@ -1,4 +1,4 @@
-"""Tangents of the operators that towers are made of, at the price of their flops: three products for one of the value.
+"""Tangents of the operators that towers are made of, at the price of their arithmetic: three products for one.
 
 torch's own forward derivatives of linear layers, layer norm and attention copy operands and go over memory many times;
 here a linear layer's tangent is two products, the second added to the first (`dense`), and layer norm's and softmax's,
@@ -80,7 +80,7 @@ class TangentRules(Rules):
         return _Dual(value, tangent).tensor()
 
     def _gelu_rule(self, input: Tensor, approximate: str = "none") -> Any:
-        """Left to torch but for the kernel."""
+        """By the kernel where there is one, else torch's."""
         value, tangent = _Dual.of(input)
         if tangent is None or approximate != "none" or self._stacked or not fused.takes_gelu([value, tangent]):
             return NotImplemented

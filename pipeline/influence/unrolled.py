@@ -40,7 +40,7 @@ from pipeline.types import Checkpoint, PairBatch, Tree
 #: Largest subspace in which a Hessian acts between two checkpoints; more products change the direction little.
 _KRYLOV_STEPS = 24
 
-#: Adjoints that grow by more than this tell of a run past its stability limit: rounding errors fill them.
+#: Adjoints that grow by more than this are a sign of a run past its stability limit: they are full of rounding errors.
 _GROWTH_LIMIT = 1e8
 
 #: A replay that misses a recorded checkpoint by more than this share of the way is not of this run.

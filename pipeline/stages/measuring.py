@@ -1,4 +1,4 @@
-"""What a validation computes in its tasks: retraining without pairs, and what every estimator foretells of it."""
+"""What a validation computes in its tasks: retraining without pairs, and what every estimator predicts."""
 
 from __future__ import annotations
 

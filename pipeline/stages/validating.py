@@ -1,4 +1,4 @@
-"""The validate stage: has small runs retrained without pairs, and what every estimator foretells held against them."""
+"""The validate stage: has small runs retrained without pairs, and compares what every estimator predicts."""
 
 from __future__ import annotations
 

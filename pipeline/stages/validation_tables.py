@@ -63,7 +63,7 @@ def _stability(seeds: list[dict[str, Any]]) -> str:
     unstable = [str(number) for number, seed in enumerate(seeds) if seed["steepness"] > limit]
     verdict = "all stable"
     if unstable:
-        verdict = f"past it in seed {', '.join(unstable)}, where no derivative foretells a removal: lower proxy.lr"
+        verdict = f"past it in seed {', '.join(unstable)}, where no derivative predicts a removal: lower proxy.lr"
     return f"largest eta * lambda_max of each run: {found} (limit {limit:.3g}: {verdict})"
 
 

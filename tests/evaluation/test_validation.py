@@ -25,7 +25,7 @@ from tests.influence.oracle import Explicit
 
 ROWS = np.arange(24)
 
-#: With a small epsilon AdamW's first steps are signs of the gradient, which no derivative foretells.
+#: With a small epsilon AdamW's first steps are signs of the gradient, which no derivative predicts.
 SMOOTH = 1.0
 EXACT = {form.name: form for form in forms_of(["unrolled"], Settings())}
 
@@ -35,7 +35,7 @@ def utilities(run: SmallRun, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.005), ("adamw", 0.01)])
-def test_exact_replay_foretells_leave_one_out_in_its_own_units(optimizer: str, rate: float) -> None:
+def test_exact_replay_predicts_leave_one_out_in_its_own_units(optimizer: str, rate: float) -> None:
     run = make_run(optimizer, batch=12, steps=6, rate=rate, eps=SMOOTH)
     predicted = utilities(run, "unrolled (own batches)")
     true = left_out_changes(run, ROWS)
@@ -164,7 +164,7 @@ def test_deletion_by_unrolling_comes_near_the_retrained_model(optimizer: str) ->
         assert item.true == other.true
 
 
-def test_checkpoints_of_a_momentum_run_foretell_leave_one_out_in_its_own_units() -> None:
+def test_checkpoints_of_a_momentum_run_predict_leave_one_out_in_its_own_units() -> None:
     run = make_run(steps=60, rate=0.0002, momentum=0.9)
     form = next(form for form in forms_of(["unrolled"], Settings()) if form.settings.replay == "checkpoints")
     found = RunEstimator(run, [20, 40, 60], run.data).estimate(form).utilities
@@ -291,7 +291,7 @@ def test_averaging_runs_helps_where_their_errors_differ() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_derivative_foretells_a_partial_removal_best(optimizer: str) -> None:
+def test_the_derivative_predicts_a_partial_removal_best(optimizer: str) -> None:
     run = make_run(optimizer, batch=12, steps=6, rate=0.05, eps=SMOOTH)
     predicted = utilities(run, "unrolled (own batches)")
     off = []
