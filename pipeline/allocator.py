@@ -8,7 +8,7 @@ from contextlib import suppress
 #: Parameters of glibc's `mallopt`.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
-#: Bytes: tensors up to the first, glibc's own limit, come from the heap; of its free end, up to the second stays.
+#: Bytes: tensors up to the first (glibc's own limit) come from the heap, whose free end is kept up to the second.
 _LARGEST, _KEPT = 32 << 20, (1 << 31) - 1
 
 

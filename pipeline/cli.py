@@ -51,7 +51,7 @@ RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Take up shard
 
 @contextmanager
 def _loaded(file: str, overrides: list[str] | None, out: str | None) -> Iterator[Config]:
-    """The config of a command. What is found wrong with it later names its file, too."""
+    """The config of a command; an error that is found in it later names its file, too."""
     config = load_config(file, overrides, out)
     try:
         yield config
@@ -175,7 +175,7 @@ def demo(
 
 @app.command(rich_help_panel=JOB)
 def run(config: ConfigPath, set_: Overrides = None, out: Out = None, retry_failed: RetryFailed = False) -> None:
-    """Run all stages; started again, go on where it stopped.
+    """Run all stages; started again, a run goes on where it stopped.
 
     Example: `diffprune run my.yaml --set select.keep=0.5 --out runs/half`
     """

@@ -1,4 +1,4 @@
-"""GPUs of Ray tasks: what to ask for, and where a task or an actor then computes. Loads torch only inside of these."""
+"""GPUs of Ray tasks: what to ask for, and where a task or an actor then computes. Loads torch only within a task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ray
 from pipeline.allocator import keep_freed_memory
 from pipeline.errors import InputError
 
-#: Bytes of a GPU that a process takes beside torch's allocator, about: its CUDA context and loaded kernels.
+#: Bytes of a GPU that a process takes beside torch's allocator, roughly: its CUDA context and loaded kernels.
 CONTEXT_BYTES = 512 << 20
 
 
@@ -23,7 +23,7 @@ def gpus_for_a_task(given: float | None = None) -> float:
 def device_of_this_task(precision: str = "fp32") -> str:
     """`cuda` where Ray gave this task or actor a GPU, or a part of one; else `cpu`.
 
-    Of a part it takes no more memory than that. On a CPU this process then keeps the memory that it frees.
+    With a part of a GPU the process takes no more than that part of its memory; on a CPU it keeps the memory it frees.
     Raises `InputError` when torch cannot use the GPU, or it does not multiply in `precision` (a config's).
     """
     import torch
@@ -50,8 +50,8 @@ def device_of_this_task(precision: str = "fp32") -> str:
 
 
 def gpu_is_lost() -> bool:
-    """Whether CUDA does not work in this process any more, as after an illegal address or an error of the memory; a
-    lack of memory is none of these."""
+    """Whether CUDA no longer works in this process, as after an illegal address or a memory error (but not after a lack
+    of memory)."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

@@ -57,4 +57,4 @@ class NoWorkerError(StageError):
 
 
 class NoteWarning(UserWarning):
-    """What a user should know though results are the same: a run says it where it is seen, once for all processes."""
+    """What a user should know although results are the same: a run prints it, once for all its processes."""

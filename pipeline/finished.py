@@ -1,4 +1,4 @@
-"""What a finished run is good for in Python: its scores as Arrow, and further selections."""
+"""Using a finished run from Python: its scores as Arrow, and further selections."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def select(run: str, *, seed: int = 0, dry_run: bool = False, **settings: Any) -
 
     Args:
         run: a run's folder: a path or an fsspec URL.
-        seed: decides random choices among ties, and clusters. `diffprune select` takes the `seed` of the config, which
-            gives what it would keep.
+        seed: decides random choices among ties, and clusters. With the `seed` of the config the selection is that of
+            `diffprune select`.
         dry_run: write nothing.
         settings: the keys of the config's `select` section.
 

@@ -53,9 +53,9 @@ class keep_only:  # noqa: N801 (a webdataset stage, named like webdataset's own)
     """A webdataset stage that passes the kept samples of the original shards on and drops the others.
 
     It goes behind `tarfile_to_samples`; shards are shared out among nodes and workers before that, as always. Samples
-    are known by shard and key; of a key that repeats within a shard the first is meant, as in scoring. Where captions
-    were scored as `json:KEY`, a sample's `txt` is set from there. Picklable, so that workers may be spawned; each reads
-    the keep lists of its own shards.
+    are identified by shard and key; where a key repeats within a shard the first one counts, as in scoring. Where
+    captions were scored as `json:KEY`, a sample's `txt` is set from there. Picklable, so that workers may be spawned;
+    each reads the keep lists of its own shards.
 
     Raises `StageError` where nothing was emitted in `folder`, and, when it meets one, `InputError` for a shard that is
     not in the selection's manifest, or that has changed since it was scored.
@@ -103,9 +103,9 @@ class keep_only:  # noqa: N801 (a webdataset stage, named like webdataset's own)
 class KeptPairs(Dataset[Any]):
     """The kept pairs of uncompressed local shards, by number in input order, for `torch.utils.data.DataLoader`.
 
-    An item is a dictionary as webdataset's (`__key__`, `__url__`, `uid`, and bytes by ending: `jpg`, `txt`, ...),
-    or what `transform` makes of it. Each process finds the members of a shard when it first needs one of them: where
-    the run's inventory keeps it, or by reading the shard's headers alone.
+    An item is a dictionary like webdataset's (`__key__`, `__url__`, `uid`, and bytes by ending: `jpg`, `txt`, ...),
+    or what `transform` makes of it. Each process finds the members of a shard when it first needs one of them: from
+    what the run's inventory keeps of them, or by reading the shard's headers.
 
     Raises `StageError` where nothing was emitted in `folder`, and `InputError` for shards that are compressed or
     remote.

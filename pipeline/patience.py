@@ -1,4 +1,4 @@
-"""How long those who have work in hand may be silent before they are taken to hang, and the end of those that do."""
+"""How long workers with work in hand may be silent before they count as hung, and how Ray's tasks are killed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ FACTOR = 20.0
 #: Seconds at least: storage may be away for some minutes.
 LEAST = 1800.0
 
-#: Seconds while there was no news yet, so that nothing is known of how long it takes.
+#: Seconds before the first news, when nothing is known of how long the work takes.
 UNKNOWN = 6 * 3600.0
 
 
 class Patience:
-    """The limit on a silence: the one given, else derived from the silences that ended well.
+    """The limit on a silence: the one given, else one derived from the silences that ended well.
 
     Args:
         given: seconds; None derives the limit.
-        least: seconds of a derived limit at least.
+        least: seconds that a derived limit has at least.
         unknown: seconds of a derived limit before the first news.
     """
 
@@ -43,14 +43,14 @@ class Patience:
 
     @property
     def seconds(self) -> float:
-        """Seconds of silence after which who has work in hand is taken to hang."""
+        """Seconds of silence after which a worker with work in hand counts as hung."""
         if self._given is not None:
             return self._given
         return max(self._least, FACTOR * self._longest) if self._longest else self._unknown
 
 
 class Silence:
-    """Since when there is no news of work in hand, and whether that is too long.
+    """For how long there has been no news of work in hand, and whether that is too long.
 
     Args:
         patience: sets the limit, and learns from the silences that news ended.
@@ -66,7 +66,7 @@ class Silence:
         return time.monotonic() - self._since
 
     def begins(self) -> None:
-        """Work was handed out where there was none, or what there was is over."""
+        """Count from now on: work was handed out where there was none, or some came back."""
         self._since = time.monotonic()
 
     def news(self) -> None:
@@ -75,7 +75,7 @@ class Silence:
         self.begins()
 
     def is_too_long(self) -> bool:
-        """Whether to take those who have work in hand to hang."""
+        """Whether those who have work in hand count as hung."""
         return self.seconds > self.patience.seconds
 
 
@@ -94,7 +94,7 @@ def kill(tasks: Iterable[Any]) -> None:
 
 @contextmanager
 def killed_by_errors(tasks: Callable[[], Iterable[Any]]) -> Iterator[None]:
-    """Kill these Ray tasks when the block is left by an error: nothing is written once the stage has said so."""
+    """Kill these Ray tasks when an error leaves the block: once the stage has failed, nothing is written any more."""
     try:
         yield
     except BaseException:

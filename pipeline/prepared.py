@@ -48,7 +48,7 @@ def score_basis(config: Config, batches: Batches, images: ImageSpec) -> dict[str
     """What decides a run's scores beside config and checkpoints, as plain values for `score_fingerprint`.
 
     Args:
-        config: its settings of the mathematics count, but for the size of a pass, which changes no score.
+        config: its settings of the mathematics count, except the size of a pass, which changes no score.
         batches: R, B and V; their pairs' ids count.
         images: the model's input.
     """

@@ -15,7 +15,7 @@ class RunFolder:
 
     @property
     def config(self) -> str:
-        """The resolved config that made the scores, versions, the git revision of diffprune and fingerprint (YAML)."""
+        """The resolved config that made the scores, versions, diffprune's git revision, and the fingerprint (YAML)."""
         return storage.join(self.root, "config.yaml")
 
     @property
@@ -68,7 +68,7 @@ class RunFolder:
     @property
     def sample(self) -> str:
         """With `score.sample`: a folder like this one, with the computed scores of the sampled pairs and the embeddings
-        of all; its `scores/` are not needed any more once all shards are scored."""
+        of all; its `scores/` are no longer needed once all shards are scored."""
         return storage.join(self.root, "sample")
 
     @property

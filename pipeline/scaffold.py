@@ -109,7 +109,7 @@ def draft_config(
 
 
 def shorten(shards: Shards) -> Shards:
-    """A list that a shell made of a pattern, as that pattern again where it names exactly the same files."""
+    """A list that a shell made of a pattern, turned back into that pattern if it names exactly the same files."""
     if isinstance(shards, str) or len(shards) < 3:
         return shards[0] if isinstance(shards, list) and len(shards) == 1 else shards
     folders = {os.path.dirname(url) for url in shards}
@@ -194,7 +194,7 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(section: type[BaseModel], prefix: str, choices: Choices, depth: int) -> Iterator[str]:
-    """Lines of a section: prose after `# `, keys left at their defaults after `#` alone, sections always live."""
+    """Lines of a section: prose after `# `, keys that keep their defaults after `#` alone, sections as they are."""
     pad = "  " * depth
     for name, info in section.model_fields.items():
         key = f"{prefix}{name}"

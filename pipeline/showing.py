@@ -152,7 +152,7 @@ def _verdict(run: RunFolder, name: str, pair: Pair, kept: bool) -> str:
 
 
 def _other_reasons(summary: SelectionSummary, pair: Pair) -> str:
-    """What may have pruned a pair whose utility, where that is what is ranked, is not below the threshold."""
+    """What may have pruned a pair that is not below a threshold of utility."""
     by, where = summary.config.get("by"), summary.config.get("where")
     reasons = [reason for reason, pairs in summary.pruned.items() if pairs]
     if reasons == ["quota"]:

@@ -100,8 +100,8 @@ class Checkpoint:
         adam: AdamW's state, where known.
         momentum: SGD's momentum buffers, where known.
         gain: length of a step along a steady gradient, in learning rates: `1 / (1 - beta)` for SGD with settled
-            momentum `beta`, whose buffers are sums, 1 for SGD without and for AdamW; None where a file has momentum
-            buffers and does not say of what `beta`.
+            momentum `beta`, whose buffers are sums; 1 for SGD without momentum and for AdamW; None where a file has
+            momentum buffers and does not say with which `beta`.
     """
 
     step: int

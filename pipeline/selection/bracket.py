@@ -1,4 +1,4 @@
-"""A guess, from a sample of row groups, between which keys the cut of a single ranking lies: then one pass finds it."""
+"""A guess, from a sample of row groups, between which keys the cut of a single ranking lies; one pass then finds it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.selection.tasks import MapTasks, chunks
 
 #: Pairs that a cut is guessed from (a thirty-second of all, if that is less), and from at most how many shards.
 SAMPLE, SHARE, SHARDS = 1 << 20, 32, 64
-#: Standard errors of the sample's quantile that the cut may lie off; with more the cut is searched for in other ways.
+#: Standard errors by which the cut may be off the sample's quantile; one that is off by more is found in other ways.
 ERRORS = 6.0
 
 #: Keys, shards and rows of some pairs [c].

@@ -1,4 +1,4 @@
-"""A select section held against the columns of scores: of files on storage, or of those that a run will write."""
+"""Checks a select section against the columns of scores: of files on storage, or of those that a run will write."""
 
 from __future__ import annotations
 

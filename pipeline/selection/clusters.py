@@ -1,8 +1,8 @@
 """Clusters of image embeddings: spherical k-means on a seeded sample, then the cluster of every pair.
 
-Clusters too large to be looked at in memory are split into parts; near-duplicates are looked for in parts of their own,
-which are larger. A cluster's complexity is that of Density-Based
-Pruning (arXiv 2401.04578): how spread out it is, times how far it is from its neighbours.
+Clusters that are too large for memory are split into parts; near-duplicates are searched for in parts of their own,
+which are larger. A cluster's complexity is that of Density-Based Pruning (arXiv 2401.04578): how spread out it is,
+times how far it is from its neighbours.
 """
 
 from __future__ import annotations

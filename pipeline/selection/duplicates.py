@@ -50,7 +50,7 @@ def find_exact(recipe: Recipe, shards: Sequence[ScoreShard], pairs: int, map_tas
 
 
 def border_margin(cosine: float) -> float:
-    """How near to a border (see `write_parts`) a pair is compared beyond it.
+    """How near to a border (see `write_parts`) a pair must lie to be compared with pairs beyond it, too.
 
     Two unit vectors at this cosine are `sqrt(2 - 2 cosine)` apart, and one of them is within half of that of any border
     between them. That takes the line across the border; 0.35 misses 1 in 10,000 of real embeddings that vary in eight

@@ -2,7 +2,7 @@
 
 The grammar is a small part of Python's expressions, checked node by node: numbers, column names (`utility`, or
 `other.utility` for a joined run), `+ - * /`, comparisons, `and or not`, and the functions `rank`, `abs`, `log`, `min`
-and `max`; columns of text are held against texts, `source == "a.org"` or `source in ("a.org", "b.org")`. Nothing else
+and `max`; columns of text are compared with texts, `source == "a.org"` or `source in ("a.org", "b.org")`. Nothing else
 is looked up or called.
 """
 
@@ -143,7 +143,7 @@ def _check(node: ast.expr, source: str, key: str) -> None:
 
 
 def _choices(node: ast.expr) -> list[str] | None:
-    """The texts that a column of text is held against; None for any other node."""
+    """The texts that a column of text is compared with; None for any other node."""
     match node:
         case ast.Compare(left=ast.Name(), ops=[ast.Eq() | ast.NotEq()], comparators=[ast.Constant(value=str(text))]):
             return [text]

@@ -94,7 +94,7 @@ def ranked_values(
 
 @contextmanager
 def _scratch(run: RunFolder, config: SelectConfig) -> Iterator[str]:
-    """A folder for the passes of a selection that nobody keeps."""
+    """A folder for the passes of a selection that is not kept."""
     scratch = storage.join(run.root, "scratch", f"choose-{config.name}")
     layers.remove_all(scratch)
     try:

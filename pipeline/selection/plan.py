@@ -38,9 +38,9 @@ class SelectionPlan:
     """What a selection will keep. `total = kept + pruned + rejected` over their reasons.
 
     `skip` are the boundaries above which pairs are too easy (bands), `end` those down to which pairs are kept.
-    `threshold` is the ranked value of the last pair kept, where a single ranking is cut. `shortfall` is how many
-    pairs a fraction asks for beyond those that can be kept; `harmful_kept` how many significantly harmful pairs were
-    needed to meet the quota.
+    `threshold` is the ranked value of the last pair kept, where a single ranking is cut. `shortfall` is by how many
+    pairs a fraction exceeds those that can be kept; `harmful_kept` is how many significantly harmful pairs were needed
+    to meet the quota.
     """
 
     recipe: Recipe

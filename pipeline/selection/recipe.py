@@ -1,4 +1,4 @@
-"""What a selection says about one row: its value, whether it can be kept, its stratum, and its order key."""
+"""What a selection makes of a row: its value, whether it can be kept, its stratum, and its order key."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def infomax(rows: Rows, redundancy: float) -> Float32:
 
 
 def representative(rows: Rows) -> Float32:
-    """Minus the fractional rank of each tie [n] by its distance from the mean of its part: a cut of these takes the
-    same share of every part, the most typical first."""
+    """Minus the fractional rank of each tie [n] by its distance from the mean of its part, so that a cut takes the same
+    share of every part, the most typical pairs first."""
 
     def rank(members: Int64, vectors: Float32) -> Float32:
         ties = rows["tier"][members] == TIE

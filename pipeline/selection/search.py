@@ -45,7 +45,7 @@ class Search:
         return inside
 
     def settle(self, found: Boundaries, done: Bool) -> None:
-        """Where all pairs of the prefix are taken, the boundary is the prefix's last place."""
+        """Where all pairs of the prefix are taken, the boundary is the last place that the prefix can have."""
         at = self.active[done]
         found.key[at] = self.key[done]
         found.high[at] = ~self.high[done]

@@ -111,8 +111,8 @@ def _pairs(recipe: Recipe, shards: Sequence[ScoreShard], map_tasks: MapTasks) ->
 def _part_rows(
     batches: _Batches, scale: tuple[float, float] | None, opened: OpenShard, judged: Judged
 ) -> tuple[Rows, Int64]:
-    """Rows with their embedding, once for each part they are looked at in; with `scale` (mean, deviation) the
-    standardised value and the tier, without what is harmful."""
+    """Rows with their embedding, once for each part that they are looked at in; with `scale` (mean, deviation) also the
+    standardised value and the tier, and without harmful rows."""
     vectors = image_embeddings(opened, judged)
     chosen = np.arange(len(judged.value))
     tiers = opened.recipe.tiers
