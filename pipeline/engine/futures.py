@@ -1,4 +1,4 @@
-"""News of Ray's references, as they come, in the queue of a loop."""
+"""Puts what becomes of Ray's references into the queue of a loop, as it comes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process finds that a user should know: kept until a result takes it to the driver, which says it once."""
+"""Warnings for the user: a process keeps them until a result takes them to the driver, which prints each once."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class Rate:
         return self._sum / min(elapsed, window) if self._sum else 0.0
 
     def mean(self, begun: float) -> float:
-        """The rate with the parts of events that are under way, since the first call of this: what went before was
-        preparation. 0 where nothing has moved since then."""
+        """The rate since the first call of this (what went before was preparation), with the parts of events that are
+        under way. 0 where nothing has moved since then."""
         now, all_of_them = self._clock(), self._all + begun
         if self._first is None:
             self._first = (now, all_of_them)
@@ -139,7 +139,7 @@ class Tally:
 
 
 def say(title: str, text: str, console: Console | None = None) -> None:
-    """Print one line that says of what it speaks, on standard error if there is no other console."""
+    """Print one line that begins with what it is about; on standard error unless a console is given."""
     console = console or Console(stderr=True)
     console.print(f"{title}: {text}", markup=False, highlight=False, soft_wrap=True)
 

@@ -47,8 +47,8 @@ def plan_workers(config: EngineConfig, nodes: list[dict[str, float]], *, may_gro
 
 
 def decode_threads(config: EngineConfig, assigned: dict[str, float], node: dict[str, float]) -> int:
-    """Threads that decode in an actor: as the config says, else its CPUs, and where the config does not give it these
-    its share of its own machine's: what Ray reserves goes by the machine with the fewest.
+    """Threads that decode in an actor: as the config says, else its CPUs. Where the config does not say how many these
+    are, its share of its own machine's: what Ray reserves goes by the machine with the fewest.
 
     Args:
         config: the run's.
@@ -66,7 +66,7 @@ def decode_threads(config: EngineConfig, assigned: dict[str, float], node: dict[
 def _cpu_share(nodes: list[dict[str, float]], gpus: float) -> float:
     """CPUs of a worker such that every machine's are shared out evenly; the smallest share decides.
 
-    Whole ones, but where GPUs outnumber CPUs.
+    A whole number, except where GPUs outnumber CPUs.
     """
     shares = []
     for node in nodes:

@@ -95,9 +95,9 @@ def run_tasks(
         marks: of tasks that are done; without them nothing is known of earlier calls.
         unit: what the display counts, in the plural.
         gpus: GPUs of one task, which has one CPU.
-        patience: when there was no news for so long, the tasks in hand are taken to hang: they are killed, and count as
-            failed. News are a task that came back, and another `pulse`. None waits for ever.
-        pulse: called in the driver; something about an item in hand that becomes another one while its task goes on.
+        patience: after how long without news the tasks in hand count as hung: they are killed, and have failed. News
+            is a task that came back, or a `pulse` that changed. None waits for ever.
+        pulse: called in the driver; something about an item in hand that changes while its task goes on.
         begun: what a `pulse` says of how much of its item is done, from 0 to 1, for the time that is left.
 
     Raises `StageError` when the run folder cannot be written or the run is interrupted.

@@ -112,7 +112,7 @@ def train_runs(
 
 
 def _cpus(gpus: float) -> int:
-    """CPUs of a process that trains with so many GPUs: enough to crop its pairs, where every node with them has those.
+    """CPUs of a process that trains with so many GPUs: enough to crop its pairs, if every node with GPUs has them.
 
     At most this process's share of half of a node: something else may hold the rest for good, and a task that asks for
     more than there is waits for ever.

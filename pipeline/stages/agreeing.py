@@ -1,4 +1,4 @@
-"""Where a config says otherwise than the scores and the selection that a stage makes use of."""
+"""Where a config differs from the scores and the selection that a stage uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEYS = {"family": "proxy.loss", "equal_captions": "reference.equal_captions", "
 
 
 def say_other_scores(job: Job, stage: str) -> None:
-    """Print one line where the scores are of an estimator, settings or shards that are not the config's.
+    """Print one line where the scores were made with an estimator, settings or shards that are not the config's.
 
     The score stage refuses such scores; the stages after it take those that are there.
     """
@@ -50,7 +50,7 @@ def _other_shards(job: Job) -> list[str]:
 
 
 def _other_settings(config: Config, parts: dict[str, Any]) -> list[str]:
-    """Where the settings in a score's fingerprint differ from the config's; nothing about those that it has not."""
+    """Where the settings in a score's fingerprint differ from the config's; those that it lacks are passed over."""
     now: dict[str, Any] = {f"score.{name}": value for name, value in config.score.model_dump(mode="json").items()}
     now |= {f"data.{name}": getattr(config.data, name) for name in _DATA}
     now |= {"proxy.loss": config.proxy.loss, "reference.equal_captions": config.reference.equal_captions}

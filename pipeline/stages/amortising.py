@@ -85,7 +85,7 @@ def _final(sampled: Fingerprint, mark: dict[str, Any]) -> Fingerprint:
 
 
 def _forget_lost_samples(folder: RunFolder) -> None:
-    """A shard that was set aside and whose sample has no mark gets a new one: the second pass takes it up again."""
+    """A shard that was set aside and whose sample has no mark gets a new sample: the second pass takes it up again."""
     for url in storage.list_files(storage.join(folder.root, "failed"), ".json"):
         aside = read_aside(url)
         if aside is not None and marks.read_mark(RunFolder(folder.sample).score_mark(aside.item)) is None:

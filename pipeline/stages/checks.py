@@ -1,4 +1,4 @@
-"""What of a config can be known to be wrong before any work is done."""
+"""What can be found wrong with a config before any work is done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.store import storage
 
 
 def check_given(config: Config) -> None:
-    """That what it names is there, and fits together. Raises `ConfigError`."""
+    """Check that what a config names is there and fits together. Raises `ConfigError`."""
     _check_out(config.out)
     given = {"data.shards": config.data.shards, "target.shards": config.target.shards}
     if config.evaluate is not None:
@@ -29,7 +29,7 @@ def check_given(config: Config) -> None:
 
 
 def _check_out(out: str) -> None:
-    """That there is such a storage, and a name in it. Raises `ConfigError`."""
+    """Check that the storage can be used here, and that `out` names something in it. Raises `ConfigError`."""
     try:
         _, path = storage.filesystem(out)
     except (ImportError, ValueError) as error:
@@ -39,7 +39,7 @@ def _check_out(out: str) -> None:
 
 
 def check_ahead(config: Config) -> None:
-    """That what comes up to the selection can be done: before there are scores. Raises `ConfigError`."""
+    """Check, before there are scores, that the stages up to the selection can be done. Raises `ConfigError`."""
     if config.proxy.checkpoints is None:
         check_schedule(config.proxy)
     check_choices(config)

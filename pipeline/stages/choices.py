@@ -1,4 +1,4 @@
-"""What a config will choose from scores, held against the scores that it asks for: before any of them is there."""
+"""Checks what a config will choose from scores against the scores that it asks for, before any of them is there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.store.scores import score_schema
 
 
 def check_choices(config: Config) -> None:
-    """The select section, and what `evaluate.compare` makes of it, can be made of this config's scores.
+    """Check that this config's scores have what its select section, and each of `evaluate.compare`, needs.
 
     Raises `ConfigError`. Scores that are there already may have been made with other settings: what is chosen from
     these is checked against their files.

@@ -83,7 +83,7 @@ def write_sets(config: Config) -> list[WrittenSet]:
 def training_sets(job: Job) -> Iterator[TrainingSet]:
     """Every set that `evaluate` asks for, smaller shares first, then those without a share.
 
-    The target held out is in none of them: it is what the pairs were chosen for.
+    The pairs held out as the target are in none of them: the others were chosen to help these.
     """
     config = job.config
     assert config.evaluate is not None

@@ -195,8 +195,8 @@ _STAGES: dict[str, Callable[[Job], None]] = {
 
 
 def _prepare(config: Config, *, proxy: bool) -> None:
-    """What is found wrong by trying, before any work is done. Raises `ConfigError`, and `StageError` where the run's
-    folder cannot be written to."""
+    """Find by trying, before any work, what is wrong. Raises `ConfigError`, and `StageError` where the run's folder
+    cannot be written to."""
     if proxy and (note := run_task(_check_proxy, config, stage="check", config=config.engine)):
         say("check", note)
     check_writable(config.out)

@@ -105,7 +105,7 @@ def note_selection(job: Job) -> None:
 
 
 def speak_of_selection(job: Job) -> None:
-    """Note this job's selection again where the summary speaks of another one, or judges it by something else."""
+    """Note this job's selection again where the summary is about another one, or judged it by something else."""
     name = job.config.select.name
     if not storage.exists(summary_file(job.folder, name)):
         return

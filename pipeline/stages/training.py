@@ -79,7 +79,7 @@ def take_inventory(job: Job) -> None:
 
 
 def _warn_of_equal_names(urls: list[str]) -> None:
-    """Say so where shards of different folders have one file name: a uid that is made up is of file name and key."""
+    """Say so where shards of different folders have one file name: a made-up uid consists of file name and key."""
     name, shards = Counter(map(storage.basename, urls)).most_common(1)[0]
     if shards > 1:
         say(
@@ -288,7 +288,7 @@ def _identity(job: Job) -> dict[str, str]:
 
 
 def _barred(job: Job) -> tuple[int, str]:
-    """How many pairs the runs may not see, and their checksum; with `proxy.within` from a task, as they grow then."""
+    """How many pairs the runs may not see, and their checksum: with `proxy.within` from a task, as they may be many."""
     if job.config.proxy.within is None:
         return _count_barred(job.config)
     return run_task(_count_barred, job.config, stage="train", config=job.config.engine)
