@@ -135,7 +135,7 @@ def _files(members: _Members, read: bool, headers: Headers | None) -> Iterator[t
 
 
 class SampleParser:
-    """Makes samples of what the members of each hold, for the shard at `url`; `caption` is `txt` or `json:KEY`."""
+    """Makes samples of their members' contents, for the shard at `url`; `caption` is `txt` or `json:KEY`."""
 
     def __init__(self, url: str, caption: str) -> None:
         self._name = storage.basename(url)

@@ -1,4 +1,4 @@
-"""Reads and decodes the pairs at given positions: of the shards that hold them, and of these as little as can be."""
+"""Reads and decodes the pairs at given positions, and as little else of their shards as possible."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pipeline.data.spans import Span, pays, read_spans
 from pipeline.errors import InputError
 from pipeline.types import PairBatch
 
-#: Where it is kept where the members of a shard lie (`pipeline.data.places`).
+#: By the number of a shard, where the places of its members are kept (`pipeline.data.places`).
 Places = Callable[[int], str]
 
 
 def samples_at(info: ShardInfo, indices: Positions, caption: str, places: Places | None = None) -> Iterator[Sample]:
     """The samples of a shard at `indices` (sorted, different), bad ones included.
 
-    With `places`, what lies between them is not read where the inventory kept where they are; else the shard is read
-    from its beginning up to the last. Raises `InputError` when the shard ends before that: it is not the one that was
-    counted.
+    Where the inventory kept their places (found by `places`), what lies between them is not read; else the shard is
+    read from its beginning up to the last. Raises `InputError` when the shard ends before that: it is not the one that
+    was counted.
     """
     if not len(indices):
         return

@@ -28,8 +28,6 @@ from pipeline.store import ahead, storage
 #: Raised whenever the same inputs would give other bytes.
 FORMAT = 1
 
-#: Anything like `map`: applies a picklable function to items and gives the results in order.
-
 #: Columns of `NNNNN.parquet`: one row per pair of the tar beside it, in its order.
 SOURCE_SCHEMA = pa.schema(
     [

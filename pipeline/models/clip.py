@@ -162,10 +162,10 @@ def build_model(name_or_json: str, pretrained: str | None = None, loss: Family =
 
 
 def other_preprocessing(name: str) -> dict[str, Any]:
-    """Where all published weights of a named model want other pixels than `build_model` gives it: what they want.
+    """The preprocessing that all published weights of a named model expect, where `build_model` gives it another one.
 
-    Then mean, std, interpolation and resize mode as open_clip lists them, for a `preprocess_cfg`; else empty. A model
-    that open_clip's trainer started at random has open_clip's own pixels whatever its name.
+    Mean, std, interpolation and resize mode as open_clip lists them, for a `preprocess_cfg`; else empty.
+    A model that open_clip's trainer started at random has open_clip's own preprocessing, whatever its name.
     """
     if name not in open_clip.list_models():
         return {}

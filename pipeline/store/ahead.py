@@ -1,4 +1,4 @@
-"""Round trips to storage, several at the same time."""
+"""Many round trips to storage, several of them at the same time."""
 
 from __future__ import annotations
 
