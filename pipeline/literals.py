@@ -9,6 +9,9 @@ EstimatorName = Literal[
     "clip-score", "neg-clip-loss", "el2n", "grand", "random",
 ]  # fmt: skip
 
+#: Estimators whose directions at one checkpoint depend on the others of the run.
+WHOLE_RUN: frozenset[EstimatorName] = frozenset({"unrolled", "z0"})
+
 #: How derivatives are taken.
 Method = Literal["auto", "exact", "central", "forward"]
 

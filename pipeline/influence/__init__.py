@@ -5,12 +5,11 @@ from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.prepare import prepare, prepare_run
 from pipeline.influence.regressor import Observed, Regressor, fit, scaled_up
 from pipeline.influence.scorer import Scorer, with_reference
-from pipeline.influence.settings import UTILITY, WHOLE_RUN, Batches, ScoreBatch, Settings, utility_of
+from pipeline.influence.settings import UTILITY, Batches, ScoreBatch, Settings, utility_of
 from pipeline.influence.unrolled import Replay
 
 __all__ = [
     "UTILITY",
-    "WHOLE_RUN",
     "Batches",
     "Observed",
     "Probe",

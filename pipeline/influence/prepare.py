@@ -12,9 +12,10 @@ from pipeline.influence.local import LocalView
 from pipeline.influence.parameters import chosen_names
 from pipeline.influence.plan import Probe, ProbePlan
 from pipeline.influence.self_influence import diff_in_self, gradient_norm, tracin_self
-from pipeline.influence.settings import WHOLE_RUN, Batches, Settings
+from pipeline.influence.settings import Batches, Settings
 from pipeline.influence.trees import dot, norm, plus, restricted, to_device, without_zeros
 from pipeline.influence.unrolled import Replay, unrolled_exactly, unrolled_from_checkpoints
+from pipeline.literals import WHOLE_RUN
 from pipeline.types import Checkpoint, Tree
 
 #: Checkpoints around one from which `z0` guesses a gradient there: half of them before it, half after.

@@ -51,10 +51,6 @@ def utility_of(estimator: EstimatorName, score: _Numbers) -> _Numbers:
     return -score if form == "-score" else -abs(score)
 
 
-#: Estimators whose directions at one checkpoint depend on the others of the run: `prepare_run`, not `prepare`.
-WHOLE_RUN = frozenset({"unrolled", "z0"})
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything but the pairs and the checkpoints that decides a score.

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.estimators import facts_of
+from pipeline.literals import WHOLE_RUN
 
 #: Bytes of a score file per pair without embeddings (measured: docs/operations.md).
 SCORE_BYTES = 90
@@ -140,7 +141,7 @@ def _train(config: Config, rates: Rates, volume: Volume) -> StageCost:
 
 def _directions(config: Config, rates: Rates, volume: Volume) -> StageCost:
     m = volume.checkpoints * volume.runs
-    whole_run = config.score.estimator in ("unrolled", "z0")
+    whole_run = config.score.estimator in WHOLE_RUN
     places = volume.gpus or volume.cpus // TASK_CPUS
     pieces = volume.runs if whole_run else m
     piece = rates.directions if whole_run else rates.directions / volume.checkpoints

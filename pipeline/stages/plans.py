@@ -18,7 +18,8 @@ from pipeline.data.sampling import Places, load_pairs
 from pipeline.data.shards import expand
 from pipeline.device import device_of_this_task
 from pipeline.errors import InputError
-from pipeline.influence import WHOLE_RUN, Batches, Replay, StepRule, prepare, prepare_run, with_reference
+from pipeline.influence import Batches, Replay, StepRule, prepare, prepare_run, with_reference
+from pipeline.literals import WHOLE_RUN
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import (
     batches_url,
