@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import Config, DataConfig, Shards, parse_config
+from pipeline.config import Config, DataConfig, ProxyConfig, ReferenceConfig, Shards, TargetConfig, parse_config
 from pipeline.data.shards import expand
 from pipeline.errors import ConfigError
 from pipeline.inspecting import Inspection, first_problem, inspect_shards
@@ -148,9 +148,12 @@ def _choose(shards: Shards, caption: str, found: Inspection, machine: Machine, o
     source = next((key for key in SOURCE_KEYS if found.json_keys[key]), None)
     if source not in (None, "url"):
         chosen.choose("data.source", source, "the samples' json has this key")
+    target, reference = TargetConfig(), ReferenceConfig()
     for key, default, share in (
-        ("target.pairs", 512, 10), ("reference.pairs", 256, 8), ("reference.gradient_pairs", 1024, 4)
-    ):  # fmt: skip
+        ("target.pairs", target.pairs, 10),
+        ("reference.pairs", reference.pairs, 8),
+        ("reference.gradient_pairs", reference.gradient_pairs, 4),
+    ):
         if pairs < default * share:
             chosen.choose(key, max(pairs // share, 1), f"one in {share} of {count(pairs)} pairs")
     classes = found.repeated >= CLASSES
@@ -166,7 +169,8 @@ def _choose(shards: Shards, caption: str, found: Inspection, machine: Machine, o
 
 
 def _choose_proxy(chosen: Choices, pairs: int, machine: Machine) -> None:
-    batch = 256
+    default = ProxyConfig()
+    batch = default.batch_size
     if not machine.gpus:
         chosen.choose("proxy.model", "tiny-vit", "no GPU here; with one, an open_clip name such as ViT-B-32")
     if machine.bfloat16:
@@ -176,7 +180,7 @@ def _choose_proxy(chosen: Choices, pairs: int, machine: Machine) -> None:
         batch = max(8, 2 ** int(math.log2(max(pairs // 8, 8))))
         chosen.choose("proxy.batch_size", batch, f"an eighth of {count(pairs)} pairs")
     epochs = math.ceil(FEWEST_STEPS * batch / max(pairs, 1))
-    if epochs > 5:
+    if epochs > default.epochs:
         chosen.choose("proxy.epochs", min(epochs, 60), f"about {FEWEST_STEPS} steps of {batch} pairs")
     if pairs <= 50_000:
         chosen.choose("proxy.runs", 3, "one run's influence is mostly noise, and few pairs make several runs cheap")
