@@ -48,8 +48,9 @@ def encode_pairs(
     >>> pairs.images.shape, pairs.images.dtype, pairs.tokens.shape
     (torch.Size([1, 3, 16, 16]), torch.uint8, torch.Size([1, 12]))
     """
-    if not len(images) == len(captions) == len(uids if uids is not None else captions):
-        raise InputError(f"expected as many captions and uids as images, found {len(images)} and {len(captions)}")
+    for name, given in (("captions", captions), ("uids", uids)):
+        if given is not None and len(given) != len(images):
+            raise InputError(f"expected as many {name} as images, {len(images)}, found {len(given)}")
     samples = (
         _sample(index, image, caption, uids[index] if uids is not None else None)
         for index, (image, caption) in enumerate(zip(images, captions, strict=True))

@@ -73,8 +73,10 @@ def test_pairs_that_cannot_be_used_are_named() -> None:
     image = Image.new("L", (20, 20))
     with pytest.raises(InputError, match="pair 1: corrupt-image"):
         pipeline.encode_pairs(model, [image, b"no image"], ["a", "b"])
-    with pytest.raises(InputError, match="as many captions"):
+    with pytest.raises(InputError, match="as many captions as images, 1, found 2"):
         pipeline.encode_pairs(model, [image], ["a", "b"])
+    with pytest.raises(InputError, match="as many uids as images, 1, found 0"):
+        pipeline.encode_pairs(model, [image], ["a"], [])
     broken = io.BytesIO()
     Image.new("RGB", (200, 200), "red").save(broken, "JPEG")
     with pytest.raises(InputError, match=r"pair 1: corrupt-image: .*truncated"):
