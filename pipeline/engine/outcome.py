@@ -32,8 +32,8 @@ class Outcome:
             named = "; ".join(str(aside) for aside in self.failed[:5])
             more = f"; and {len(self.failed) - 5} more" if len(self.failed) > 5 else ""
             raise StageError(
-                f"score: {len(self.failed)} of {self.total} shards failed ({named}{more}); why is in {failed_folder}; "
-                "--retry-failed takes them up again"
+                f"score: {len(self.failed)} of {self.total} shards failed ({named}{more}); the reasons are in "
+                f"{failed_folder}; --retry-failed takes them up again"
             )
 
 

@@ -120,8 +120,8 @@ def fit(seen: Observed, terms: Tensor, runs: Sequence[int], *, network: bool = F
     for run in range(int(of_run.max()) + 1):
         y = terms[:, of_run == run].double()
         known = torch.isfinite(y).all(1)
-        if int(known.sum()) < 2:
-            raise InputError(f"score.sample: expected scored pairs of each proxy run, found {int(known.sum())} of one")
+        if (count := int(known.sum())) < 2:
+            raise InputError(f"score.sample: expected two scored pairs or more of each proxy run, found {count} of one")
         parts.append(_fit_run(seen[known].features(run), y[known], network, seed + run))
     return Regressor(runs, parts)
 

@@ -27,7 +27,8 @@ def say_other_scores(job: Job, stage: str) -> None:
     mark = next(read_marks(job.folder), None)
     found = (_other_settings(job.config, mark.parts) if mark is not None else []) + _other_shards(job)[:1]
     if found:
-        say(stage, f"warning: the scores used are of other settings than the config's: {name_differences(found)}")
+        others = name_differences(found)
+        say(stage, f"warning: the scores used were made with other settings than the config's: {others}")
 
 
 def say_other_selection(job: Job, stage: str) -> None:

@@ -35,7 +35,7 @@ def _check_out(out: str) -> None:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"expected a path or URL that can be used here: {error}", key="out", found=out) from None
     if not out or (not storage.is_local(out) and not path.strip("/")):
-        raise ConfigError("expected a folder, of a bucket for one", key="out", found=out)
+        raise ConfigError("expected a folder, on an object store one in a bucket", key="out", found=out)
 
 
 def check_ahead(config: Config) -> None:

@@ -70,7 +70,7 @@ def test_each_run_is_predicted_from_its_own_embedding_and_from_the_pairs_it_has_
     for run in (0, 1):
         assert torch.corrcoef(torch.stack([found[:, run], planted(new, run)[:, 0]]))[0, 1] > 0.99
     terms[:, 1] = torch.nan
-    with pytest.raises(InputError, match="expected scored pairs of each proxy run, found 0 of one"):
+    with pytest.raises(InputError, match="expected two scored pairs or more of each proxy run, found 0 of one"):
         fit(known, terms, [0, 1])
 
 

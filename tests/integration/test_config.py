@@ -125,7 +125,7 @@ def test_a_bad_config_is_one_line_and_status_2(
     ("out", "line"),
     [
         ("nosuch://x/y", "expected a path or URL that can be used here: Protocol not known: nosuch, found"),
-        ("s3://", "expected a folder, of a bucket for one, found 's3://'"),
+        ("s3://", "expected a folder, on an object store one in a bucket, found 's3://'"),
     ],
 )
 def test_a_folder_that_no_storage_has_is_status_2(

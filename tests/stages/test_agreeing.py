@@ -61,7 +61,7 @@ def test_scores_of_other_settings_are_named_in_one_line(
 ) -> None:
     say_other_scores(job_of(made, **sections), "report")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"report: warning: the scores used are of other settings than the config's: {named}"
+    assert line == f"report: warning: the scores used were made with other settings than the config's: {named}"
 
 
 def test_scores_of_other_shards_are_named(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_a_selection_of_other_settings_is_named_in_one_line(made: MadeRun, capsy
 
 def test_a_dry_run_says_so_too(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
     looking.show_plan(job_of(made, score={"estimator": "tracin"}).config)
-    assert "select: warning: the scores used are of other settings" in capsys.readouterr().err
+    assert "select: warning: the scores used were made with other settings" in capsys.readouterr().err
 
 
 def test_stages_after_the_scores_say_so(
@@ -104,7 +104,7 @@ def test_stages_after_the_scores_say_so(
     for stage in ("select", "emit", "report"):
         runner.run_stage(stage, config)
     lines = [line.partition(": score.")[0].partition(": select.")[0] for line in capsys.readouterr().err.splitlines()]
-    scores = "warning: the scores used are of other settings than the config's"
+    scores = "warning: the scores used were made with other settings than the config's"
     selection = "warning: 'q' was selected with other settings than the config's"
     assert lines == [
         f"select: {scores}", "select: 6 of 24 pairs kept",
