@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.influence.arithmetic import attention_in_parts
 from pipeline.influence.losses import batch_loss
-from pipeline.literals import Family, OptimizerName
-from pipeline.models.checkpoint import excluded_from_decay
+from pipeline.influence.optimizer import StepRule
+from pipeline.literals import Family
 from pipeline.types import AdamState, Checkpoint, Features, PairBatch, Tree
 
 #: Attributes of open_clip's text towers that are numbers of tokens: the text's end, and padding.
@@ -32,24 +32,14 @@ class Recipe:
     Attributes:
         order: int64 `[steps, batch]`, the rows of each step.
         rates: learning rate of each step.
-        optimizer: `sgd` or `adamw`.
-        weight_decay: decoupled, of the parameters that open_clip's trainer decays.
-        beta1, beta2, eps: AdamW's.
-        momentum: SGD's.
-        grad_clip: norm to which each training's gradient is clipped; None does not clip.
+        rule: the optimizer; a norm to clip to is each training's own.
         family: `clip` or `siglip`.
         ignore_equal_captions: whether equal captions are not each other's negatives.
     """
 
     order: Tensor
     rates: list[float]
-    optimizer: OptimizerName = "adamw"
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    momentum: float = 0.0
-    grad_clip: float | None = None
+    rule: StepRule
     family: Family = "clip"
     ignore_equal_captions: bool = False
 
@@ -147,7 +137,7 @@ def train_masked(
         with sdpa_kernel(SDPBackend.MATH), attention_in_parts():
             gradient = gradients(stacked, masks[:, rows], batch.images, batch.tokens, batch.captions)
         with torch.no_grad():
-            _advance(stacked, first, second, gradient, updates + step, recipe.rates[step - 1], recipe)
+            _advance(stacked, first, second, gradient, updates + step, recipe.rates[step - 1], recipe.rule)
         if at_step is not None:
             at_step(step, stacked, first, second)
     return stacked
@@ -158,24 +148,24 @@ def _repeated(tree: Tree, count: int) -> Tree:
 
 
 def _advance(
-    params: Tree, first: Tree, second: Tree, gradient: Tree, updates: int, rate: float, recipe: Recipe
+    params: Tree, first: Tree, second: Tree, gradient: Tree, updates: int, rate: float, rule: StepRule
 ) -> None:
     """The moments' step number `updates` of SGD or AdamW (Loshchilov & Hutter, Algorithm 2), on stacked parameters."""
-    factor = _clip_factors(gradient, recipe.grad_clip)
+    factor = _clip_factors(gradient, rule.grad_clip)
     for name, value in params.items():
         g = gradient[name]
         if factor is not None:
             g = g * factor.reshape(-1, *[1] * (g.ndim - 1))
-        if recipe.weight_decay and not excluded_from_decay(name, value[0]):
-            value.mul_(1 - rate * recipe.weight_decay)
-        if recipe.optimizer == "sgd":
-            first[name].mul_(recipe.momentum).add_(g)
+        if decay := rule.weight_decay.get(name, 0.0):
+            value.mul_(1 - rate * decay)
+        if rule.optimizer == "sgd":
+            first[name].mul_(rule.momentum).add_(g)
             value.sub_(rate * first[name])
             continue
-        first[name].lerp_(g, 1 - recipe.beta1)
-        second[name].mul_(recipe.beta2).addcmul_(g, g, value=1 - recipe.beta2)
-        denominator = (second[name] / (1 - recipe.beta2**updates)).sqrt_().add_(recipe.eps)
-        value.addcdiv_(first[name], denominator, value=-rate / (1 - recipe.beta1**updates))
+        first[name].lerp_(g, 1 - rule.beta1)
+        second[name].mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
+        denominator = (second[name] / (1 - rule.beta2**updates)).sqrt_().add_(rule.eps)
+        value.addcdiv_(first[name], denominator, value=-rate / (1 - rule.beta1**updates))
 
 
 def _clip_factors(gradient: Tree, limit: float | None) -> Tensor | None:
@@ -187,23 +177,23 @@ def _clip_factors(gradient: Tree, limit: float | None) -> Tensor | None:
 
 
 def checkpoint_of(
-    row: int, step: int, lr: float, params: Tree, first: Tree, second: Tree, start: Checkpoint, recipe: Recipe
+    row: int, step: int, lr: float, params: Tree, first: Tree, second: Tree, start: Checkpoint, rule: StepRule
 ) -> Checkpoint:
     """One training out of the stack as a `Checkpoint`."""
     adam = None
-    if recipe.optimizer == "adamw":
+    if rule.optimizer == "adamw":
         adam = AdamState(
             steps=step + (start.adam.steps if start.adam is not None else 0),
             exp_avg={name: value[row].clone() for name, value in first.items()},
             exp_avg_sq={name: value[row].clone() for name, value in second.items()},
-            beta1=recipe.beta1,
-            beta2=recipe.beta2,
-            eps=recipe.eps,
+            beta1=rule.beta1,
+            beta2=rule.beta2,
+            eps=rule.eps,
         )
     momentum, gain = None, 1.0
-    if recipe.optimizer == "sgd" and recipe.momentum:
+    if rule.optimizer == "sgd" and rule.momentum:
         momentum = {name: value[row].clone() for name, value in first.items()}
-        gain = 1 / (1 - recipe.momentum)
+        gain = 1 / (1 - rule.momentum)
     own = {name: value[row].clone() for name, value in params.items()}
     return Checkpoint(step, lr, start.run, own, start.buffers, adam, momentum, gain)
 

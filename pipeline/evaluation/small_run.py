@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.evaluation.masked import Recipe, checkpoint_of, compact_vocabulary, target_losses, train_masked
-from pipeline.influence import Replay, StepRule
+from pipeline.influence import Replay
 from pipeline.models.checkpoint import decay_of_each
 from pipeline.models.clip import PairModel, split_state
+from pipeline.replay.record import step_rule
 from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates
 from pipeline.types import Checkpoint, PairBatch, Tree
 
@@ -57,7 +58,7 @@ class SmallRun:
 
         def keep(step: int, params: Tree, first: Tree, second: Tree) -> None:
             rate = self.recipe.rates[step - 1]
-            found.append(checkpoint_of(0, step, rate, params, first, second, self.start, self.recipe))
+            found.append(checkpoint_of(0, step, rate, params, first, second, self.start, self.recipe.rule))
 
         train_masked(self.model, self.start, self.data, self._masks(1), self.recipe, at_step=keep)
         return found
@@ -92,17 +93,7 @@ class SmallRun:
 
     def replay(self) -> Replay:
         """What `unrolled` needs to go back through this run step by step."""
-        recipe = self.recipe
-        rule = StepRule(
-            optimizer=recipe.optimizer,
-            weight_decay=decay_of_each(self.start.params, recipe.weight_decay),
-            beta1=recipe.beta1,
-            beta2=recipe.beta2,
-            eps=recipe.eps,
-            momentum=recipe.momentum,
-            grad_clip=recipe.grad_clip,
-        )
-        return Replay(rule, recipe.rates, self.batch, self.start)
+        return Replay(self.recipe.rule, self.recipe.rates, self.batch, self.start)
 
     def _masks(self, count: int) -> Tensor:
         dtype = next(iter(self.start.params.values())).dtype
@@ -134,13 +125,7 @@ def small_run(
     recipe = Recipe(
         order=torch.from_numpy(order),
         rates=[float(rate) for rate in learning_rates(settings)],
-        optimizer=settings.optimizer,
-        weight_decay=settings.weight_decay,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        eps=settings.eps,
-        momentum=settings.momentum,
-        grad_clip=settings.grad_clip,
+        rule=step_rule(settings, params),
         family=settings.loss,
         ignore_equal_captions=settings.equal_captions == "ignore",
     )
@@ -169,17 +154,20 @@ def _warmed_up(
         recipe,
         order=torch.from_numpy(data_order(np.arange(len(others)), settings)),
         rates=[float(rate) for rate in learning_rates(settings)],
-        optimizer="adamw",
-        weight_decay=settings.weight_decay,
-        grad_clip=None,
+        rule=replace(
+            recipe.rule,
+            optimizer="adamw",
+            weight_decay=decay_of_each(start.params, settings.weight_decay),
+            grad_clip=None,
+        ),
     )
     masks = torch.ones(1, len(others), dtype=next(iter(start.params.values())).dtype)
     reached: list[Checkpoint] = []
 
     def keep(step: int, params: Tree, first: Tree, second: Tree) -> None:
         if step == validation.warm_steps:
-            reached.append(checkpoint_of(0, step, 0.0, params, first, second, start, own))
+            reached.append(checkpoint_of(0, step, 0.0, params, first, second, start, own.rule))
 
     train_masked(model, start, others, masks, own, at_step=keep)
     (found,) = reached
-    return replace(found, step=0, adam=found.adam if recipe.optimizer == "adamw" else None)
+    return replace(found, step=0, adam=found.adam if recipe.rule.optimizer == "adamw" else None)

@@ -29,10 +29,10 @@ def stability_limit(run: SmallRun) -> float:
 
     Heavy-ball momentum, whose steps are not averages, has `2 (1 + beta)`.
     """
-    recipe = run.recipe
-    if recipe.optimizer == "adamw":
-        return 2 * (1 + recipe.beta1) / (1 - recipe.beta1)
-    return 2 * (1 + recipe.momentum)
+    rule = run.recipe.rule
+    if rule.optimizer == "adamw":
+        return 2 * (1 + rule.beta1) / (1 - rule.beta1)
+    return 2 * (1 + rule.momentum)
 
 
 def _largest(run: SmallRun, step: int, settings: Settings) -> float:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.errors import StageError
+from pipeline.influence.optimizer import StepRule
 from pipeline.models.checkpoint import decay_of_each, load_checkpoint
 from pipeline.models.manifest import Manifest, ManifestEntry
 from pipeline.replay.files import RecordFolder
@@ -80,9 +81,18 @@ class Record:
         """The pairs of the step from `step` to `step + 1` (from 0), cropped as they were in training."""
         return step_pairs(cache, self.order, self.settings, step)
 
-    def weight_decay(self, params: Tree) -> dict[str, float]:
-        """The decoupled weight decay of each parameter (`decay_of_each`)."""
-        return decay_of_each(params, self.settings.weight_decay)
+
+def step_rule(settings: TrainingSettings, params: Tree) -> StepRule:
+    """The optimizer of a run, for `params`."""
+    return StepRule(
+        optimizer=settings.optimizer,
+        weight_decay=decay_of_each(params, settings.weight_decay),
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        momentum=settings.momentum,
+        grad_clip=settings.grad_clip,
+    )
 
 
 def trained_ids(folder: RunFolder, run: int) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from pipeline.data.sampling import Places, load_pairs
 from pipeline.data.shards import expand
 from pipeline.device import device_of_this_task
 from pipeline.errors import InputError
-from pipeline.influence import Batches, Replay, StepRule, prepare, prepare_run, with_reference
+from pipeline.influence import Batches, Replay, prepare, prepare_run, with_reference
 from pipeline.literals import WHOLE_RUN
 from pipeline.models.manifest import Manifest
 from pipeline.prepared import (
@@ -30,7 +30,7 @@ from pipeline.prepared import (
     score_basis,
     settings_of,
 )
-from pipeline.replay.record import Record
+from pipeline.replay.record import Record, step_rule
 from pipeline.run import RunFolder
 from pipeline.stages.computing import ComputingJob
 from pipeline.stages.job import OVERDRAW, Job
@@ -180,14 +180,5 @@ def exact_replay(job: ComputingJob, run: int) -> Replay:
     pairs, _ = training_pairs(job)
     cache = pairs()
     initial = record.initial(job.model(run))
-    settings = record.settings
-    rule = StepRule(
-        optimizer=settings.optimizer,
-        weight_decay=record.weight_decay(initial.params),
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        eps=settings.eps,
-        momentum=settings.momentum,
-        grad_clip=settings.grad_clip,
-    )
+    rule = step_rule(record.settings, initial.params)
     return Replay(rule, [float(rate) for rate in record.rates], lambda step: record.pairs(cache, step), initial)

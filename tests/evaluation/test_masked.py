@@ -17,8 +17,12 @@ from pipeline.evaluation.masked import (
     target_losses,
     train_masked,
 )
+from pipeline.influence import StepRule
+from pipeline.models.checkpoint import decay_of_each
 from pipeline.models.clip import build_model, split_state
 from pipeline.types import Checkpoint, Features, PairBatch
+
+RULE = StepRule("sgd", {})
 
 
 def make_pairs(n: int, seed: int = 0) -> PairBatch:
@@ -88,7 +92,7 @@ def test_a_masked_pair_is_as_if_absent(
     setting: tuple[torch.nn.Module, Checkpoint, PairBatch, PairBatch], family: str, ignore_equal: bool
 ) -> None:
     model, _, data, _ = setting
-    recipe = Recipe(data.ids[None], [0.1], family=family, ignore_equal_captions=ignore_equal)
+    recipe = Recipe(data.ids[None], [0.1], RULE, family=family, ignore_equal_captions=ignore_equal)
     features = model(data.images, data.tokens)
     keep = torch.ones(24, dtype=torch.float64)
     keep[[2, 7, 8]] = 0
@@ -102,7 +106,7 @@ def test_equal_captions_are_no_negatives_when_ignored() -> None:
     image = torch.eye(3, dtype=torch.float64)
     text = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64)
     keep, captions = torch.ones(3, dtype=torch.float64), torch.tensor([5, 5, 6])
-    recipe = Recipe(torch.arange(3)[None], [0.1], ignore_equal_captions=True)
+    recipe = Recipe(torch.arange(3)[None], [0.1], RULE, ignore_equal_captions=True)
     loss = masked_loss(Features(image, text, torch.tensor(2.0), torch.tensor(0.0)), keep, captions, recipe)
     logits = 2 * image @ text.T
     kept = [[0, 2], [1, 2], [0, 1, 2]]
@@ -117,7 +121,8 @@ def test_stacked_trainings_equal_trainings_one_by_one(
 ) -> None:
     model, start, data, target = setting
     order = torch.stack([torch.randperm(24, generator=torch.Generator().manual_seed(step))[:16] for step in range(4)])
-    recipe = Recipe(order, [0.01, 0.02, 0.02, 0.01], optimizer=optimizer, weight_decay=0.1)
+    rule = StepRule(optimizer, decay_of_each(start.params, 0.1))
+    recipe = Recipe(order, [0.01, 0.02, 0.02, 0.01], rule)
     masks = torch.ones(2, 24, dtype=torch.float64)
     masks[1, [3, 11]] = 0
     states = []
@@ -127,7 +132,7 @@ def test_stacked_trainings_equal_trainings_one_by_one(
         data,
         masks,
         recipe,
-        at_step=lambda t, p, f, s: states.append(checkpoint_of(1, t, 0.0, p, f, s, start, recipe)),
+        at_step=lambda t, p, f, s: states.append(checkpoint_of(1, t, 0.0, p, f, s, start, rule)),
     )
     losses = target_losses(model, stacked, start.buffers, target, recipe)
     for row, mask in enumerate(masks):
@@ -167,7 +172,7 @@ def test_equal_captions_option_reaches_the_training(
     setting: tuple[torch.nn.Module, Checkpoint, PairBatch, PairBatch],
 ) -> None:
     model, start, data, _ = setting
-    recipe = Recipe(torch.arange(24)[None], [0.1], optimizer="sgd")
+    recipe = Recipe(torch.arange(24)[None], [0.1], RULE)
     masks = torch.ones(1, 24, dtype=torch.float64)
     usual = train_masked(model, start, data, masks, recipe)
     ignoring = train_masked(model, start, data, masks, replace(recipe, ignore_equal_captions=True))

@@ -20,6 +20,7 @@ from pipeline.evaluation.steepness import stability_limit, steepness
 from pipeline.evaluation.validation_plot import plot
 from pipeline.influence import Batches, Settings, prepare_run
 from pipeline.influence.trees import plus, scaled
+from pipeline.models.checkpoint import decay_of_each
 from tests.evaluation.runs import make_run
 from tests.influence.oracle import Explicit
 
@@ -78,11 +79,13 @@ def test_momentum_and_clipping_are_those_of_torch() -> None:
 
 
 def test_what_the_trainer_does_not_decay_does_not_decay() -> None:
-    run = make_run(steps=1, weight_decay=0.5)
+    run = make_run(steps=1)
     for name in ("relative_position_bias_table", "idle"):
         run.start.params[name] = torch.ones(2, 2, dtype=torch.float64)
         run.model.register_parameter(name, torch.nn.Parameter(run.start.params[name]))
-    after, decay = run.states[-1].params, run.replay().rule.weight_decay
+    decay = decay_of_each(run.start.params, 0.5)
+    run.recipe = replace(run.recipe, rule=replace(run.recipe.rule, weight_decay=decay))
+    after = run.states[-1].params
     assert (after["relative_position_bias_table"] == 1).all()
     assert (after["idle"] == 1 - 0.05 * 0.5).all()
     assert (decay["relative_position_bias_table"], decay["idle"], decay["logit_scale"]) == (0, 0.5, 0)

@@ -27,7 +27,7 @@ from pipeline.models.manifest import Manifest
 from pipeline.models.takeover import import_checkpoints
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.proxy import train_proxy
-from pipeline.replay.record import Record, trained_ids
+from pipeline.replay.record import Record, step_rule, trained_ids
 from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates
 from pipeline.run import RunFolder
 from pipeline.stages.plans import exact_replay
@@ -97,7 +97,7 @@ def test_a_replay_from_the_record_reaches_every_checkpoint(tmp_path: Path, facto
     initial = record.initial(model)
     assert (initial.step, initial.adam) == (0, None)
     model.load_state_dict(initial.params | initial.buffers)
-    decay = record.weight_decay(initial.params)
+    decay = step_rule(s, initial.params).weight_decay
     assert set(decay.values()) == {0.0, 0.1}
     parameters = dict(model.named_parameters())
     optimizer: torch.optim.Optimizer = (
