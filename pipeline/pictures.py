@@ -1,4 +1,4 @@
-"""Small pictures of images from shards, whatever their format: for the page, and for a terminal."""
+"""Images from shards: which formats are opened, and small pictures for the page and for a terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
+#: Pillow's decoders that are allowed: some of the others start programs or take very long.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 UPPER_HALF = "\u2580"
 
 
@@ -40,7 +42,7 @@ def open_image(data: bytes, max_pixels: int, side: int) -> Image.Image | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 return None
             image.draft("RGB", (side, side))

@@ -28,10 +28,8 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data.reader import Sample
 from pipeline.data.reasons import Reason
+from pipeline.pictures import FORMATS
 from pipeline.types import PairBatch
-
-#: Pillow's decoders that are allowed: some of the others start programs or take very long.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 Tokenize = Callable[[list[str]], Tensor]
 _Pixels = NDArray[np.uint8]

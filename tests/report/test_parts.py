@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from pipeline.config import DataConfig, parse_config
 from pipeline.data.inventory import inspect_shard
@@ -149,6 +149,16 @@ def test_evaluation_results_are_read_as_they_were_written(tmp_path: Path) -> Non
     whole, one, none = (
         Result.of(name, "random", None, 10, "accuracy", values)
         for name, values in (("a", [0.5, 0.7]), ("b\x1b", [0.5]), ("c", [math.nan]))
+def test_decoders_that_start_programs_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: started.append(given))
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    assert Image.open(io.BytesIO(buffer.getvalue())).format == "EPS"
+    assert open_image(buffer.getvalue(), 1000, 8) is None
+    assert not started
+
+
     )
     rows = [storage.without_nan(asdict(each)) for each in (whole, one, replace(none, values=[]))]
     storage.write_json(str(tmp_path / "evaluation" / "results.json"), {"rows": rows})
