@@ -18,7 +18,7 @@ from pipeline.text import plural
 #: Loading processes per GPU where there are pairs enough for them (open_clip's own default).
 WORKERS = 4
 
-#: How webdataset is told to read a store that it has no client for.
+#: How webdataset is told to read a store that it has no client for: in a shell.
 _PIPES = {"s3": "aws s3 cp {} -", "gs": "gcloud storage cat {}", "hdfs": "hdfs dfs -cat {}"}
 
 
@@ -89,7 +89,10 @@ def consumer_url(url: str) -> str:
     if storage.is_local(url):
         return os.path.abspath(storage.local_path(url))
     protocol = url.partition("://")[0]
-    return f"pipe:{_PIPES[protocol].format(url)}" if protocol in _PIPES else url
+    if protocol in _PIPES:
+        return f"pipe:{_PIPES[protocol].format(shlex.quote(url))}"
+    # webdataset puts it between single quotes in a shell's command.
+    return url.replace("'", "%27")
 
 
 def is_our_model(model: str) -> bool:

@@ -340,3 +340,20 @@ def test_stores_without_a_client_in_webdataset_are_piped(tmp_path: Path, monkeyp
     assert consumer_url("in/0.tar") == f"{tmp_path}/in/0.tar"
     assert consumer_url("s3://b/0.tar") == "pipe:aws s3 cp s3://b/0.tar -"
     assert consumer_url("https://h/0.tar") == "https://h/0.tar"
+
+
+@pytest.mark.parametrize("name", ["a b.tar", "$(touch made).tar", "'; touch made; '.tar", '"`touch made`".tar'])
+def test_no_part_of_a_name_is_run_by_the_shells_that_webdataset_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from webdataset.gopen import gopen
+
+    monkeypatch.chdir(tmp_path)
+    for program, address in (("aws", "$3"), ("curl", "${*: -1}")):
+        (tmp_path / program).write_text(f'#!/usr/bin/env bash\nprintf %s "{address}"\n')
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for url in (f"s3://b/{name}", f"https://h/{name}"):
+        with gopen(consumer_url(url)) as stream:
+            assert stream.read().decode().replace("%27", "'") == url
+    assert not (tmp_path / "made").exists()
