@@ -13,6 +13,9 @@ NARROW = "\u202f"
 NO_SOURCE = "(no source)"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 #: Direction overrides and isolates, which could reorder the text around a caption.
+#: Passwords (and before a web address any user) and queries, where signatures and tokens are.
+_PASSWORDS = re.compile(r"(https?://)[^\s/@\"']+@|([a-z][a-z0-9+.-]*://)[^\s/:@\"']*:[^\s/@\"']+@", re.IGNORECASE)
+_QUERIES = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?\"']*\?)(?:(?!::)[^\s\"'`])+", re.IGNORECASE)
 _BIDI_CONTROLS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -104,6 +107,11 @@ def plain(text: str, limit: int = 400) -> str:
     text = "".join(" " if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") else char for char in text)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "\u2026"
+
+
+def without_secrets(text: str) -> str:
+    """Text without what in the addresses in it gives access: for what is shown to others."""
+    return _QUERIES.sub(r"\1...", _PASSWORDS.sub(r"\1\2", text))
 
 
 def plural(amount: float, noun: str) -> str:

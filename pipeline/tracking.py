@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.run import RunFolder
 from pipeline.store import storage
+from pipeline.text import without_secrets
 
 
 class Board:
@@ -20,7 +22,7 @@ class Board:
 
         Args:
             folder: the run's folder; TensorBoard's files go to `tensorboard/` in it.
-            config: its `track` is used; Weights & Biases shows all of it.
+            config: its `track` is used; Weights & Biases shows all of it but what in addresses gives access.
             name: the training's, such as `run-000`; with `/` for groups.
             first_step: scalars of this step and later ones that an interrupted training left behind are replaced.
         """
@@ -73,7 +75,7 @@ class Board:
             id=hashlib.blake2b(f"{root}\n{name}".encode(), digest_size=8).hexdigest(),
             resume="allow",
             reinit="create_new",
-            config=config.model_dump(mode="json"),
+            config=json.loads(without_secrets(config.model_dump_json())),
             dir=local,
             settings=wandb.Settings(console="off", silent=True),
         )

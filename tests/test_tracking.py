@@ -52,7 +52,7 @@ def _history(folder: Path) -> list[dict[str, str]]:
 
 def test_both_trackers_hold_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = parse_config({"data": {"shards": []}, "track": {"wandb": "pairs"}})
+    config = parse_config({"data": {"shards": "https://me:word@h/0.tar?sig=a"}, "track": {"wandb": "pairs"}})
     with Board(RunFolder(str(tmp_path)), config, "run-000") as board:
         for step, loss in ((1, 4.0), (2, 2.0), (3, 1.0)):
             board.log(step, {"loss": loss, "learning_rate": 0.5})
@@ -64,6 +64,9 @@ def test_both_trackers_hold_every_step(tmp_path: Path, monkeypatch: pytest.Monke
         ("2", "2", "0.5"),
         ("3", "1", "0.5"),
     ]
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"https://h/0.tar?..." in (content := file.read_bytes())
+    assert b"word" not in content
 
 
 def test_a_training_that_goes_on_replaces_what_it_repeats(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo
 from pipeline.emit.templates import render
 from pipeline.selection.summary import SelectionSummary
-from pipeline.text import plural
+from pipeline.text import plural, without_secrets
 
 #: Input shards that the card lists; the manifest has them all.
 INPUTS_SHOWN = 50
@@ -35,7 +35,7 @@ def render_card(
     command: str,
     files: dict[str, Any],
 ) -> str:
-    """The card's Markdown.
+    """The card's Markdown, without what in addresses gives access.
 
     Args:
         selection: what is handed over; its own settings are stated, whatever the config's.
@@ -47,7 +47,7 @@ def render_card(
     tree = config.model_dump(mode="json")
     tree["select"] = selection.config | ({} if selection.seed == config.seed else {"seed": selection.seed})
     settings = {"seed": config.seed, **{name: tree[name] for name in ("data", "target", "proxy", "select", "emit")}}
-    return render(
+    card = render(
         "card.md.j2",
         counts=counts,
         by=selection.config["by"],
@@ -64,6 +64,7 @@ def render_card(
         plural=plural,
         **files,
     )
+    return without_secrets(card)
 
 
 def size_category(pairs: int) -> str:

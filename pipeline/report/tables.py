@@ -19,7 +19,7 @@ from pipeline.report.groups import wilson
 from pipeline.report.rows import Bools, Floats
 from pipeline.run import RunFolder
 from pipeline.selection.summary import read_summary
-from pipeline.text import count, duration, number, percent, plain, plus_minus, power_of_ten
+from pipeline.text import count, duration, number, percent, plain, plus_minus, power_of_ten, without_secrets
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _settings(section: BaseModel, prefix: str) -> Iterator[tuple[str, str, bool,
             continue
         plain_value = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
         text = json.dumps(plain_value, ensure_ascii=False) if not isinstance(plain_value, str) else plain_value
-        yield f"{prefix}{name}", plain(text, 300), value != default, meaning(field)
+        yield f"{prefix}{name}", plain(without_secrets(text), 300), value != default, meaning(field)
 
 
 def settings_tables(config: Config) -> tuple[Table, Table]:
@@ -202,4 +202,7 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif value is not None:
-            yield plain(f"{prefix}{name}"), number(value, 4) if isinstance(value, float) else plain(str(value), 200)
+            yield (
+                plain(f"{prefix}{name}"),
+                number(value, 4) if isinstance(value, float) else plain(without_secrets(str(value)), 200),
+            )

@@ -225,8 +225,9 @@ def test_the_card_says_what_the_scores_and_the_selection_are_made_with_whatever_
     tree = made.config.model_dump(mode="json")
     tree["select"] |= {"keep": 0.9, "by": "utility"}
     tree |= {"score": {"estimator": "z0"}, "seed": 4}
-    emit(made.run, parse_config(tree), made.inventory)
+    emit(made.run, parse_config(tree), made.inventory, command="diffprune run 'https://me:word@h/my.yaml?sig=a'")
     text = Path(made.folder.card).read_text()
+    assert "Made by `diffprune run 'https://h/my.yaml?...'`." in text
     assert "the selection `default` keeps, ranked by `-utility`" in text
     assert "an estimate by `tracin`" in text
     settings = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])

@@ -22,7 +22,7 @@ from pipeline.report.plots import Canvas, Scale, tick_labels
 from pipeline.report.tables import quality_table, settings
 from pipeline.run import RunFolder
 from pipeline.store import storage
-from pipeline.text import duration, number, percent, plain, plus_minus, size
+from pipeline.text import duration, number, percent, plain, plus_minus, size, without_secrets
 from tests.helpers import image_bytes, write_shards
 
 CONFIG = parse_config({"data": {"shards": []}})
@@ -94,6 +94,25 @@ def test_svg_text_is_escaped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:word@h/{0..9}.tar?sig=a&b=c::s3://b/0.tar", "https://h/{0..9}.tar?...::s3://b/0.tar"),
+        ("| `https://token@h/0.tar?sig=a%2Fb` | 7 |", "| `https://h/0.tar?...` | 7 |"),
+        ('["sftp://me:word@h/a b.tar", "http://h/0.tar?key=a,b"]', '["sftp://h/a b.tar", "http://h/0.tar?..."]'),
+        ("abfs://box@account.host/0.tar hdfs://me@h:1/0.tar", "abfs://box@account.host/0.tar hdfs://me@h:1/0.tar"),
+        ("why? a.tar::b@c.tar", "why? a.tar::b@c.tar"),
+    ],
+)
+def test_what_gives_access_is_not_shown(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+
+
+def test_settings_are_shown_without_what_gives_access() -> None:
+    config = parse_config({"data": {"shards": ["https://me:word@h/0.tar?sig=abc"]}})
+    assert {key: value for key, value, _, _ in settings(config)}["data.shards"] == '["https://h/0.tar?..."]'
+
+
+@pytest.mark.parametrize(
     ("mode", "file_format"),
     [
         ("RGB", "JPEG"),
@@ -130,6 +149,16 @@ def test_images_that_are_too_large_or_broken_have_no_thumbnail() -> None:
     assert open_image(b"", max_pixels=10**6, side=32) is None
 
 
+def test_decoders_that_start_programs_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: started.append(given))
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    assert Image.open(io.BytesIO(buffer.getvalue())).format == "EPS"
+    assert open_image(buffer.getvalue(), 1000, 8) is None
+    assert not started
+
+
 def test_fetch_takes_the_pairs_asked_for(tmp_path: Path) -> None:
     urls = write_shards(tmp_path, shards=2, samples=8)
     shards = [inspect_shard(index, url) for index, url in enumerate(urls)]
@@ -149,16 +178,6 @@ def test_evaluation_results_are_read_as_they_were_written(tmp_path: Path) -> Non
     whole, one, none = (
         Result.of(name, "random", None, 10, "accuracy", values)
         for name, values in (("a", [0.5, 0.7]), ("b\x1b", [0.5]), ("c", [math.nan]))
-def test_decoders_that_start_programs_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[object] = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **_: started.append(given))
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "EPS")
-    assert Image.open(io.BytesIO(buffer.getvalue())).format == "EPS"
-    assert open_image(buffer.getvalue(), 1000, 8) is None
-    assert not started
-
-
     )
     rows = [storage.without_nan(asdict(each)) for each in (whole, one, replace(none, values=[]))]
     storage.write_json(str(tmp_path / "evaluation" / "results.json"), {"rows": rows})
