@@ -22,8 +22,12 @@ from pipeline.store import storage
 
 #: Image members, in the order in which open_clip looks for them.
 IMAGE_TYPES = ("jpg", "png", "jpeg", "webp")
-#: Members above this are not read.
+#: Images above this are not read.
 MAX_MEMBER_BYTES = 512 << 20
+#: Captions and json above this are not read: parsed they take many times as much.
+MAX_TEXT_BYTES = 4 << 20
+#: A tar with more than this before a member, in long names or pax records, breaks off there: `tarfile` reads all of it.
+MAX_HEADER_BYTES = 256 << 10
 
 #: Members that are read, by their ending.
 READ_TYPES = (*IMAGE_TYPES, "txt", "json")
@@ -36,6 +40,15 @@ _NOT_A_TAR = (tarfile.TarError, ValueError, IndexError, OverflowError, Recursion
 #: How `tarfile` names a zero block (the closing marker) and the end of the file where a header should be.
 _MARKER: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 _NO_MARKER: type[Exception] = tarfile.EmptyHeaderError  # type: ignore[attr-defined]
+_BAD_HEADER: type[Exception] = tarfile.InvalidHeaderError  # type: ignore[attr-defined]
+#: Headers that hold something about the member after them.
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 @dataclass(slots=True)
@@ -67,7 +80,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Group:
-    """The members of a sample: contents of the types that are read (None: too large)."""
+    """The members of a sample: contents of the types that are read (None: too large, see `most_bytes`)."""
 
     key: str
     repeated: bool
@@ -130,8 +143,13 @@ def _files(members: _Members, read: bool, headers: Headers | None) -> Iterator[t
             headers.add(header)
         if header.isreg():
             parts = split_name(header.name) if read else None
-            wanted = parts is not None and parts[1].lower() in READ_TYPES
-            yield header.name, members.content(header) if wanted else None
+            ending = parts[1].lower() if parts is not None else ""
+            yield header.name, members.content(header, most_bytes(ending)) if ending in READ_TYPES else None
+
+
+def most_bytes(ending: str) -> int:
+    """Bytes up to which members of that ending are read."""
+    return MAX_MEMBER_BYTES if ending in IMAGE_TYPES else MAX_TEXT_BYTES
 
 
 class SampleParser:
@@ -150,7 +168,7 @@ class SampleParser:
             problems.append((Reason.TRUNCATED_SAMPLE, group.broken))
         for ending, content in group.contents.items():
             if content is None:
-                problems.append((Reason.TOO_LARGE, f"the {ending} member is over {MAX_MEMBER_BYTES} bytes"))
+                problems.append((Reason.TOO_LARGE, f"the {ending} member is over {most_bytes(ending)} bytes or sparse"))
         image_type = next((ending for ending in IMAGE_TYPES if ending in group.contents), "")
         image = group.contents.get(image_type)
         if not image_type:
@@ -221,6 +239,13 @@ class _Header(tarfile.TarInfo):
     """A member's header that tells its archive how the reading of headers ended; `TarFile.next` hides it."""
 
     @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
+            raise _BAD_HEADER(f"{header.size} bytes of headers before a member")
+        return header
+
+    @classmethod
     def fromtarfile(cls, tarfile: Any) -> _Header:
         try:
             return super().fromtarfile(tarfile)
@@ -268,11 +293,11 @@ class _Members:
         elif not isinstance(archive.end, _MARKER):
             self._stop(offset, str(archive.end))
 
-    def content(self, header: tarfile.TarInfo) -> bytes | None:
-        """The bytes of the member just given; None if there are too many. What is missing at the end is missing
+    def content(self, header: tarfile.TarInfo, most: int) -> bytes | None:
+        """The bytes of the member just given; None if there are more than `most`. What is missing at the end is missing
         here too; iterating on then finds the tar broken.
         """
-        if header.size > MAX_MEMBER_BYTES or header.issparse():
+        if header.size > most or header.issparse():
             return None
         assert self._archive is not None
         assert self._archive.fileobj is not None

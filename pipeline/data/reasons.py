@@ -15,7 +15,7 @@ class Reason(StrEnum):
     TRUNCATED_SAMPLE = "truncated-sample"
     """The tar broke off, or went on unreadably, within this sample or right after it."""
     TOO_LARGE = "too-large"
-    """A member is larger than `reader.MAX_MEMBER_BYTES` and was not read."""
+    """An image is over 512 MiB, or a caption or json over 4 MiB, and was not read."""
     NO_IMAGE = "no-image"
     """There is no `jpg`, `png`, `jpeg` or `webp` member."""
     ZERO_SIZE = "zero-size"

@@ -13,7 +13,7 @@ from pipeline.data.inventory import ShardInfo
 from pipeline.data.layout import Layout
 from pipeline.data.places import read_places
 from pipeline.data.positions import Positions, by_shard
-from pipeline.data.reader import MAX_MEMBER_BYTES, READ_TYPES, Group, Sample, SampleParser, read_shard
+from pipeline.data.reader import READ_TYPES, Group, Sample, SampleParser, most_bytes, read_shard
 from pipeline.data.spans import Span, pays, read_spans
 from pipeline.errors import InputError
 from pipeline.types import PairBatch
@@ -46,7 +46,7 @@ def _samples_in(
     parser, repeats = SampleParser(info.url, caption), layout.repeats()
     for index, (begin, _), content in zip(indices.tolist(), spans, read_spans(info.url, spans), strict=True):
         contents = {
-            ending: None if end - start > MAX_MEMBER_BYTES else bytes(content[start - begin : end - begin])
+            ending: None if end - start > most_bytes(ending) else bytes(content[start - begin : end - begin])
             for ending, start, end in layout.members(index)
             if ending in READ_TYPES
         }

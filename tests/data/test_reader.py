@@ -134,6 +134,32 @@ def test_large_members_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     samples = read_members(tmp_path, sample_members("a", b"0" * 2001, "x") + sample_members("b", b"0" * 2000, "x"))
     assert [sample.status for sample in samples] == ["too-large", "ok"]
     assert samples[0].image is None
+    monkeypatch.setattr(reader_module, "MAX_TEXT_BYTES", 20)
+    long = [sample_members("a", b"0", "x" * 21), sample_members("b", b"0", "x", {"uid": "0" * 32})]
+    samples = read_members(tmp_path, [*long[0], *long[1], *sample_members("c", b"0", "x" * 20)])
+    assert [sample.status for sample in samples] == ["too-large", "too-large", "ok"]
+    assert [sample.error for sample in samples[:2]] == [
+        f"the {ending} member is over 20 bytes or sparse" for ending in ("txt", "json")
+    ]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_breaks_off_where_headers_would_fill_the_memory(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("bomb")
+    header.type, header.size = kind, 64 << 20
+    one, other = (tar_bytes(sample_members(key, IMAGE, "x")) for key in ("a", "b"))
+    head = one.rstrip(b"\0")
+    head += bytes(-len(head) % 512)
+    content = head + header.tobuf() + bytes(header.size) + other
+    path = tmp_path / "shard.tar.gz"
+    path.write_bytes(gzip.compress(content, 1))
+    tracemalloc.start()
+    samples, end_error = read(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(sample.key, sample.status) for sample in samples] == [("a", "truncated-sample")]
+    assert end_error == f"the tar breaks off at byte {len(head)}: {header.size} bytes of headers before a member"
+    assert peak < 8 << 20
 
 
 def test_harmful_names_and_odd_members_go_nowhere(tmp_path: Path) -> None:
