@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -24,12 +24,16 @@ def split_name(name: str) -> tuple[str, str] | None:
     return key, ending
 
 
-def group(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[tuple[str, T]]]]:
+def group(
+    members: Iterable[tuple[str, T]], take: Callable[[int, T], Any] | None = None
+) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Samples in order: a key and the members (what follows it in their names, dot and all) that follow each other
     with it, none of whose endings repeats.
+
+    What `take` makes of a member and the number of its sample, before the next member is asked for, replaces it.
     """
-    key = ""
-    mine: list[tuple[str, T]] = []
+    key, number = "", 0
+    mine: list[tuple[str, Any]] = []
     endings: set[str] = set()
     for name, value in members:
         parts = split_name(name)
@@ -39,8 +43,9 @@ def group(members: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[tuple[st
         if new_key != key or ending in endings:
             if mine:
                 yield key, mine
+                number += 1
             key, mine, endings = new_key, [], set()
         endings.add(ending)
-        mine.append((name[len(new_key) :], value))
+        mine.append((name[len(new_key) :], value if take is None else take(number, value)))
     if mine:
         yield key, mine

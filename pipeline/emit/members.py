@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TypeVar, cast
 
@@ -102,8 +102,8 @@ def read_samples(url: str, indices: Sequence[int]) -> Iterator[Sample]:
         except UnusualTarError:
             pass
     if done < len(indices):
-        for index, (key, members) in _pick(group(_stream(url)), indices[done:]):
-            yield Sample(index, key, cast("list[tuple[str, Buffer]]", members))
+        for index, (key, members) in _pick(_stream(url, frozenset(indices[done:])), indices[done:]):
+            yield Sample(index, key, members)
             done += 1
     if done < len(indices):
         raise too_few(url, indices[done])
@@ -116,7 +116,7 @@ def read_keys(url: str) -> list[str]:
             return [key for key, _ in group(scan(map_file(url)))]
         except UnusualTarError:
             pass
-    return [key for key, _ in group(_stream(url))]
+    return [key for key, _ in _stream(url)]
 
 
 def locate_samples(url: str, indices: Sequence[int]) -> list[tuple[int, int]] | None:
@@ -159,17 +159,27 @@ def _pick(values: Iterable[T], indices: Sequence[int]) -> Iterator[tuple[int, T]
                 return
 
 
-def _stream(url: str) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the regular files of any shard, in order, up to where the tar ends or breaks off."""
+def _stream(url: str, wanted: Container[int] = ()) -> Iterator[tuple[str, list[tuple[str, Buffer]]]]:
+    """Key and members of the samples of any shard, in order, up to where the tar ends or breaks off.
+
+    Only those of the samples with the numbers `wanted` have their content: others may be larger than the memory.
+    """
     stream = ShardStream(url)
     try:
         with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=1 << 16) as tar:
-            for info in tar:
-                content = tar.extractfile(info) if info.isreg() else None
-                if content is not None:
-                    yield info.name, content.read()
-                # Else `tarfile` remembers every member.
-                tar.members = []  # type: ignore[attr-defined]
+
+            def files() -> Iterator[tuple[str, tarfile.TarInfo]]:
+                for info in tar:
+                    if info.isreg():
+                        yield info.name, info
+                    # Else `tarfile` remembers every member.
+                    tar.members = []  # type: ignore[attr-defined]
+
+            def content(number: int, info: tarfile.TarInfo) -> bytes:
+                file = tar.extractfile(info) if number in wanted else None
+                return b"" if file is None else file.read()
+
+            yield from group(files(), content)
     except tarfile.TarError:
         return
     finally:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,21 @@ def test_a_copy_of_what_is_not_there_is_an_error(tmp_path: Path) -> None:
 def tar_members(path: Path) -> list[tuple[str, bytes]]:
     with tarfile.open(path) as tar:
         return [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+
+
+def test_memory_is_that_of_the_samples_asked_for(tmp_path: Path) -> None:
+    bomb = bytes(64 << 20)
+    members = [("a.jpg", b"1"), ("a.txt", b"x"), ("b.bin", bomb), ("b.jpg", bomb), ("c.jpg", b"3"), ("c.bin", b"2")]
+    path = str(tmp_path / "a.tar.gz")
+    with gzip.open(path, "wb", 1) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    tracemalloc.start()
+    found = [(sample.index, sample.key, sample.members) for sample in read_samples(path, [0, 2])]
+    assert read_keys(path) == ["a", "b", "c"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [(0, "a", [(".jpg", b"1"), (".txt", b"x")]), (2, "c", [(".jpg", b"3"), (".bin", b"2")])]
+    assert peak < 8 << 20
