@@ -95,9 +95,8 @@ def build_cache(
                 continue
             samples = samples_at(info, indices, caption, places)
             rows = progress["rows"]
-            while chunk := list(islice(samples, CHUNK)):
-                decoded = decoder.decode_shard(chunk, threads)
-                good = [chunk[place].index for place in decoded.ok]
+            while (decoded := decoder.decode_shard(islice(samples, CHUNK), threads)).rows:
+                good = [decoded.rows[place].index for place in decoded.ok]
                 batch = decoded.batch
                 columns = {name: getattr(batch, name).numpy() for name in batch.__slots__}
                 columns["positions"] = start + np.asarray(good, np.int64)

@@ -31,6 +31,11 @@ from pipeline.data.reasons import Reason
 from pipeline.pictures import FORMATS
 from pipeline.types import PairBatch
 
+#: Letters of a caption that are tokenized, far more than a model takes in: a word of n letters takes n² steps.
+MOST_LETTERS = 8192
+#: Bytes of encoded samples that wait for a thread, from which on no more are read.
+WAITING_BYTES = 256 << 20
+
 Tokenize = Callable[[list[str]], Tensor]
 _Pixels = NDArray[np.uint8]
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -139,7 +144,7 @@ class Decoder:
                 images.resize((max(64, len(images) * 3 // 2), *images.shape[1:]), refcheck=False)
             images[len(ok)] = pixels
             ok.append(len(rows) - 1)
-            captions.append(caption)
+            captions.append(caption[:MOST_LETTERS])
         images.resize((len(ok), *images.shape[1:]), refcheck=False)
         tokens = self.tokenize(captions) if captions else self.tokenize([""])[:0]
         ids = [uid_to_id(rows[place].uid) for place in ok]
@@ -274,18 +279,23 @@ def _source(meta: dict[str, Any] | None, key: str) -> str:
 
 
 def _ordered_map(function: Callable[[Sample], Any], samples: Iterable[Sample], threads: int) -> Iterator[Any]:
-    """`map` with threads (Pillow releases the GIL), in order, at most a few samples per thread ahead."""
+    """`map` with threads (Pillow releases the GIL), in order, a few samples per thread ahead, of large ones fewer."""
     if threads <= 1:
         yield from map(function, samples)
         return
-    waiting: deque[Future[Any]] = deque()
+    waiting: deque[tuple[Future[Any], int]] = deque()
+    held = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         for sample in samples:
-            waiting.append(pool.submit(function, sample))
-            if len(waiting) >= 8 * threads:
-                yield waiting.popleft().result()
+            size = len(sample.image or b"") + len(sample.caption or "")
+            waiting.append((pool.submit(function, sample), size))
+            held += size
+            while len(waiting) >= 8 * threads or (waiting and held > WAITING_BYTES):
+                done, size = waiting.popleft()
+                held -= size
+                yield done.result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
 
 
 # Our own limit is checked right after Pillow has read the header, and alpha is dropped as open_clip drops it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import pipeline.models.compat  # noqa: F401  (before open_clip)
+from pipeline.data import decode
 from pipeline.data.decode import Decoder, ImageSpec, caption_id, uid_to_id
 from pipeline.data.reader import Sample, read_shard
 from tests.helpers import ByteTokenizer, image_bytes, uid_of
@@ -228,6 +230,36 @@ def test_batch_matches_rows_whatever_the_threads(tiny_shards: list[str]) -> None
     assert one.ok.dtype == np.int64
     assert one.batch.ids.tolist() == [uid_to_id(one.rows[place].uid) for place in one.ok]
     assert torch.equal(one.batch.tokens[0], ByteTokenizer()(["a red boat"])[0])
+
+
+def test_a_long_caption_is_tokenized_as_far_as_a_model_may_see_it() -> None:
+    seen: list[str] = []
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        seen.extend(texts)
+        return torch.zeros(len(texts), 1, dtype=torch.int64)
+
+    caption = "word " * 100_000
+    (row,) = Decoder(spec(), tokenize, 10_000).decode_shard([sample(image_bytes(), caption)]).rows
+    assert (row.status, row.caption_length, row.caption_id) == ("ok", len(caption), caption_id(caption))
+    assert [len(text) for text in seen] == [decode.MOST_LETTERS]
+
+
+def test_few_large_samples_wait_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, ahead = 0, []
+
+    def samples() -> Iterator[Sample]:
+        for index in range(40):
+            ahead.append(index - done)
+            yield sample(b"0" * 100, "", index)
+
+    for limit, most in ((decode.WAITING_BYTES, 15), (450, 4)):
+        monkeypatch.setattr(decode, "WAITING_BYTES", limit)
+        done, ahead = 0, []
+        for index in decode._ordered_map(lambda each: each.index, samples(), threads=2):
+            assert index == done
+            done += 1
+        assert (done, max(ahead)) == (40, most)
 
 
 def test_row_of_a_good_sample() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -207,6 +208,16 @@ def test_a_range_that_comes_short_is_an_error(
     answers[:] = [OSError("slow down")]
     with pytest.raises(InputError, match="slow down"):
         list(samples_at(info, np.array([0]), "txt", places))
+
+
+def test_building_a_cache_takes_the_memory_of_a_few_samples(tmp_path: Path) -> None:
+    noise = os.urandom(1 << 20)
+    path = write_tar(tmp_path / "a.tar", [m for i in range(40) for m in sample_members(str(i), noise, "x")])
+    tracemalloc.start()
+    build_cache(str(tmp_path / "cache"), [inspect_shard(0, path)], make_decoder(), "txt")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_cache_holds_all_good_pairs(inventory: list[ShardInfo], tmp_path: Path) -> None:
