@@ -30,6 +30,9 @@ from pipeline.types import Features, Tree, longest_caption
 
 Tokenize = Callable[[list[str]], Tensor]
 
+#: Words whose tokens are remembered: far more than are frequent.
+MOST_WORDS = 1 << 18
+
 #: Keys of a `preprocess_cfg` that decide a model's pixels beside their number.
 _PIXELS = ("mean", "std", "interpolation", "resize_mode")
 
@@ -247,12 +250,28 @@ def _image_spec(preprocess: dict[str, Any]) -> ImageSpec:
     )
 
 
+class _Tokenizer(open_clip.SimpleTokenizer):  # type: ignore[misc]
+    """open_clip's, which remembers the tokens of every word it has seen; this one forgets them when they are many."""
+
+    cache: dict[str, str]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._special = dict(self.cache)
+
+    def encode(self, text: str) -> list[int]:
+        if len(self.cache) > MOST_WORDS:
+            self.cache = dict(self._special)
+        tokens: list[int] = super().encode(text)
+        return tokens
+
+
 def _tokenizer(name: str, text_cfg: dict[str, Any]) -> Tokenize:
     length = text_cfg.get("context_length", 77)
     kwargs = dict(text_cfg.get("tokenizer_kwargs") or {})
     hf_name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
     if hf_name is None:
-        tokenize: Tokenize = open_clip.SimpleTokenizer(context_length=length, **kwargs)
+        tokenize: Tokenize = _Tokenizer(context_length=length, **kwargs)
         return tokenize
     from open_clip.tokenizer import HFTokenizer
 

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import InputError
+from pipeline.models import clip
 from pipeline.models.clip import PairModel, build_model, shipped_configs, split_state
 from pipeline.types import Tree
 
@@ -219,6 +220,16 @@ def test_unknown_names_and_absent_tokenizers_are_named(monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="tokenizer"):
         build_model("ViT-B-16-SigLIP")
+
+
+def test_a_tokenizer_remembers_a_bounded_number_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize = build_model("tiny-vit").tokenize
+    words = [f"wo{'ab' * number}" for number in range(1, 40)]
+    expected = tokenize(words)
+    assert len(tokenize.cache) > 30  # type: ignore[attr-defined]
+    monkeypatch.setattr(clip, "MOST_WORDS", 10)
+    assert torch.equal(tokenize(words), expected)
+    assert len(tokenize.cache) < 15  # type: ignore[attr-defined]
 
 
 def test_frozen_tensors_are_not_parameters() -> None:
