@@ -95,11 +95,16 @@ def load_checkpoint(
     Raises `InputError` for a file that is absent, broken, or of another model, `ValueError` for one that is not ours
     without a `model`.
     """
-    if url.endswith(".safetensors"):
-        tensors, header = _read_safetensors(url)
-        checkpoint = _ours(tensors, header) if header is not None else _plain(url, tensors, model, step, lr)
-    else:
-        checkpoint = _open_clip(url, model, step, lr)
+    try:
+        if url.endswith(".safetensors"):
+            tensors, header = _read_safetensors(url)
+            checkpoint = _ours(tensors, header) if header is not None else _plain(url, tensors, model, step, lr)
+        else:
+            checkpoint = _open_clip(url, model, step, lr)
+    except (LookupError, TypeError, AttributeError) as error:  # a value is missing, or another one than it should be
+        raise InputError(
+            f"{url}: expected a checkpoint of ours or of open_clip's trainer: {type(error).__name__}: {error}"
+        ) from None
     if model is not None:
         _check_fit(url, checkpoint, model)
     checkpoint.step = checkpoint.step if step is None else step

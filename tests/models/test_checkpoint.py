@@ -218,6 +218,15 @@ def test_wrong_files_are_one_clear_line(model: PairModel, tmp_path: Path, capsys
     state = optimizer_state(model, 1e-3)
     state["state"][0]["exp_avg"] = torch.zeros(3, 3, 3)
     cases.append((open_clip_file(model, tmp_path / "moment.pt", state), model, "exp_avg of"))
+    for name, key in (("rate", "lr"), ("betas", "betas")):
+        state = optimizer_state(model, 1e-3)
+        del state["param_groups"][0][key]
+        cases.append((open_clip_file(model, tmp_path / f"{name}.pt", state), model, f"trainer: KeyError: '{key}'"))
+    torch.save({"state_dict": dict.fromkeys(model.state_dict(), "x")}, tmp_path / "text.pt")
+    cases.append((str(tmp_path / "text.pt"), model, "of ours or of open_clip's trainer"))
+    metadata = {METADATA_KEY: '{"lr": 1}'}
+    safetensors.torch.save_file({"params/a": torch.zeros(1)}, tmp_path / "header.safetensors", metadata)
+    cases.append((str(tmp_path / "header.safetensors"), model, "of ours or of open_clip's trainer: KeyError: 'step'"))
     wrong_shape = adam_checkpoint(model)
     wrong_shape.params = wrong_shape.params | {"logit_scale": torch.zeros(2)}
     save_checkpoint(str(tmp_path / "shape.safetensors"), wrong_shape)
