@@ -57,7 +57,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
         raise ConfigError(f"expected a config file, found a folder{there}", file=name) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"expected readable YAML: {_where(error)}", file=name) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # the latter of what looks like a date, or a number, and is none
         raise ConfigError(f"expected readable YAML: {error}", file=name) from None
     if not isinstance(tree, dict):
         raise ConfigError("expected a mapping of sections", file=name, found=tree)
@@ -105,7 +105,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError("expected a section to set a key in", key=f"--set {key}", found=node)
     try:
         node[leaf] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError("expected a YAML value", key=f"--set {key}", found=text) from None
 
 

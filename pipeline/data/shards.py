@@ -46,11 +46,14 @@ def also_measured_on(config: Config) -> dict[str, set[str]]:
     return {key: found for key, found in shared.items() if found}
 
 
-def _expand(pattern: str, key: str) -> Iterator[str]:
+def _expand(pattern: str, key: str, within: tuple[str, ...] = ()) -> Iterator[str]:
+    """The URLs of a pattern in the last of the text files `within`, each of which names the next one."""
     for part in filter(None, (part.strip() for part in pattern.split("::"))):
         if part.endswith(".txt"):
+            if part in within:
+                raise ConfigError("expected a text file of shard URLs that does not name itself", key=key, found=part)
             for line in _lines(part, key):
-                yield from _expand(line, key)
+                yield from _expand(line, key, (*within, part))
             continue
         try:
             names = list(braceexpand.braceexpand(part))
@@ -62,8 +65,9 @@ def _expand(pattern: str, key: str) -> Iterator[str]:
 
 
 def _lines(url: str, key: str) -> list[str]:
+    _filesystem(url, key)
     try:
-        text = storage.read_bytes(url).decode("utf-8")
+        text = storage.read_bytes(url).decode("utf-8-sig")  # Windows begins files with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"expected a readable text file of shard URLs: {error}", key=key, found=url) from None
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
@@ -117,12 +121,23 @@ def _check(urls: list[str], pattern: str, key: str) -> None:
     for url in urls:
         if not storage.basename(url).endswith(SUFFIXES):
             raise ConfigError(f"expected names ending in {', '.join(SUFFIXES)}", key=key, found=url)
+        if not _is_text(url):
+            raise ConfigError("expected names in UTF-8", key=key, found=url)
     missing = _missing(urls, key)
     if len(missing) == len(urls):
         raise ConfigError("expected shards, no file matches the pattern", key=key, found=pattern)
     if missing:
         several = f" ({len(missing)} of {len(urls)} are missing)" if len(missing) > 1 else ""
         raise ConfigError(f"expected every shard of {pattern!r} to be there{several}", key=key, found=missing[0])
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8: other bytes are kept as characters that no text has."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _missing(urls: list[str], key: str) -> list[str]:

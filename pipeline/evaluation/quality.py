@@ -76,12 +76,15 @@ def read_truth(url: str) -> dict[str, bool]:
     Raises `InputError` for a file that is missing or lacks a column.
     """
     try:
-        rows = csv.DictReader(io.StringIO(storage.read_bytes(url).decode()))
-    except (OSError, UnicodeDecodeError) as error:
+        # Spreadsheets begin a CSV with a mark.
+        rows = csv.DictReader(io.StringIO(storage.read_bytes(url).decode("utf-8-sig")))
+        missing = set(_TRUTH_COLUMNS) - set(rows.fieldnames or ())
+        truth = {} if missing else {row["uid"]: row["clean"] != row["caption_class"] for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{url}: expected a CSV with columns {', '.join(_TRUTH_COLUMNS)}: {error}") from None
-    if missing := set(_TRUTH_COLUMNS) - set(rows.fieldnames or ()):
+    if missing:
         raise InputError(f"{url}: expected columns {', '.join(_TRUTH_COLUMNS)}; missing: {', '.join(sorted(missing))}")
-    return {row["uid"]: row["clean"] != row["caption_class"] for row in rows}
+    return truth
 
 
 def match_truth(url: str, uids: Sequence[str]) -> tuple[Bool, Bool]:

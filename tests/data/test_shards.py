@@ -93,6 +93,21 @@ def test_text_file_of_urls(folder: Path) -> None:
     assert names(expand(f"{folder}/list.txt::{folder}/00000.tar")) == ["00001.tar", "a.tar.gz", "c.tgz", "00000.tar"]
 
 
+def test_a_text_file_may_begin_with_a_mark_but_not_name_itself(folder: Path) -> None:
+    (folder / "list.txt").write_text(f"{folder}/00001.tar\n", encoding="utf-8-sig")
+    assert names(expand(f"{folder}/list.txt")) == ["00001.tar"]
+    for name, other in (("a", "b"), ("b", "a")):
+        (folder / f"{name}.txt").write_text(f"{folder}/{other}.txt\n")
+    with pytest.raises(ConfigError, match=r"does not name itself, found .*/a\.txt"):
+        expand(f"{folder}/a.txt")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    shutil.copy(write_tar(tmp_path / "a.tar", sample_members("x", b"", "y")), os.fsencode(tmp_path) + b"/\xff.tar")
+    with pytest.raises(ConfigError, match=r"data\.shards: expected names in UTF-8, found .*udcff\.tar"):
+        expand(f"{tmp_path}/*.tar")
+
+
 def test_file_url_and_name_with_glob_characters(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "odd[1].tar", sample_members("x", b"", "y"))
     assert expand(path) == [path]
@@ -130,6 +145,7 @@ def test_memory_and_s3_urls(s3_bucket: Bucket, folder: Path) -> None:
         ("{folder}/{{0..1.tar", r"no file matches|balanced braces"),
         ("{folder}/absent.txt", r"readable text file.*absent\.txt"),
         ("nosuch://bucket/*.tar", r"can be read here"),
+        ("nosuch://bucket/list.txt", r"can be read here"),
         ("", "no pattern given"),
     ],
 )

@@ -58,6 +58,8 @@ def test_a_caption_is_wrong_where_it_names_another_class(tmp_path: Path) -> None
     path = tmp_path / "truth.csv"
     path.write_text("uid,clean,caption_class\na,cat,cat\nb,cat,dog\n")
     assert read_truth(str(path)) == {"a": False, "b": True}
+    path.write_text("uid,clean,caption_class\na,cat,cat\n", encoding="utf-8-sig")
+    assert read_truth(str(path)) == {"a": False}
 
 
 def test_a_truth_file_without_its_columns_is_named(tmp_path: Path) -> None:
@@ -67,3 +69,6 @@ def test_a_truth_file_without_its_columns_is_named(tmp_path: Path) -> None:
         read_truth(str(path))
     with pytest.raises(InputError, match=r"nowhere.csv: expected a CSV"):
         read_truth(str(tmp_path / "nowhere.csv"))
+    path.write_text("uid,clean,caption_class\na,cat," + "x" * 200_000)
+    with pytest.raises(InputError, match=r"truth.csv: expected a CSV .*: field larger than field limit"):
+        read_truth(str(path))

@@ -98,6 +98,7 @@ def write(tmp_path: Path, text: str) -> str:
             "data: {shards: a.tar}\nscore: {batch_size: 8}\nscore: {loss: pool}",
             "expected readable YAML: line 3, column 1: the key 'score' stands twice in one section",
         ),
+        ("data: {shards: a.tar}\nselect: {name: 2024-02-30}", "expected readable YAML: day is out of range for month"),
         ("data: {shards: a.tar}\nproxy: {lr: .inf}", "proxy.lr: expected a finite number, found inf"),
         (
             "data: {shards: a.tar}\ntarget: {kind: shards, shards: b.tar, prompt: a photo}",
