@@ -132,12 +132,13 @@ class Headers:
         self._places: list[tuple[int, int]] = []
         self._usual = True
 
-    def add(self, header: tarfile.TarInfo) -> None:
-        """The next header."""
+    def add(self, header: tarfile.TarInfo, field: bytes, room: int) -> None:
+        """The next header: with the name in its own field, and the bytes up to the header after it."""
         if header.isdir() and not header.size:
             return
-        self._usual &= header.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
-        self._usual &= header.name.isascii() and len(header.name) <= NAME_BYTES
+        self._usual &= header.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not header.issparse()
+        # Headers before it may say something else, for it or for all.
+        self._usual &= header.name.isascii() and header.name.encode() == field and padded(header.size) == room
         self._usual &= not header.pax_headers.keys() & _TELLING
         if self._usual:
             self._names.append(header.name.encode())
@@ -212,7 +213,7 @@ def _is_sound(blocks: Bytes, rows: Int64, sizes: Int64) -> bool:
                 return False
     except (tarfile.TarError, ValueError, OverflowError):
         return False
-    return True
+    return not pax  # what it speaks of is missing
 
 
 def _are_records(content: bytes) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.data.layout import Headers, Layout
+from pipeline.data.layout import NAME_BYTES, Headers, Layout
 from pipeline.data.naming import group, split_name
 from pipeline.data.reasons import Reason
 from pipeline.data.stream import ShardStream
@@ -119,8 +119,12 @@ class ShardReader:
         samples = sum(1 for _ in self._groups(read=False, headers=headers))
         return samples, None if self.end_error else headers.layout()
 
+    def keys(self) -> list[str]:
+        """The keys of the samples as they are in the tar (instead of iterating)."""
+        return [found.key for found in self._groups(read=False)]
+
     def _groups(self, read: bool, headers: Headers | None = None) -> Iterator[Group]:
-        members = _Members(self._stream)
+        members = Members(self._stream)
         seen: set[bytes] = set()
         try:
             for key, mine in group(_files(members, read, headers)):
@@ -136,11 +140,11 @@ class ShardReader:
             self._stream.close()
 
 
-def _files(members: _Members, read: bool, headers: Headers | None) -> Iterator[tuple[str, bytes | None]]:
+def _files(members: Members, read: bool, headers: Headers | None) -> Iterator[tuple[str, bytes | None]]:
     """The regular files among members, with the content of those that are read (None: too large); headers are noted."""
     for header in members:
         if headers is not None:
-            headers.add(header)
+            headers.add(header, header.field, members.room)
         if header.isreg():
             parts = split_name(header.name) if read else None
             ending = parts[1].lower() if parts is not None else ""
@@ -236,11 +240,18 @@ def read_shard(url: str, *, caption: str = "txt") -> ShardReader:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header that tells its archive how the reading of headers ended; `TarFile.next` hides it."""
+    """A member's header that tells its archive how the reading of headers ended; `TarFile.next` hides it.
+
+    Attributes:
+        field: the name in its own field, whatever headers before it say.
+    """
+
+    field: bytes
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Header:
         header = super().frombuf(buf, encoding, errors)
+        header.field = buf[:NAME_BYTES].partition(b"\0")[0]
         if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
             raise _BAD_HEADER(f"{header.size} bytes of headers before a member")
         return header
@@ -259,7 +270,7 @@ class _Archive(tarfile.TarFile):
     end: Exception | None = None
 
 
-class _Members:
+class Members:
     """The members of a tar in order.
 
     Attributes:
@@ -273,7 +284,7 @@ class _Members:
         self._stream = stream
         self._archive: _Archive | None = None
 
-    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+    def __iter__(self) -> Iterator[_Header]:
         offset = 0
         try:
             # r| never seeks; the buffer is what one read asks of the stream.
@@ -282,7 +293,7 @@ class _Members:
                 archive.members.clear()
                 yield header
                 offset = archive.offset
-                self._skip(offset)
+                self._skip()
         except _NOT_A_TAR as error:
             self._stop(offset, self._stream.error or str(error) or type(error).__name__)
             return
@@ -293,23 +304,33 @@ class _Members:
         elif not isinstance(archive.end, _MARKER):
             self._stop(offset, str(archive.end))
 
+    @property
+    def room(self) -> int:
+        """Bytes from where the content of the member just given starts, or goes on, to the header of the next."""
+        assert self._archive is not None
+        assert self._archive.fileobj is not None
+        room: int = self._archive.offset - self._archive.fileobj.tell()
+        return room
+
     def content(self, header: tarfile.TarInfo, most: int) -> bytes | None:
         """The bytes of the member just given; None if there are more than `most`. What is missing at the end is missing
         here too; iterating on then finds the tar broken.
         """
-        if header.size > most or header.issparse():
-            return None
+        return None if header.size > most or header.issparse() else self.whole(header)
+
+    def whole(self, header: tarfile.TarInfo) -> bytes:
+        """The bytes of the member just given, however many they are, and zeros for the holes of a sparse one."""
         assert self._archive is not None
         assert self._archive.fileobj is not None
+        file = self._archive.extractfile(header) if header.issparse() else None
         # A damaged header can claim more bytes than it leaves room for before the next one.
-        room = self._archive.offset - self._archive.fileobj.tell()
-        return self._archive.fileobj.read(max(0, min(header.size, room)))
+        return self._archive.fileobj.read(max(0, min(header.size, self.room))) if file is None else file.read()
 
-    def _skip(self, offset: int) -> None:
+    def _skip(self) -> None:
         """Go on to the next header. `TarFile.next` would try for years if a header claims enough bytes."""
         assert self._archive is not None
         assert self._archive.fileobj is not None
-        while (missing := offset - self._archive.fileobj.tell()) > 0:
+        while (missing := self.room) > 0:
             if not self._archive.fileobj.read(min(missing, 1 << 20)):
                 raise tarfile.ReadError("unexpected end of data")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import IO, TypeVar, cast
+from typing import TypeVar
 
 from pipeline.data.layout import BLOCK, padded
 from pipeline.data.naming import group
 from pipeline.data.places import is_mappable, map_file
+from pipeline.data.reader import Members, ShardReader
 from pipeline.data.stream import ShardStream
 from pipeline.emit.tar import Buffer
 from pipeline.errors import InputError
@@ -39,7 +41,9 @@ Extent = tuple[int, int, int]
 
 
 class UnusualTarError(Exception):
-    """A tar with entries that `scan` leaves to `tarfile`: links, sparse files, global headers, folders with a size."""
+    """A tar with entries that `scan` leaves to `tarfile`: links, sparse files, global headers, folders with a size, and
+    headers that are odd or speak against each other.
+    """
 
 
 def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
@@ -61,6 +65,8 @@ def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
             size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
         except ValueError:
             raise UnusualTarError from None
+        if size < 0 or (kind == _OLD_REGULAR and (name or long_size >= 0)):
+            raise UnusualTarError
         data = offset + BLOCK
         offset = data + (size + BLOCK - 1) // BLOCK * BLOCK
         if kind in (_REGULAR, _OLD_REGULAR):
@@ -74,12 +80,18 @@ def scan(view: memoryview) -> Iterator[tuple[str, Extent]]:
                 name = _posix_name(header) if header[345] else _text(header[: end if end >= 0 else 100])
             if name[-1:] != "/":
                 yield name, (first, data, size)
+            elif size:
+                raise UnusualTarError
         elif kind == _LONG_NAME:
-            name = _text(bytes(view[data : data + size]).split(b"\0", 1)[0])
+            name = _told(name, bytes(view[data : data + size]).split(b"\0", 1)[0])
         elif kind == _PAX:
             records = _pax_records(bytes(view[data : data + size]))
-            name = _text(records.get(b"path", b"")) or name
-            long_size = int(records.get(b"size", long_size))
+            if b"path" in records:
+                name = _told(name, records[b"path"])
+            if b"size" in records:
+                if long_size >= 0 or not records[b"size"].isdigit():
+                    raise UnusualTarError
+                long_size = int(records[b"size"])
         elif kind != _FOLDER or size:
             raise UnusualTarError
         if kind != _LONG_NAME and kind != _PAX:
@@ -116,7 +128,8 @@ def read_keys(url: str) -> list[str]:
             return [key for key, _ in group(scan(map_file(url)))]
         except UnusualTarError:
             pass
-    return [key for key, _ in _stream(url)]
+    with ShardReader(url) as reader:
+        return reader.keys()
 
 
 def locate_samples(url: str, indices: Sequence[int]) -> list[tuple[int, int]] | None:
@@ -159,31 +172,25 @@ def _pick(values: Iterable[T], indices: Sequence[int]) -> Iterator[tuple[int, T]
                 return
 
 
-def _stream(url: str, wanted: Container[int] = ()) -> Iterator[tuple[str, list[tuple[str, Buffer]]]]:
+def _stream(url: str, wanted: Container[int]) -> Iterator[tuple[str, list[tuple[str, Buffer]]]]:
     """Key and members of the samples of any shard, in order, up to where the tar ends or breaks off.
 
     Only those of the samples with the numbers `wanted` have their content: others may be larger than the memory.
     """
-    stream = ShardStream(url)
-    try:
-        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=1 << 16) as tar:
+    with closing(ShardStream(url)) as stream:
+        members = Members(stream)
 
-            def files() -> Iterator[tuple[str, tarfile.TarInfo]]:
-                for info in tar:
-                    if info.isreg():
-                        yield info.name, info
-                    # Else `tarfile` remembers every member.
-                    tar.members = []  # type: ignore[attr-defined]
+        def content(number: int, header: tarfile.TarInfo) -> bytes:
+            if number not in wanted:
+                return b""
+            there = min(header.size, members.room)
+            found = members.whole(header)
+            if len(found) < there:
+                raise tarfile.ReadError("unexpected end of data")
+            return found
 
-            def content(number: int, info: tarfile.TarInfo) -> bytes:
-                file = tar.extractfile(info) if number in wanted else None
-                return b"" if file is None else file.read()
-
-            yield from group(files(), content)
-    except tarfile.TarError:
-        return
-    finally:
-        stream.close()
+        with suppress(tarfile.TarError):
+            yield from group(((header.name, header) for header in members if header.isreg()), content)
 
 
 def _views(view: memoryview, extents: list[tuple[str, Extent]]) -> list[tuple[str, Buffer]]:
@@ -192,27 +199,35 @@ def _views(view: memoryview, extents: list[tuple[str, Extent]]) -> list[tuple[st
 
 def _posix_name(header: bytes) -> str:
     """The name in a header that uses the field which POSIX has for the front of a long name, and GNU for times."""
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0":
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return _text(name)
+    if header[257:263] != b"ustar\0":
+        raise UnusualTarError
+    return _text(header[345:500].split(b"\0", 1)[0] + b"/" + header[:100].split(b"\0", 1)[0])
 
 
 def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def _told(name: str, new: bytes) -> str:
+    """The name that a header tells of the member after it; `name` is what one before it has told already."""
+    if name or not new or new.endswith(b"/"):
+        raise UnusualTarError
+    return _text(new)
+
+
 def _pax_records(content: bytes) -> dict[bytes, bytes]:
     """`length key=value` records, each ending in a newline that the length counts."""
-    records = {}
+    records: dict[bytes, bytes] = {}
     position = 0
-    while (space := content.find(b" ", position)) > 0 and content[position:space].isdigit():
-        length = int(content[position:space])
-        key, _, value = content[space + 1 : position + length - 1].partition(b"=")
+    while position < len(content):
+        space = content.find(b" ", position, position + 8)
+        length = int(content[position:space]) if space > 0 and content[position:space].isdigit() else 0
+        key, equals, value = content[space + 1 : position + length - 1].partition(b"=")
+        end = content[position + length - 1 : position + length]
+        if not key or not equals or end != b"\n" or key in records or key.startswith(b"GNU.sparse"):
+            raise UnusualTarError
         records[key] = value
-        position += max(length, 1)
-    if any(key.startswith(b"GNU.sparse") for key in records):
-        raise UnusualTarError
+        position += length
     return records
 
 

@@ -13,9 +13,11 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.inventory import inspect_shard
 from pipeline.data.layout import Layout, find_layout
 from pipeline.data.places import map_file
 from pipeline.data.reader import read_shard
+from pipeline.data.sampling import samples_at
 from pipeline.emit.members import locate_samples, read_keys, read_samples, sample_in
 from pipeline.emit.tar import ChangedError, TarWriter, header, headers
 from pipeline.errors import InputError
@@ -224,3 +226,47 @@ def test_memory_is_that_of_the_samples_asked_for(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert found == [(0, "a", [(".jpg", b"1"), (".txt", b"x")]), (2, "c", [(".jpg", b"3"), (".bin", b"2")])]
     assert peak < 8 << 20
+
+
+def block(name: bytes, content: bytes, kind: bytes = b"0", size: bytes = b"", prefix: bytes = b"") -> bytes:
+    """A member with any header, whose checksum is right, in GNU's form."""
+    head = bytearray(tarfile.TarInfo("").tobuf(tarfile.GNU_FORMAT))
+    for place, value in ((0, name), (124, size or b"%011o" % len(content)), (156, kind), (345, prefix)):
+        head[place : place + len(value)] = value
+    head[148:156] = b" " * 8
+    head[148:154] = b"%06o" % sum(head)
+    return bytes(head) + content + bytes(-len(content) % 512)
+
+
+ODD = {
+    "no-name": block(b"L", b"\0", b"L") + block(b"b.json", b"{}"),
+    "no-path": block(b"x", b"8 path=\n", b"x") + block(b"b.json", b"{}"),
+    "folder": block(b"x", b"16 path=b.json/\n", b"x") + block(b"c.json", b"{}"),
+    "two-names": block(b"L", b"b.cls\0", b"L") + block(b"x", b"14 path=c.jpg\n", b"x") + block(b"d", b""),
+    "no-number": block(b"x", b"10 size=x\n", b"x") + block(b"b.cls", b""),
+    "below-zero": block(b"b.cls", b"", size=b"-0000002000"),
+    "times": block(b"b.cls", b"", prefix=b"15000000000"),
+    "for-all": block(b"g", b"29 size=99999999999999999999\n", b"g") + block(b"b.cls", b""),
+    "sparse": block(b"g", b"21 GNU.sparse.size=7\n", b"g") + block(b"b.cls", b"0" * 9),
+    "unused": block(b"x", b"", b"x"),
+}
+
+
+@pytest.mark.parametrize("name", list(ODD))
+def test_odd_headers_mean_the_same_whoever_reads_them(tmp_path: Path, name: str) -> None:
+    one, two, last = (block(key + b".jpg", b"1") + block(key + b".txt", b"x") for key in (b"a", b"b", b"z"))
+    path = tmp_path / "a.tar"
+    path.write_bytes(one + two + ODD[name] + (last if name != "unused" else b"") + bytes(1024))
+    with read_shard(str(path)) as reader:
+        samples = list(reader)
+    places = str(tmp_path / "places.parquet")
+    info = inspect_shard(0, str(path), places)
+    assert (info.samples, info.end_error) == (len(samples), reader.end_error)
+    assert list(samples_at(info, np.arange(len(samples)), "txt", lambda _: places)) == samples
+    good = [sample for sample in samples if sample.status == "ok"]
+    found = [
+        (sample.index, sample.key, {ending: bytes(content) for ending, content in sample.members}[".jpg"])
+        for sample in read_samples(str(path), [sample.index for sample in good])
+    ]
+    assert found == [(sample.index, sample.key, sample.image) for sample in good]
+    assert read_keys(str(path))[: len(samples)] == [sample.key for sample in samples]
