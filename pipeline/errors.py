@@ -7,6 +7,12 @@ Anything else that reaches the command line is a defect and keeps its traceback.
 
 from __future__ import annotations
 
+import reprlib
+
+#: How what was found is shown: a list of thousands, or one of lists of lists, would not be one line.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict, _SHOWN.maxstring, _SHOWN.maxother = 4, 8, 20, 1000, 1000
+
 
 class DiffpruneError(Exception):
     """Base of all errors with a message meant for the user."""
@@ -26,7 +32,7 @@ class ConfigError(DiffpruneError):
         where = ": ".join(part for part in (file, key) if part)
         message = f"{where}: {expected}" if where else expected
         if found is not None:
-            message += f", found {found!r}"
+            message += f", found {_SHOWN.repr(found)}"
         super().__init__(" ".join(message.split()))
         self.key = key
         self.file = file

@@ -57,7 +57,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
         raise ConfigError(f"expected a config file, found a folder{there}", file=name) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"expected readable YAML: {_where(error)}", file=name) from None
-    except (OSError, ValueError) as error:  # the latter of what looks like a date, or a number, and is none
+    except (OSError, ValueError, RecursionError) as error:  # as of what looks like a date, or a number, and is none
         raise ConfigError(f"expected readable YAML: {error}", file=name) from None
     if not isinstance(tree, dict):
         raise ConfigError("expected a mapping of sections", file=name, found=tree)
