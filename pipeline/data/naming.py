@@ -15,8 +15,11 @@ _HIDDEN = re.compile(r"__[^/]*__(?:$|/)")
 def split_name(name: str) -> tuple[str, str] | None:
     """A member's key (up to the first dot, folder included) and the rest after that dot.
 
-    None for members that belong to no sample: those without a key, or with a hidden name.
+    None for members that belong to no sample: those without a key, or with a hidden name, or one that no file and no
+    header of a tar can have.
     """
+    if "\0" in name:
+        return None
     key, dot, ending = name.partition(".")
     if "/" in name or not (key and dot) or name[:2] == "__":
         match = _NAME.fullmatch(name)

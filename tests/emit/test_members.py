@@ -248,6 +248,7 @@ ODD = {
     "times": block(b"b.cls", b"", prefix=b"15000000000"),
     "for-all": block(b"g", b"29 size=99999999999999999999\n", b"g") + block(b"b.cls", b""),
     "sparse": block(b"g", b"21 GNU.sparse.size=7\n", b"g") + block(b"b.cls", b"0" * 9),
+    "zero": block(b"x", b"16 path=b\0c.jpg\n", b"x") + block(b"d", b"1"),
     "unused": block(b"x", b"", b"x"),
 }
 
@@ -259,6 +260,7 @@ def test_odd_headers_mean_the_same_whoever_reads_them(tmp_path: Path, name: str)
     path.write_bytes(one + two + ODD[name] + (last if name != "unused" else b"") + bytes(1024))
     with read_shard(str(path)) as reader:
         samples = list(reader)
+    assert not any("\0" in sample.key for sample in samples)
     places = str(tmp_path / "places.parquet")
     info = inspect_shard(0, str(path), places)
     assert (info.samples, info.end_error) == (len(samples), reader.end_error)
