@@ -13,6 +13,7 @@ from pipeline.errors import StageError
 from pipeline.models.manifest import Manifest
 from pipeline.patience import Patience
 from pipeline.stages.job import Job
+from pipeline.stages.training import has_checkpoints
 from pipeline.stages.versions import shard_versions
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
@@ -59,7 +60,7 @@ def compute_directions(job: Job) -> None:
 
 
 def _manifest(job: Job) -> Manifest:
-    if not storage.exists(job.folder.checkpoint_manifest):
+    if not has_checkpoints(job):
         raise StageError(f"no finished checkpoints in {job.folder.root}: run `diffprune train CONFIG` first")
     return Manifest.read(job.folder.checkpoint_manifest)
 

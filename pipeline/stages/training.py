@@ -41,6 +41,9 @@ _WAYS_OUT = "use another run folder, or engine.stale=redo to replace what was ma
 #: Of what a run's record holds.
 _VERSION = 2
 
+#: What is written last, in the folder of the checkpoints.
+_TRAINED, _TAKEN_OVER = "trained.json", "imported.json"
+
 
 def take_inventory(job: Job) -> None:
     """Write `inventory.parquet`: one row per shard; shards counted by an interrupted call are not read again."""
@@ -221,7 +224,7 @@ def train(job: Job) -> None:
         _take_over(job)
         return
     fingerprint = _fingerprint(job)
-    mark = storage.join(job.folder.checkpoints, "trained.json")
+    mark = _mark(job, _TRAINED)
     if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
         return
     _remove_marks(job)
@@ -263,11 +266,8 @@ def _fingerprint(job: Job) -> Fingerprint:
             "version": _VERSION,
             **_identity(job),
             "proxy": config.proxy.model_dump(mode="json", exclude={"gpus_per_worker", "resume_every"}),
-            **model_files(config),
             "equal_captions": config.reference.equal_captions,
             "target": config.target.model_dump(mode="json") if config.target.kind == "holdout" else {},
-            "caption": config.data.caption,
-            **config.data.pixels,
             "seed": config.seed,
         }
     )
@@ -282,9 +282,16 @@ def model_files(config: Config) -> dict[str, str]:
     }
 
 
-def _identity(job: Job) -> dict[str, str]:
-    """The pairs there are and those that the runs may not see."""
-    return {"inventory": job.inventory_digest, "barred": _barred(job)[1]}
+def _identity(job: Job) -> dict[str, Any]:
+    """What a run does not see of what decides it: the pairs there are, those it may not see, and how all are read."""
+    config = job.config
+    return {
+        "inventory": job.inventory_digest,
+        "barred": _barred(job)[1],
+        **model_files(config),
+        "caption": config.data.caption,
+        **config.data.pixels,
+    }
 
 
 def _barred(job: Job) -> tuple[int, str]:
@@ -315,7 +322,7 @@ def _take_over(job: Job) -> None:
             "samples": job.samples,
         }
     )
-    mark = storage.join(job.folder.checkpoints, "imported.json")
+    mark = _mark(job, _TAKEN_OVER)
     if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
         return
     _remove_marks(job)
@@ -323,10 +330,21 @@ def _take_over(job: Job) -> None:
     job.write_mark(mark, fingerprint, {})
 
 
+def has_checkpoints(job: Job) -> bool:
+    """Whether the stage is complete: a list of checkpoints alone may name those of other settings, too."""
+    marks = (_mark(job, name) for name in (_TRAINED, _TAKEN_OVER))
+    return storage.exists(job.folder.checkpoint_manifest) and any(map(storage.exists, marks))
+
+
+def _mark(job: Job, name: str) -> str:
+    return storage.join(job.folder.checkpoints, name)
+
+
 def _remove_marks(job: Job) -> None:
-    """Before checkpoints are written: those that were trained and those taken over lie in the same places."""
-    for name in ("trained.json", "imported.json"):
-        storage.remove(storage.join(job.folder.checkpoints, name))
+    """Before checkpoints are written: those that were trained and those taken over lie in the same places. Directions
+    were computed at those before."""
+    for url in (job.folder.directions_mark, _mark(job, _TRAINED), _mark(job, _TAKEN_OVER)):
+        storage.remove(url)
 
 
 def _sources(config: Config) -> list[Any]:

@@ -75,5 +75,6 @@ def prepare_run(
         )
         save_plan(out, number, plan)
     Manifest(total, "adamw", tuple(entries)).write(run.checkpoint_manifest)
+    storage.write_json(storage.join(run.checkpoints, "imported.json"), {})
     torch.set_num_threads(1)
     return config, infos, score_fingerprint(config, digests, score_basis(config, batches, model.image_spec))

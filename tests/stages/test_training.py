@@ -11,10 +11,11 @@ import safetensors.torch
 
 from pipeline.config import Config
 from pipeline.engine.progress import Display
-from pipeline.errors import FingerprintError, InputError
+from pipeline.errors import FingerprintError, InputError, StageError
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
 from pipeline.stages import training
+from pipeline.stages.directions import compute_directions
 from pipeline.stages.job import Job
 from pipeline.stages.training import train
 from pipeline.store import storage
@@ -96,6 +97,45 @@ def test_steps_that_a_run_takes_again_are_counted_once(config: Config, monkeypat
     proxy = config.proxy.model_copy(update={"steps": 100, "batch_size": 4, "runs": 2, "checkpoints": None})
     train(Job(config.model_copy(update={"proxy": proxy})))
     assert shown == [(done, 200) for done in (40, 90, 100, 40, 80, 150, 200)]
+
+
+def test_what_decides_a_run_beside_its_settings_goes_with_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it does not go on from a resume point, or count as done, where pairs are read in another way."""
+    seen: list[dict[str, Any]] = []
+
+    def trained(job: Any, *_: object) -> list[int]:
+        seen.append(dict(job.identity))
+        return [2]
+
+    monkeypatch.setattr(training, "train_runs", trained)
+    proxy = config.proxy.model_copy(update={"steps": 2, "batch_size": 4})
+    for data in ({}, {"caption": "json:caption"}, {"max_pixels": 10}, {"draft": 2.0}):
+        update = {"proxy": proxy, "data": config.data.model_copy(update=data)}
+        train(Job(config.model_copy(update=update)))
+    assert len(set(map(str, seen))) == 4
+
+
+def test_checkpoints_that_are_replaced_are_no_finished_stage_and_leave_no_directions(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = taking_over(config, tmp_path, 0, 1)
+    train(job)
+    storage.write_json(job.folder.directions_mark, {"fingerprint": ""})
+    train(job)
+    assert storage.exists(job.folder.directions_mark)
+    assert training.has_checkpoints(job)
+    proxy = config.proxy.model_copy(update={"steps": 2, "batch_size": 4})
+    monkeypatch.setattr(training, "train_runs", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(Job(config.model_copy(update={"proxy": proxy})))
+    assert storage.exists(job.folder.checkpoint_manifest)
+    assert not storage.exists(job.folder.directions_mark)
+    with pytest.raises(StageError, match="no finished checkpoints"):
+        compute_directions(job)
+
+
+def broken_off(*_: object) -> list[int]:
+    raise KeyboardInterrupt
 
 
 def test_shards_of_one_file_name_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
