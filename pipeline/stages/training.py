@@ -247,10 +247,12 @@ def train(job: Job) -> None:
 
 def _count(tally: Tally, taken: list[int], run: int, step: int) -> None:
     """A run has taken `step` steps, of which `taken` says for each run what was counted: fewer where it went back to a
-    resume point."""
+    resume point. What is first heard of a run an earlier call may have taken: it counts in no rate."""
     new = step - taken[run]
     if not any(taken):
         tally.begin(new)
+    elif not taken[run]:
+        tally.done += new
     else:
         for _ in range(new):
             tally.add()

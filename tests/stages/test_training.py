@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 
 from pipeline.config import Config
-from pipeline.engine.progress import Display
+from pipeline.engine.progress import Display, Tally
 from pipeline.errors import FingerprintError, InputError, StageError
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
@@ -97,6 +97,17 @@ def test_steps_that_a_run_takes_again_are_counted_once(config: Config, monkeypat
     proxy = config.proxy.model_copy(update={"steps": 100, "batch_size": 4, "runs": 2, "checkpoints": None})
     train(Job(config.model_copy(update={"proxy": proxy})))
     assert shown == [(done, 200) for done in (40, 90, 100, 40, 80, 150, 200)]
+
+
+def test_steps_of_an_earlier_call_count_in_no_rate() -> None:
+    now = 0.0
+    tally, taken = Tally(200, clock=lambda: now), [0, 0]
+    training._count(tally, taken, 0, 60)
+    training._count(tally, taken, 1, 50)
+    assert (tally.done, tally.seconds_left()) == (110, None)
+    now = 10.0
+    training._count(tally, taken, 1, 60)
+    assert (tally.done, tally.seconds_left()) == (120, 80.0)
 
 
 def test_what_decides_a_run_beside_its_settings_goes_with_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
