@@ -94,6 +94,7 @@ def train_proxy(
             session.train(losses, board, progress)
     workers.agree(0)  # Nobody reads the record before the first worker has written it.
     if workers.rank == 0:
+        _remove_resume_points(files)
         write_manifest(folder, config.proxy.runs)
     return Record.read(folder, run)
 
@@ -122,10 +123,11 @@ class _Session:
         found = marks.is_current(self.files.resume_mark, mark, self.fingerprint, stale)
         there = found and mark is not None and storage.exists(self.files.resume_point(mark["step"]))
         step = self.trainer.workers.agree(mark["step"] if there and mark else 0)
-        if not step or mark is None:
+        if not step:
             return []
         self.trainer.restore(load_checkpoint(self.files.resume_point(step), self.trainer.model))
-        return list(mark["losses"])
+        # Only the first worker needs the losses; a shared folder may show another machine its files a moment later.
+        return list(mark["losses"]) if mark is not None else []
 
     def train(self, losses: list[float], board: Board | None, progress: Progress | None) -> None:
         """Take the steps that are left and commit the run."""
@@ -158,19 +160,12 @@ class _Session:
         point = self.files.resume_point(checkpoint.step)
         save_checkpoint(point, checkpoint)
         marks.write_mark(self.files.resume_mark, self.fingerprint, {"step": checkpoint.step, "losses": losses})
-        self._remove_resume_points(keep=point)
-
-    def _remove_resume_points(self, keep: str = "") -> None:
-        for url in storage.list_files(self.files.root, ".safetensors"):
-            if storage.basename(url).startswith("resume-") and storage.basename(url) != storage.basename(keep):
-                storage.remove(url)
+        _remove_other_points(self.files, point)
 
     def _commit(self, losses: list[float]) -> None:
         rates = self.trainer.rates
         checkpoints = [{"step": step, "lr": float(rates[step - 1])} for step in self.recorded]
         marks.write_mark(self.files.mark, self.fingerprint, {"checkpoints": checkpoints, "losses": losses})
-        storage.remove(self.files.resume_mark)
-        self._remove_resume_points()
 
 
 def _write_plan(files: RecordFolder, trainer: Trainer, cache: Pairs, dataset_size: int) -> None:
@@ -182,6 +177,18 @@ def _write_plan(files: RecordFolder, trainer: Trainer, cache: Pairs, dataset_siz
     }
     seen = np.unique(trainer.order)
     write_plan(files, settings, trainer.order, trainer.rates, cache.ids[seen], facts)
+
+
+def _remove_resume_points(files: RecordFolder) -> None:
+    """The run is complete, so that it goes on from none; also where a call that completed it was killed before this."""
+    storage.remove(files.resume_mark)
+    _remove_other_points(files)
+
+
+def _remove_other_points(files: RecordFolder, keep: str = "") -> None:
+    for url in storage.list_files(files.root, ".safetensors"):
+        if storage.basename(url).startswith("resume-") and storage.basename(url) != storage.basename(keep):
+            storage.remove(url)
 
 
 def _remove_outdated(folder: RunFolder, files: RecordFolder) -> None:

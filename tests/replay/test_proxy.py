@@ -29,6 +29,8 @@ from pipeline.replay.files import RecordFolder
 from pipeline.replay.proxy import train_proxy
 from pipeline.replay.record import Record, step_rule, trained_ids
 from pipeline.replay.schedule import TrainingSettings, data_order, learning_rates
+from pipeline.replay.train import Trainer
+from pipeline.replay.workers import Alone
 from pipeline.run import RunFolder
 from pipeline.stages.plans import exact_replay
 from pipeline.store import storage
@@ -221,6 +223,30 @@ def test_a_resume_point_that_another_worker_removed_is_done_without(tmp_path: Pa
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_a_worker_that_does_not_see_the_mark_yet_goes_on_where_the_first_does(
+    tmp_path: Path, factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Alone):
+        rank = 1
+
+        def agree(self, number: int) -> int:
+            return 5
+
+    with pytest.raises(Killed):
+        train(tmp_path, config_of(), factory, progress=killing(7))
+    (tmp_path / "checkpoints" / "run-000" / "resume.json").unlink()
+    steps: list[int] = []
+
+    def advance(trainer: Trainer) -> float:
+        steps.append(trainer.step)
+        raise Killed
+
+    monkeypatch.setattr(Trainer, "advance", advance)
+    with pytest.raises(Killed):
+        train(tmp_path, config_of(), factory, workers=Second())
+    assert steps == [5]
+
+
 def test_a_killed_process_is_continued(tmp_path: Path, factory: Factory) -> None:
     code = f"""
 import time
@@ -253,6 +279,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, factory: Factory) -
     train(tmp_path, config_of(), factory)
     before = contents(tmp_path)
     (tmp_path / "checkpoints" / "manifest.json").unlink()
+    for name in ("resume.json", "resume-00000010.safetensors"):  # killed right after its mark was written
+        (tmp_path / "checkpoints" / "run-000" / name).write_bytes(b"{}")
     record = train(tmp_path, config_of(), factory, progress=killing(1))
     assert len(record.checkpoints) == 3
     assert contents(tmp_path) == before
