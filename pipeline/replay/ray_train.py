@@ -98,8 +98,9 @@ def train_runs(
 
     With `proxy.workers: 1` the runs go side by side as resources allow; else one after the other, each through
     `ray.train` with that many workers. A lost worker is replaced `engine.retries` times and goes on from the last
-    resume point; so are runs of which `engine.task_timeout` saw no step, which `note` is told. Raises what
-    `train_proxy` raises, and `StageError` when workers were lost or hung too often.
+    resume point; so are runs of which `engine.task_timeout` saw no step, which `note` is told. Of runs with one worker
+    only losses count since one got further than ever before. Raises what `train_proxy` raises, and `StageError` when
+    workers were lost or hung too often.
     """
     proxy = job.config.proxy
     for run in range(proxy.runs):
@@ -137,6 +138,7 @@ def _gather(
     sent = ray.put(job)
     in_hand = {task.remote(sent, run): run for run in runs}
     left = dict.fromkeys(in_hand.values(), job.config.engine.retries)
+    furthest = dict.fromkeys(left, 0)
     steps: dict[int, int] = {}
     stuck = ""
     watch.silence.begins()
@@ -164,6 +166,8 @@ def _gather(
                         raise error.cause from None
                     raise
                 except RayError as error:
+                    if (step := watch.step(run)) > furthest[run]:  # its machine was lost, say, which may happen often
+                        furthest[run], left[run] = step, job.config.engine.retries
                     if not left[run]:
                         raise _lost(stuck or error) from None
                     left[run] -= 1
@@ -263,6 +267,10 @@ class _Watch:
         self._progress = progress
         self._shown: dict[str, Any] = {}
         self._has_news()  # what an earlier attempt left is none
+
+    def step(self, run: int) -> int:
+        """The last that a run was seen to take."""
+        return int(self._shown.get(self._files[run], {}).get("step", 0))
 
     def look(self) -> bool:
         """Tell of the steps that were taken since; whether there were any, or pairs were decoded."""

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import WorkerCrashedError
 
 from pipeline.config import Config
 from pipeline.errors import StageError
 from pipeline.models.clip import PairModel
 from pipeline.models.manifest import Manifest
+from pipeline.replay import ray_train
 from pipeline.replay.files import RecordFolder
 from pipeline.replay.proxy import train_proxy
 from pipeline.replay.ray_train import ProxyJob, _cpus, _train_distributed, train_runs
@@ -200,6 +203,47 @@ def ends(process: int) -> bool:
     while psutil.pid_exists(process) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not psutil.pid_exists(process)
+
+
+class Losing:
+    """In place of Ray: processes of a run that are lost after its steps `lost`, one after the other."""
+
+    def __init__(self, progress: str, lost: list[int]) -> None:
+        self.progress = progress
+        self.lost = lost
+        self.started = 0
+
+    def remote(self, *_: Any) -> Any:
+        self.started += 1
+        return self
+
+    def put(self, job: ProxyJob) -> ProxyJob:
+        return job
+
+    def options(self, **_: Any) -> Any:
+        return self
+
+    def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        storage.write_json(self.progress, {"step": (self.lost or [12])[0], "steps": 12})
+        return refs, []
+
+    def get(self, ref: Any, **_: Any) -> int:
+        if self.lost:
+            self.lost.pop(0)
+            raise WorkerCrashedError
+        return 12
+
+
+@pytest.mark.parametrize(
+    ("lost", "trained"), [([4, 9, 11], True), ([4, 4, 9], False), ([4, 9, 9], False), ([4, 9, 5], False)]
+)
+def test_a_run_may_lose_any_number_of_processes_that_got_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: list[int], trained: bool
+) -> None:
+    sent = job(tmp_path, hasty(config_of(gpus_per_worker=0), retries=1), Factory(tmp_path))
+    monkeypatch.setattr(ray_train, "ray", Losing(RecordFolder.of(sent.folder, 0).progress, lost))
+    with nullcontext() if trained else pytest.raises(StageError, match="the proxy run was lost"):
+        assert train_runs(sent) == [12]
 
 
 def test_an_error_of_one_run_ends_the_others(tmp_path: Path, ray_local: None) -> None:
