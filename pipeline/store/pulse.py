@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from pipeline.store import storage
@@ -12,7 +13,10 @@ EVERY = 2.0
 
 
 class Pulse:
-    """Writes how far work is to `url`, every `EVERY` seconds at most."""
+    """Writes how far work is to `url`, every `EVERY` seconds at most.
+
+    Storage that fails is no reason to end the work: it is silent then.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -23,11 +27,13 @@ class Pulse:
         time_now = time.monotonic()
         if now or time_now - self._written >= EVERY:
             self._written = time_now
-            storage.write_json(self._url, state)
+            with suppress(Exception):  # object stores raise types of their own
+                storage.write_json(self._url, state)
 
     def end(self) -> None:
         """Remove the file: there is nothing to follow any more."""
-        storage.remove(self._url)
+        with suppress(Exception):
+            storage.remove(self._url)
 
 
 def share_done(state: dict[str, Any] | None) -> float:
