@@ -47,9 +47,11 @@ def check_scores(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str
 
 
 def check_sample(run: RunFolder, inventory: Sequence[ShardInfo]) -> Iterator[str]:
-    """Problems of amortised scores: of the sample's own files, where they are still there, and of the regressor."""
+    """Problems of amortised scores: of the sample's own files, where they are still there, and of the regressor; none
+    of a sample that was given up for scoring every pair."""
     mark = marks.read_mark(run.regressor_mark)
-    yield from check_scores(RunFolder(run.sample), inventory)
+    if mark is not None or not storage.list_files(run.scores, ".json"):
+        yield from check_scores(RunFolder(run.sample), inventory)
     if mark is None:
         return
     if not storage.exists(run.regressor):

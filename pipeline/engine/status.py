@@ -84,9 +84,10 @@ def run_status(root: str) -> RunStatus:
         return RunStatus(root, stages)
     samples = pq.read_table(io.BytesIO(storage.read_bytes(run.inventory)), columns=["samples"])["samples"]
 
-    sampled = RunFolder(run.sample)
-    sampling = not storage.exists(run.regressor_mark) and bool(storage.list_files(sampled.scores, ".json"))
-    here = sampled if sampling else run
+    # A sample without a regressor, beside scores, is one that was given up for scoring every pair.
+    begun = [bool(storage.list_files(folder.scores, ".json")) for folder in (run, RunFolder(run.sample))]
+    sampling = not storage.exists(run.regressor_mark) and begun == [False, True]
+    here = RunFolder(run.sample) if sampling else run
     pairs_done = shards_done = 0
     reasons: Counter[str] = Counter()
     recent: list[tuple[float, int, str]] = []  # finished, pairs, worker; pruned as it grows

@@ -42,6 +42,7 @@ def score_amortised(job: Job, sampled: Fingerprint, *, retry_failed: bool) -> Ou
     config, folder = job.config, job.folder
     mark = marks.read_mark(folder.regressor_mark)
     if not marks.is_current(folder.regressor_mark, mark, sampled, config.engine.stale):
+        storage.remove(folder.regressor_mark)
         mark = None
     done: set[int] = set()
     if mark is None:
@@ -122,7 +123,6 @@ def _fit(job: Job, sampled: Fingerprint) -> dict[str, Any]:
     there = {mark.shard for mark in committed(RunFolder(job.folder.sample), job.inventory, sampled, "redo")}
     shards = [shard for shard in job.inventory if shard.index in there]
     found: dict[int, dict[str, Any]] = {}
-    storage.remove(job.folder.regressor_mark)
     outcome = run_tasks(
         _fit_regressor,
         [(job.config, sampled, _runs(job), tuple(_spread(shards, MOST_PAIRS / job.config.score.sample)))],

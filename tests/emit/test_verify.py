@@ -112,6 +112,13 @@ def test_scores_of_another_regressor_and_one_that_changed_are_found(
     assert any("regressor.safetensors: missing, though its commit mark is there" in each for each in verify(made.run))
 
 
+def test_a_sample_that_was_given_up_for_scoring_every_pair_is_no_problem(run: Path) -> None:
+    begun = run / "sample" / "scores" / "00000.parquet"
+    begun.parent.mkdir(parents=True)
+    shutil.copy(run / "scores" / "00000.parquet", begun)
+    assert verify(str(run)) == []
+
+
 def test_a_run_that_has_not_come_to_selecting_needs_no_counts(run: Path) -> None:
     (run / "summary.json").write_text('{"seconds": {"train": 1.0}}')
     assert len(verify(str(run))) == 1

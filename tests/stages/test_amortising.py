@@ -271,6 +271,11 @@ def test_a_fit_that_broke_off_leaves_no_mark_over_its_regressor(finished: Job, m
     whole = Path(run.regressor).read_bytes()
     more = redo.score.model_copy(update={"sample": 0.6})
     with monkeypatch.context() as patch:
+        patch.setattr(amortising, "score_shards", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            score(Job(redo.model_copy(update={"score": more})))
+    assert run_status(run.root).sampling
+    with monkeypatch.context() as patch:
         patch.setattr(Job, "write_mark", broken_off)
         with pytest.raises(KeyboardInterrupt):
             score(Job(redo.model_copy(update={"score": more})))
@@ -278,5 +283,5 @@ def test_a_fit_that_broke_off_leaves_no_mark_over_its_regressor(finished: Job, m
     assert marks.read_mark(run.regressor_mark) is None
 
 
-def broken_off(*_: object) -> None:
+def broken_off(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
