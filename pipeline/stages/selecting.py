@@ -10,6 +10,7 @@ from pipeline.selection.tasks import MapTasks
 from pipeline.stages import summary
 from pipeline.stages.job import Job
 from pipeline.stages.mapping import ordered_map
+from pipeline.store import storage
 from pipeline.store.commits import read_marks
 
 #: Score files from which on a selection is shared out over the machines of a cluster.
@@ -32,11 +33,14 @@ def select_pairs(job: Job) -> None:
 
 
 def require_scores(job: Job) -> None:
-    """Every shard is scored, but for the share that may fail. Raises `StageError`."""
-    done = sum(1 for _ in read_marks(job.folder))
-    missing = len(job.inventory) - done
-    if missing > job.config.engine.allowed_failures * len(job.inventory):
-        raise StageError(f"{missing} of {len(job.inventory)} shards have no scores: run `diffprune score CONFIG` first")
+    """Every shard is scored, but for the share that may fail, which was set aside. Raises `StageError`."""
+    done = {mark.shard for mark in read_marks(job.folder)}
+    missing = [shard.index for shard in job.inventory if shard.index not in done]
+    few = len(missing) <= job.config.engine.allowed_failures * len(job.inventory)
+    if not few or not all(storage.exists(job.folder.failure_file(shard)) for shard in missing):
+        raise StageError(
+            f"{len(missing)} of {len(job.inventory)} shards have no scores: run `diffprune score CONFIG` first"
+        )
 
 
 def _select(config: Config, map_tasks: MapTasks | None = None) -> None:
