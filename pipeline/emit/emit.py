@@ -96,8 +96,13 @@ def emit(
     selection = read_summary(run, config.select.name)
     if not selection.kept:
         raise StageError(f"selection {selection.name!r} keeps no pair: expected at least one to hand over")
-    if any(shard.shard >= len(inventory) for shard in selection.shards):
-        raise StageError(f"selection {selection.name!r} was made of more shards than there are now: select again")
+    for shard in selection.shards:
+        info = inventory[shard.shard] if shard.shard < len(inventory) else None
+        if info is None or (info.name, info.samples) != (storage.basename(shard.url), shard.rows):
+            raise StageError(
+                f"selection {selection.name!r} was made of other shards than there are now, {shard.url} for one: score "
+                "and select again"
+            )
     folder = SelectionFolder(run.selection(selection.name))
     fingerprint = emit_fingerprint(config, inventory, selection)
     earlier = marks.read_mark(folder.mark)

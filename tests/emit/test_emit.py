@@ -151,6 +151,14 @@ def test_an_unfinished_or_empty_selection_is_refused_in_one_line(tmp_path: Path)
         emit(nothing.run, nothing.config, nothing.inventory)
 
 
+def test_a_selection_over_other_shards_is_refused(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", write_shards(tmp_path / "in", shards=2))
+    for others in (made.inventory[::-1], made.inventory[:1], [replace(info, samples=9) for info in made.inventory]):
+        with pytest.raises(StageError, match=r"made of other shards than there are now, .*tar for one"):
+            emit(made.run, made.config, others)
+    emit(made.run, made.config, [replace(info, url=f"/moved/{info.name}") for info in made.inventory])
+
+
 def test_other_captions_are_handed_over_anew_and_the_usual_ones_have_no_part_in_the_fingerprint(tmp_path: Path) -> None:
     meta = {"caption": "from the json"}
     members = [m for n in range(6) for m in sample_members(f"{n}", b"x", "from the txt", meta)]
