@@ -17,7 +17,7 @@ from pipeline.stages.evaluation_sets import WrittenSet, write_sets
 from pipeline.stages.job import Job
 from pipeline.stages.training import model_files
 from pipeline.stages.versions import Version, shard_versions
-from pipeline.store import marks, storage
+from pipeline.store import ahead, marks, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import read_pulse, share_done
 from pipeline.text import plural
@@ -69,6 +69,8 @@ def evaluate(job: Job) -> list[Result]:
     measured = shard_versions(config.evaluate.shards, "evaluate.shards", "evaluate", config.engine)
     trainings = [_training(job, each, measured) for each in sets]
     pending = {training.mark: training for training in trainings if marks.read_mark(training.mark) is None}
+    # What trainings that were interrupted said of themselves is not true of new ones.
+    ahead.each(storage.remove, [training.pulse for training in pending.values()])
     outcome = run_tasks(
         _train,
         list(pending.values()),

@@ -15,7 +15,7 @@ from pipeline.patience import Patience
 from pipeline.stages.job import Job
 from pipeline.stages.training import model_files, take_inventory
 from pipeline.stages.versions import shard_versions
-from pipeline.store import storage
+from pipeline.store import ahead, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import read_pulse, share_done
 from pipeline.store.task_marks import TaskMarks
@@ -81,9 +81,12 @@ def validate(job: Job) -> None:
             "truth": storage.file_checksum(truth) if truth else "",
         }
     )
+    seeds = [_Seed(config, seed) for seed in range(config.validation.seeds)]
+    # What seeds that were interrupted said of themselves is not true of a new start.
+    ahead.each(storage.remove, [seed.pulse for seed in seeds])
     outcome = run_tasks(
         _measure,
-        [_Seed(config, seed) for seed in range(config.validation.seeds)],
+        seeds,
         run=job.folder,
         stage="validate",
         config=config.engine,

@@ -12,9 +12,13 @@ from rich.table import Table
 from pipeline.config import parse_config
 from pipeline.evaluation.results import Result
 from pipeline.stages import evaluating
-from pipeline.stages.evaluating import _warn_of_shared_shards, evaluate
+from pipeline.stages.evaluating import _Training, _warn_of_shared_shards, evaluate
+from pipeline.stages.evaluation_sets import WrittenSet
 from pipeline.stages.job import Job
 from pipeline.stages.summary import _add_results
+from pipeline.store import storage
+from pipeline.store.pulse import read_pulse
+from tests.emit.made_run import make_run
 
 
 def test_measuring_on_pairs_that_were_used_is_said(
@@ -53,6 +57,28 @@ def test_trainings_ask_for_the_gpus_of_a_proxy_run(
     sections = {"data": {"shards": shards[:1]}, "evaluate": {"shards": shards[1:]}, "proxy": {"gpus_per_worker": 0.25}}
     with pytest.raises(AskedError, match=r"0\.25"):
         evaluate(Job(parse_config({"out": str(tmp_path / "run"), **sections})))
+
+
+def test_what_interrupted_trainings_said_of_themselves_is_forgotten(
+    make_shards: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class BegunError(Exception):
+        pass
+
+    def run_tasks(function: object, trainings: list[_Training], **_: Any) -> None:
+        raise BegunError([read_pulse(training.pulse) for training in trainings])
+
+    shards = make_shards(shards=2)
+    made = make_run(tmp_path / "run", shards[:1], evaluate={"shards": shards[1:]})
+    pairs = WrittenSet("kept", "kept 50 %", 0.5, 0, "file", "checksum")
+    job = Job(made.config)
+    monkeypatch.setattr(evaluating, "run_task", lambda *_, **__: [pairs])
+    monkeypatch.setattr(evaluating, "shard_versions", lambda *_: [])
+    monkeypatch.setattr(evaluating, "gpus_for_a_task", lambda given: 0.0)
+    monkeypatch.setattr(evaluating, "run_tasks", run_tasks)
+    storage.write_json(evaluating._training(job, pairs, []).pulse, {"step": 9, "steps": 10})
+    with pytest.raises(BegunError, match=r"\[None\]"):
+        evaluate(job)
 
 
 def verdicts(results: list[Result]) -> list[str]:
