@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import traceback
@@ -84,8 +83,11 @@ def read_aside(url: str) -> Aside | None:
 
 
 def check_writable(folder: str) -> None:
-    """Before any work: raise `StageError` in one line when nothing can be written below `folder`."""
-    probe = storage.join(folder, f"{storage.TEMPORARY_PREFIX}probe-{os.getpid()}")
+    """Before any work: raise `StageError` in one line when nothing can be written below `folder`.
+
+    What a driver that was killed right here leaves has the same name for the next one, which removes it.
+    """
+    probe = storage.join(folder, f"{storage.TEMPORARY_PREFIX}probe")
     try:
         storage.write_bytes(probe, b"probe")
         storage.remove(probe)

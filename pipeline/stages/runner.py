@@ -123,13 +123,13 @@ def _folders(job: Job, stage: str) -> list[str]:
     """Where a stage and its tasks write, other than right in the run's folder."""
     root, selection = job.folder.root, job.folder.selection(job.config.select.name)
     own = {
-        "inventory": [storage.join(root, "scratch"), storage.join(root, "places")],
+        "inventory": [storage.join(root, "scratch"), storage.join(root, "places"), demo_folder(job.config)],
         "train": [job.folder.checkpoints, job.cache_folder],
-        "directions": [job.folder.directions],
+        "directions": [job.folder.directions, job.cache_folder],
         "score": [job.folder.scores, job.folder.sample],
         "select": [selection],
         "emit": [selection],
-        "evaluate": [storage.join(root, "evaluation")],
+        "evaluate": [storage.join(root, "evaluation"), job.cache_folder],
         "report": [storage.join(root, "report")],
         "validate": [storage.join(root, "validation")],
     }

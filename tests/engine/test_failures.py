@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pipeline.engine.failures import (
     set_aside,
 )
 from pipeline.errors import StageError
+from pipeline.store import storage
 
 
 def test_a_failure_names_the_cause_the_sample_and_the_end_of_the_traceback() -> None:
@@ -53,3 +55,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"cannot be written: .*; 00003.tar: OSError: torn is lost") as lost:
         set_aside(f"{folder}/00003.json", aside)
     assert "\n" not in str(refused.value) + str(lost.value)
+
+
+def test_a_driver_that_is_killed_while_it_tries_to_write_leaves_what_the_next_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", lambda url: None)
+        patch.setattr(os, "getpid", lambda: 1)
+        check_writable(str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    check_writable(str(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import pytest
 from pipeline.config import parse_config
 from pipeline.errors import ConfigError, StageError
 from pipeline.stages import runner
+from pipeline.stages.job import Job
 from pipeline.stages.runner import command_line, run_stage
 
 
@@ -52,3 +53,15 @@ def test_stages_that_need_none_before_them_begin_the_record_of_a_run(
     with pytest.raises(StageError, match="refused"):
         run_stage(stage, parse_config({"data": {"shards": make_shards()}, "out": str(tmp_path / "run")}))
     assert (tmp_path / "run" / "config.yaml").exists() == begun
+
+
+def test_a_stage_that_is_complete_leaves_nothing_of_writers_that_were_killed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(parse_config({"data": {"shards": "a.tar"}, "out": str(run)}))
+    for stage, folder in (("inventory", "demo/train"), ("evaluate", "cache/evaluation"), ("directions", "cache")):
+        left = run / folder / ".tmp-0-progress.json"
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.touch()
+        with runner._stage(job, stage):
+            pass
+        assert not left.exists()
