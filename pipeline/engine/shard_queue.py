@@ -44,6 +44,9 @@ class ShardQueue:
     A worker that fails and dies again and again while others go on is itself the cause, a broken GPU for one, and
     would fail shards faster than others score them. From `FRUITLESS` times in a row it rests, longer each time, and
     then gets one new shard at a time until it commits one. What it failed, and had when it died, goes to others.
+
+    Attributes:
+        depth: may become another one while work goes on.
     """
 
     def __init__(
@@ -55,10 +58,10 @@ class ShardQueue:
         wait: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.depth = depth
         self._pending = pending
         self._cursor = 0
         self._open = 0  # shards taken from `pending` that are neither committed nor given up
-        self._depth = depth
         self._retries = retries
         self._wait = wait
         self._clock = clock
@@ -75,7 +78,7 @@ class ShardQueue:
         """
         lane = self._lanes.setdefault(worker, _Lane())
         share = -(-self.left() // max(workers, 1))
-        if lane.alone or len(lane.in_hand) >= min(self._depth, share):
+        if lane.alone or len(lane.in_hand) >= min(self.depth, share):
             return None
         doubted = self._is_doubted(lane)
         if doubted and (lane.in_hand or lane.rests_until > self._clock()):

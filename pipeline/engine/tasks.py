@@ -37,7 +37,7 @@ IN_FLIGHT_PER_CPU = 2
 #: Seconds that the driver waits for news before it looks around.
 TICK = 0.2
 
-#: Seconds between two looks for a sign of life of the tasks in hand.
+#: Seconds between two looks for a sign of life of the tasks in hand, and at the cluster for room for more of them.
 LOOK_EVERY = 5.0
 
 _LANE = "tasks"
@@ -125,7 +125,11 @@ def run_tasks(
         killed_by_errors(in_hand.refs),
     ):
         notes = Said(display.note)
+        looked = time.monotonic()
         while not waiting.finished():
+            if time.monotonic() - looked > LOOK_EVERY:
+                looked = time.monotonic()
+                waiting.depth = _in_flight(gpus)
             if stop.requested and waiting.idle():
                 left = outcome.total - outcome.done - len(outcome.failed)
                 raise StageError(
@@ -318,7 +322,10 @@ def _call(function: Callable[[Any], Any], item: Any, number: int, marks: TaskMar
 
 
 def _in_flight(gpus: float) -> int:
-    """Tasks handed to Ray at a time: a small multiple of those that can run at once."""
+    """Tasks handed to Ray at a time: a small multiple of those that can run at once.
+
+    Those that find no room are what an autoscaler adds machines for.
+    """
     nodes = alive_nodes()
     resource, share = ("GPU", gpus) if gpus else ("CPU", 1)
     at_once = sum(node.get(resource, 0.0) for node in nodes) / max(share, 0.01)

@@ -20,6 +20,7 @@ import ray
 from pipeline.config import EngineConfig
 from pipeline.engine import progress, tasks
 from pipeline.engine.failures import read_aside
+from pipeline.engine.shard_queue import ShardQueue
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError, StageError
 from pipeline.patience import Patience, kill
@@ -91,6 +92,29 @@ def test_results_stream_to_the_callback_and_a_second_call_runs_nothing(tmp_path:
         assert (outcome.done, outcome.failed) == (5, [])
         assert results == {0: 9, 1: 16, 2: 25, 3: 36, 4: 49}
     assert calls(tmp_path) == [3, 4, 5, 6, 7]
+
+
+def test_a_cluster_that_grows_is_handed_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(ShardQueue):
+        def take(self, worker: str, workers: int = 1) -> int | None:
+            depths.append(self.depth)
+            return super().take(worker, workers)
+
+    depths: list[int] = []
+    nodes = [{"CPU": 0.0}]
+    monkeypatch.setattr(tasks, "ShardQueue", Seen)
+    monkeypatch.setattr(tasks, "alive_nodes", lambda: nodes)
+    monkeypatch.setattr(tasks, "LOOK_EVERY", 0.0)
+    outcome = run_tasks(
+        Square(str(tmp_path)),
+        [3, 4, 5],
+        run=RunFolder(str(tmp_path / "run")),
+        stage="squares",
+        config=CONFIG,
+        on_result=lambda number, result: nodes.append({"CPU": 8.0}),
+    )
+    assert outcome.done == 3
+    assert (depths[0], depths[-1]) == (2, 32)
 
 
 def test_trouble_within_the_retries_is_overcome_and_beyond_is_set_aside_until_the_next_call(tmp_path: Path) -> None:
