@@ -182,18 +182,32 @@ def test_a_slurm_job_whose_head_dies_ends_at_once(tmp_path: Path) -> None:
     assert "the head on localhost did not start" in done.stderr
 
 
-def test_a_slurm_job_out_of_time_ends_its_run_and_goes_back_into_the_queue(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "patience", "last"), [(0.5, "60", "in hand is finished"), (60, "0.5", "in hand is given up")]
+)
+def test_a_slurm_job_out_of_time_ends_its_run_and_goes_back_into_the_queue(
+    tmp_path: Path, seconds: float, patience: str, last: str
+) -> None:
     ready = tmp_path / "ready"
     environment = slurm(
         tmp_path,
         f"""
         import signal, sys, time
-        # As the real one: the first signal finishes what is in hand, which takes a moment.
-        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print("in hand is finished"), sys.exit(1)))
+        # As the real one: the first signal finishes what is in hand, which takes a moment; the second does not.
+        def second(*_):
+            print("in hand is given up")
+            sys.exit(130)
+        def first(*_):
+            signal.signal(signal.SIGTERM, second)
+            time.sleep({seconds})
+            print("in hand is finished")
+            sys.exit(1)
+        signal.signal(signal.SIGTERM, first)
         open({str(ready)!r}, "w")
         time.sleep(60)
         """,
     )
+    environment["PATIENCE"] = patience
     paths = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
     with open(tmp_path / "out", "w") as out:
         job = subprocess.Popen([str(SBATCH), "my.yaml"], env={**os.environ, "PATH": paths, **environment}, stdout=out)
@@ -202,10 +216,10 @@ def test_a_slurm_job_out_of_time_ends_its_run_and_goes_back_into_the_queue(tmp_p
             assert job.poll() is None
             time.sleep(0.1)
         job.terminate()
-        assert job.wait(30) == 1
+        assert job.wait(30) == (1 if last.endswith("finished") else 130)
     finally:
         job.kill()
-    assert "in hand is finished" in (tmp_path / "out").read_text()
+    assert last in (tmp_path / "out").read_text()
     assert "scontrol requeue 17" in (tmp_path / "log").read_text()
 
 
