@@ -19,7 +19,8 @@ BEFORE, JOB, STAGES, AFTER, TRUST = (
     "Before a run", "The job", "Its stages, one at a time", "During and after a run", "Trust"
 )  # fmt: skip
 
-#: The exit status where Ctrl-C ends a command at once; where it lets shards and tasks in hand finish, that is 1.
+#: The exit status where Ctrl-C or SIGTERM ends a command at once; where they let shards and tasks in hand finish, that
+#: is 1.
 INTERRUPTED = 130
 
 app = typer.Typer(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,7 @@ def connect(config: EngineConfig) -> Iterator[None]:
 
     In this order: a connection that exists already; `config.address`; the cluster of the job or `RAY_ADDRESS`; else
     a Ray on this machine alone, which ends with the block. Raises `StageError` when the cluster cannot be reached.
+    SIGTERM then ends the block as Ctrl-C does.
     """
     if ray.is_initialized():
         yield
@@ -40,6 +43,8 @@ def connect(config: EngineConfig) -> Iterator[None]:
         ray.shutdown()
         where = f"the Ray cluster at {address}" if address is not None else "a local Ray"
         raise StageError(f"engine: {where} cannot be reached: {' '.join(str(error).split())}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own exits, with one status or another
     try:
         yield
     finally:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
 import pytest
 import ray
 
@@ -56,7 +60,17 @@ def test_an_own_ray_gets_the_object_store_of_the_config_and_ends_with_the_block(
     monkeypatch.setattr(ray, "init", lambda **options: asked.append(options))
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with connect(EngineConfig(object_store_memory=given)):
-        assert not ended
+
+    def work() -> None:
+        with connect(EngineConfig(object_store_memory=given)):
+            assert not ended
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray does
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert [options["object_store_memory"] for options in asked] == [given or OBJECT_STORE_BYTES]
     assert ended == [True]
