@@ -349,8 +349,9 @@ def invoke(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except Exception as error:
-        if _is_of_storage(error):
-            message = " ".join(f"{type(error).__name__}: {error}".split())
+        raised = getattr(error, "cause", None) or error  # in a task of Ray, maybe
+        if _is_of_storage(raised):
+            message = " ".join(f"{type(raised).__name__}: {raised}".split())
             errors.print(f"[bold red]error:[/] storage: {escape(message)}")
             return 1
         if not isinstance(error, _USAGE_ERROR):

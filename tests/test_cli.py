@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 import typer
 from botocore.exceptions import NoCredentialsError
+from ray.exceptions import RayTaskError
 
 from pipeline.cli import app, invoke
 from pipeline.config import Config, load_config
@@ -170,6 +171,10 @@ def test_an_interrupt_says_how_to_go_on(
             "storage: PermissionError: [Errno 13] Permission denied: '/data/run'",
         ),
         (NoCredentialsError(), "storage: NoCredentialsError: Unable to locate credentials"),
+        (
+            RayTaskError("write", "the traceback", NoCredentialsError()),
+            "storage: NoCredentialsError: Unable to locate credentials",
+        ),
     ],
 )
 def test_storage_that_cannot_be_used_is_one_line(
