@@ -89,7 +89,9 @@ class ScoreWorker(Generic[Loaded, Scored]):
         self._loading = threading.Semaphore(prefetch)
         self._device = threading.Lock()
         self._idle_since = time.perf_counter()
-        self._left = threading.Event()
+        self._stays = 0
+        self._left = False
+        self._staying = threading.Condition()
         self._metrics = WorkerMetrics(name)
         keep_notes()
 
@@ -110,12 +112,21 @@ class ScoreWorker(Generic[Loaded, Scored]):
 
     def stay(self) -> None:
         """Return once `leave` is called. The call fails when the process dies, so that the driver hears of it even if
-        no shard is in hand: a shard given to it then would wait until the cluster has room to start it again."""
-        self._left.wait()
+        no shard is in hand: a shard given to it then would wait until the cluster has room to start it again.
+
+        A driver whose connection broke calls again: the call before then returns, as each keeps one of the threads.
+        """
+        with self._staying:
+            self._stays += 1
+            mine = self._stays
+            self._staying.notify_all()
+            self._staying.wait_for(lambda: self._left or self._stays > mine)
 
     def leave(self) -> None:
         """Let `stay` return: the driver is done."""
-        self._left.set()
+        with self._staying:
+            self._left = True
+            self._staying.notify_all()
 
     def score_shard(self, shard: ShardInfo) -> ShardStats | Failure:
         """Load, score and commit one shard. An exception comes back as a value: it may not survive pickling.

@@ -147,3 +147,15 @@ def test_storage_that_stumbles_at_the_start_is_asked_again(
     lasting = ScoreWorker("0", Watched(storage_errors=9), 1).start()
     assert isinstance(lasting, Failure)
     assert lasting.exception == "OSError"
+
+
+def test_a_driver_that_lost_its_connection_takes_no_more_threads(counted: list[dict[str, int]]) -> None:
+    actor = ScoreWorker("w", Watched(), 1)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(actor.stay), pool.submit(actor.stay)
+        third = pool.submit(actor.stay)
+        for stay in (first, second):
+            assert stay.result(timeout=20) is None
+        assert not third.done()
+        actor.leave()
+        assert third.result(timeout=20) is None
