@@ -21,6 +21,9 @@ Family = Literal["clip", "siglip"]
 #: The loss of one pair against the reference batch.
 PairLoss = Literal["marginal", "row"]
 
+#: What of the target is differentiated: its contrastive loss, or minus its margin between similarities.
+TargetLoss = Literal["contrastive", "margin"]
+
 #: Whether pairs of equal captions are each other's negatives.
 EqualCaptions = Literal["negative", "ignore"]
 

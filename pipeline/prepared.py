@@ -31,6 +31,7 @@ def settings_of(config: Config) -> Settings:
         method=score.method,
         family=config.proxy.loss,
         loss=score.loss,
+        target_loss=config.target.loss,
         equal_captions=config.reference.equal_captions,
         parameters=score.parameters,
         precondition=score.precondition,
@@ -53,11 +54,11 @@ def score_basis(config: Config, batches: Batches, images: ImageSpec) -> dict[str
         images: the model's input.
     """
     settings = asdict(settings_of(config))
-    del settings["chunk"]
+    del settings["chunk"], settings["target_loss"]
     digests = {name: _pairs_digest(getattr(batches, name)) for name in Batches.__slots__}
     # Directions of earlier versions hold Gaussian vectors: what is scored along these is never mixed with the new.
     draws = {"draws": "signs"} if config.score.estimator in _DRAWN and config.score.self_form == "projected" else {}
-    return {"score": settings, **digests, **draws, "images": asdict(images)}
+    return {"score": settings | config.target.of_loss, **digests, **draws, "images": asdict(images)}
 
 
 def _pairs_digest(pairs: PairBatch) -> str:

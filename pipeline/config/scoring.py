@@ -19,6 +19,7 @@ from pipeline.literals import (
     Precondition,
     ReplayForm,
     SelfForm,
+    TargetLoss,
 )
 
 #: Pixels of the largest image that is decoded, where a config does not say.
@@ -78,6 +79,19 @@ class TargetConfig(Section):
     the zero-shot prompts of a classification set; `reference.equal_captions: ignore` belongs to it."""
     pairs: PositiveInt = 512
     """How many target pairs are used, drawn by the run's seed."""
+    loss: TargetLoss = "contrastive"
+    """What of the target the kept data should lower: its contrastive loss as in the paper, or minus its `margin`, the
+    mean similarity of matching pairs less that of all, which does not turn with the model's confidence."""
+
+    @property
+    def of_pairs(self) -> dict[str, Any]:
+        """What decides which pairs are the target, for fingerprints."""
+        return self.model_dump(mode="json", exclude={"loss"})
+
+    @property
+    def of_loss(self) -> dict[str, Any]:
+        """What of them is differentiated, for fingerprints: what was made before there was a choice stays valid."""
+        return {} if self.loss == "contrastive" else {"target_loss": self.loss}
 
     @field_validator("caption")
     @classmethod

@@ -16,9 +16,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.influence.arithmetic import attention_in_parts
-from pipeline.influence.losses import batch_loss
+from pipeline.influence.losses import batch_loss, margin_loss, similar_captions
 from pipeline.influence.optimizer import StepRule
-from pipeline.literals import Family
+from pipeline.literals import Family, TargetLoss
 from pipeline.types import AdamState, Checkpoint, Features, PairBatch, Tree
 
 #: Attributes of open_clip's text towers that are numbers of tokens: the text's end, and padding.
@@ -35,6 +35,7 @@ class Recipe:
         rule: the optimizer; a norm to clip to is each training's own.
         family: `clip` or `siglip`.
         ignore_equal_captions: whether equal captions are not each other's negatives.
+        target_loss: what of the target set is the outcome of a training.
     """
 
     order: Tensor
@@ -42,6 +43,7 @@ class Recipe:
     rule: StepRule
     family: Family = "clip"
     ignore_equal_captions: bool = False
+    target_loss: TargetLoss = "contrastive"
 
 
 def compact_vocabulary(model: nn.Module, batches: list[PairBatch]) -> tuple[nn.Module, list[PairBatch]]:
@@ -199,11 +201,14 @@ def checkpoint_of(
 
 
 def target_losses(model: nn.Module, stacked: Tree, buffers: Tree, target: PairBatch, recipe: Recipe) -> Tensor:
-    """Mean contrastive loss of the target set under each of the stacked models, `[M]`."""
+    """Mean loss of the target set under each of the stacked models, `[M]`."""
     everyone = torch.ones(len(target), dtype=next(iter(stacked.values())).dtype)
+    equal = similar_captions(target.captions, target.captions, recipe.ignore_equal_captions)
 
     def loss(params: Tree) -> Tensor:
         features = functional_call(model, {**params, **buffers}, (target.images, target.tokens))
+        if recipe.target_loss == "margin":
+            return margin_loss(features, equal)
         return masked_loss(features, everyone, target.captions, recipe)
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), attention_in_parts():

@@ -128,6 +128,7 @@ def small_run(
         rule=step_rule(settings, params),
         family=settings.loss,
         ignore_equal_captions=settings.equal_captions == "ignore",
+        target_loss=config.target.loss,
     )
     start = Checkpoint(0, 0.0, run, params, buffers)
     for warm in rest:

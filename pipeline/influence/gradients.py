@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.func import grad
 
 from pipeline.influence.forward_mode import pull_back, push_forward
-from pipeline.influence.losses import batch_loss, similar_captions
+from pipeline.influence.losses import batch_loss, margin_loss, similar_captions
 from pipeline.influence.memory import halving
 from pipeline.influence.passes import Passes, chunks, joined, pass_size
 from pipeline.influence.trees import filled, plus
+from pipeline.literals import TargetLoss
 from pipeline.types import Features, PairBatch, Tree
 
 _Found = TypeVar("_Found")
@@ -27,23 +28,27 @@ _GPU_PAIRS = 64
 
 
 class BatchLoss:
-    """The mean contrastive loss of a fixed batch as a function of the parameters.
+    """The mean loss of a fixed batch as a function of the parameters.
 
     Args:
         passes: the model.
         batch: the pairs, on the device of the parameters.
         names: the parameters that it is differentiated by.
+        form: the contrastive loss that the model trains with, or `margin_loss`.
     """
 
-    def __init__(self, passes: Passes, batch: PairBatch, names: list[str]) -> None:
+    def __init__(self, passes: Passes, batch: PairBatch, names: list[str], form: TargetLoss = "contrastive") -> None:
         self.passes = passes
         self.batch = batch
         self.names = names
+        self.form = form
         settings = passes.settings
         self.family = settings.family
         self.excluded = similar_captions(batch.captions, batch.captions, settings.equal_captions == "ignore")
 
     def _of_features(self, features: Features) -> Tensor:
+        if self.form == "margin":
+            return margin_loss(features, self.excluded)
         return batch_loss(features, self.excluded, self.family)
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ class LocalView:
         names: parameters that directions live on.
         preconditioner: `P` of AdamW, or None for SGD's form (`P = 1`).
         gradient_loss: the mean loss of `B`.
-        target_loss: the mean loss of `V`.
+        target_loss: the mean loss of `V`, or minus its margin.
     """
 
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, batches: Batches, settings: Settings) -> None:
@@ -38,7 +38,7 @@ class LocalView:
         self.state = to_device({**checkpoint.params, **checkpoint.buffers}, device)
         self.names = chosen_names(checkpoint.params, settings.parameters)
         self.gradient_loss = BatchLoss(self.passes, batches.gradient.to(device), self.names)
-        self.target_loss = BatchLoss(self.passes, batches.target.to(device), self.names)
+        self.target_loss = BatchLoss(self.passes, batches.target.to(device), self.names, settings.target_loss)
         diagonal = preconditioner(checkpoint, settings)
         self.preconditioner = None if diagonal is None else to_device(restricted(diagonal, self.names), device)
 

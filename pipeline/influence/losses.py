@@ -44,6 +44,23 @@ def batch_loss(features: Features, excluded: Tensor, family: Family) -> Tensor:
     return ((logits.logsumexp(1) + logits.logsumexp(0)) / 2 - positive).mean()
 
 
+def margin_loss(features: Features, excluded: Tensor) -> Tensor:
+    """Minus the mean margin of a batch, a scalar: how much more similar pairs are to themselves than to all.
+
+    `-(1/n) sum_i (s_ii - (mean_j s_ij + mean_j s_ji) / 2)` of cosines `s`. It is what the contrastive loss becomes at a
+    high temperature, `log n + scale * margin_loss + O(scale^2)`, and so does not say how confident the model is.
+
+    Args:
+        features: of `n` pairs; scale and bias do not count.
+        excluded: bool `[n, n]`, entries that are not each other's negatives; the diagonal is ignored.
+    """
+    own = torch.eye(len(excluded), dtype=torch.bool, device=excluded.device)
+    counts = (~excluded | own).to(features.image.dtype)
+    cosines = features.image @ features.text.T
+    others = ((cosines * counts).sum(dim) / counts.sum(dim) for dim in (0, 1))
+    return (sum(others) / 2 - cosines.diagonal()).mean()
+
+
 class Neighbours:
     """Which members of R are which pair's negatives.
 

@@ -21,6 +21,7 @@ from pipeline.literals import (
     Precondition,
     ReplayForm,
     SelfForm,
+    TargetLoss,
 )
 from pipeline.types import PairBatch
 
@@ -61,6 +62,7 @@ class Settings:
             `forward` (losses only), or `auto`.
         family: the contrastive loss.
         loss: the loss of one pair against the reference batch.
+        target_loss: what of the target pairs is differentiated: their contrastive loss or minus their margin.
         equal_captions: whether pairs of equal captions are each other's negatives.
         parameters: the parameters that directions live on: `all`, `projections` or `last-K-blocks`.
         precondition: whether AdamW's preconditioner is used; `auto` where the checkpoint carries Adam's state.
@@ -80,6 +82,7 @@ class Settings:
     method: Method = "auto"
     family: Family = "clip"
     loss: PairLoss = "marginal"
+    target_loss: TargetLoss = "contrastive"
     equal_captions: EqualCaptions = "negative"
     parameters: str = "all"
     precondition: Precondition = "auto"

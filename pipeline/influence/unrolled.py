@@ -88,7 +88,7 @@ def unrolled_exactly(
     names = list(checkpoints[-1].params)
     buffers = to_device(checkpoints[-1].buffers, device)
     chosen = chosen_names(names, settings.parameters)
-    start = BatchLoss(passes, batches.target.to(device), names).gradient(
+    start = BatchLoss(passes, batches.target.to(device), names, settings.target_loss).gradient(
         {**to_device(checkpoints[-1].params, device), **buffers}
     )
     zeros = tree_map(torch.zeros_like, start)

@@ -86,7 +86,7 @@ def directions_fingerprint(job: Job, digests: list[str], dataset_size: int) -> F
             "score": score,
             "loss": config.proxy.loss,
             "reference": config.reference.model_dump(mode="json"),
-            "target": config.target.model_dump(mode="json"),
+            "target": config.target.of_pairs | config.target.of_loss,
             "target_versions": shard_versions(config.target.shards, "target.shards", "directions", config.engine),
             "caption": config.data.caption,
             **config.data.pixels,

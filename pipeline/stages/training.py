@@ -269,7 +269,7 @@ def _fingerprint(job: Job) -> Fingerprint:
             **_identity(job),
             "proxy": config.proxy.model_dump(mode="json", exclude={"gpus_per_worker", "resume_every"}),
             "equal_captions": config.reference.equal_captions,
-            "target": config.target.model_dump(mode="json") if config.target.kind == "holdout" else {},
+            "target": config.target.of_pairs if config.target.kind == "holdout" else {},
             "seed": config.seed,
         }
     )

@@ -168,6 +168,20 @@ def test_stacked_trainings_equal_trainings_one_by_one(
     assert all(torch.equal(states[-1].params[name], stacked[name][1]) for name in stacked)
 
 
+def test_the_outcome_of_a_training_may_be_the_margin(
+    setting: tuple[torch.nn.Module, Checkpoint, PairBatch, PairBatch],
+) -> None:
+    model, start, _, target = setting
+    stacked = {name: torch.stack([value, value]) for name, value in start.params.items()}
+    stacked["logit_scale"][1] += 1
+    recipe = Recipe(torch.arange(24)[None], [0.1], RULE, target_loss="margin")
+    cool, hot = target_losses(model, stacked, start.buffers, target, recipe)
+    assert cool == hot, "the same features"
+    image, text, *_ = functional_call(model, start.params | start.buffers, (target.images, target.tokens))
+    cosines = image @ text.T
+    assert float(cool) == pytest.approx(float(cosines.mean() - cosines.diagonal().mean()), rel=1e-9)
+
+
 def test_equal_captions_option_reaches_the_training(
     setting: tuple[torch.nn.Module, Checkpoint, PairBatch, PairBatch],
 ) -> None:

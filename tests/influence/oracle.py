@@ -10,7 +10,7 @@ from torch.func import functional_call, jacfwd, jacrev
 
 from pipeline.influence.settings import Batches, Settings
 from pipeline.types import Checkpoint, PairBatch, Tree
-from tests.influence.towers import mean_loss
+from tests.influence.towers import mean_loss, target_loss
 
 
 def literal_pair_loss(
@@ -61,6 +61,10 @@ class Explicit:
         """Gradient (order 1) or Hessian (2) of the mean loss of a batch."""
         return self._differentiate(lambda v: mean_loss(self.model, self.tree(v), batch, self.settings), order)
 
+    def target(self, batch: PairBatch) -> Tensor:
+        """Gradient of what of the target is differentiated."""
+        return self._differentiate(lambda v: target_loss(self.model, self.tree(v), batch, self.settings), 1)
+
     def pairs(self, pairs: PairBatch, reference: PairBatch, order: int) -> Tensor:
         """Values (0), gradients (1) or Hessians (2) of the losses of pairs, one by one against R; `[b, ...]`."""
 
@@ -91,7 +95,7 @@ class Explicit:
         t, eta = self.checkpoint.step, self.checkpoint.lr
         factor = -t * eta**2 / (dataset_size * num_checkpoints)
         P = self.preconditioner()
-        g_V = self.batch(batches.target, 1)
+        g_V = self.target(batches.target)
         G_B, H_B = self.batch(batches.gradient, 1), self.batch(batches.gradient, 2)
         G, H = self.pairs(pairs, batches.reference, 1), self.pairs(pairs, batches.reference, 2)
         return factor * torch.stack(

@@ -45,12 +45,17 @@ FORMS = [
     for loss in ("marginal", "row")
     for precondition in ("none", "adam")
     for family in ("clip", "siglip")
+] + [
+    Settings(target_loss="margin", family=family, equal_captions=equal)
+    for family, equal in (("clip", "ignore"), ("siglip", "negative"))
 ]
 
 
-@pytest.mark.parametrize("settings", FORMS, ids=lambda s: f"{s.loss}-{s.precondition}-{s.family}")
+@pytest.mark.parametrize("settings", FORMS, ids=lambda s: f"{s.loss}-{s.precondition}-{s.family}-{s.target_loss}")
 def test_equals_equation_9_in_float64(settings):
-    model, checkpoints, batches, pairs = make_case(settings)
+    model, checkpoints, batches, pairs = make_case(
+        settings, captions=5 if settings.equal_captions == "ignore" else None
+    )
     expected = torch.stack([Explicit(model, c, settings).diff_in(pairs, batches, N, 3) for c in checkpoints], 1)
     for method, relative in (("exact", 1e-9), ("central", 1e-6), ("forward", 1e-3)):
         found = score(model, checkpoints, batches, pairs, replace(settings, method=method)).terms

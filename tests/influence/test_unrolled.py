@@ -19,7 +19,7 @@ from pipeline.influence.unrolled import nearest_checkpoint, stretch
 from pipeline.types import AdamState, Checkpoint, PairBatch
 from tests.influence.oracle import Explicit
 from tests.influence.test_diff_in import assert_close
-from tests.influence.towers import SmallTowers, make_pairs, mean_loss, state_of
+from tests.influence.towers import SmallTowers, make_pairs, mean_loss, state_of, target_loss
 
 STEPS = 7
 POOL = make_pairs(24, seed=1)
@@ -85,13 +85,17 @@ def terms_of(model, checkpoints, settings, replay=None, gradient=POOL[6:18]):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("recorded", [(1, 2, 3, 4, 5, 6, 7), (3, 7)], ids=["every step", "two checkpoints"])
-def test_exact_replay_is_the_derivative_through_the_run(rule, recorded):
+@pytest.mark.parametrize(
+    ("recorded", "target"),
+    [((1, 2, 3, 4, 5, 6, 7), "contrastive"), ((3, 7), "contrastive"), ((3, 7), "margin")],
+    ids=["every step", "two checkpoints", "margin"],
+)
+def test_exact_replay_is_the_derivative_through_the_run(rule, recorded, target):
     model = SmallTowers()
     plain = literal_run(model, rule)
     checkpoints = [checkpoint_of(plain, step, rule) for step in recorded]
     initial = checkpoint_of(plain, 0, rule)
-    settings = Settings(estimator="unrolled", replay="exact")
+    settings = Settings(estimator="unrolled", replay="exact", target_loss=target)
     terms, plans = terms_of(model, checkpoints, settings, Replay(rule, RATES, batch_of, initial))
     assert plans[0].facts["replay_error"] < 1e-12
     near = Neighbours(PAIRS.ids, PAIRS.captions, REFERENCE.ids, REFERENCE.captions, False)
@@ -110,7 +114,7 @@ def test_exact_replay_is_the_derivative_through_the_run(rule, recorded):
             )
 
         final = literal_run(model, rule, gradients_of_pair)[-1][0]
-        (slope,) = torch.autograd.grad(mean_loss(model, final, TARGET, settings), weights)
+        (slope,) = torch.autograd.grad(target_loss(model, final, TARGET, settings), weights)
         assert_close(terms[pair], -slope, 1e-6)
 
 

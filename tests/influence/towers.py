@@ -58,6 +58,21 @@ def mean_loss(model: nn.Module, state: Tree, batch: PairBatch, settings: Setting
     return batch_loss(features, excluded, settings.family)
 
 
+def target_loss(model: nn.Module, state: Tree, batch: PairBatch, settings: Settings) -> Tensor:
+    """What of a target batch is differentiated: its mean loss, or minus its margin, pair by pair."""
+    if settings.target_loss == "contrastive":
+        return mean_loss(model, state, batch, settings)
+    image, text, *_ = functional_call(model, state, (batch.images, batch.tokens))
+    total = torch.zeros((), dtype=image.dtype)
+    for i, caption in enumerate(batch.captions):
+        ignore = settings.equal_captions == "ignore"
+        counted = [j for j, other in enumerate(batch.captions) if j == i or not (ignore and other == caption)]
+        as_image = torch.stack([image[i] @ text[j] for j in counted]).mean()
+        as_text = torch.stack([image[j] @ text[i] for j in counted]).mean()
+        total = total + (as_image + as_text) / 2 - image[i] @ text[i]
+    return total / len(batch)
+
+
 def trained(model: nn.Module, batch: PairBatch, settings: Settings, steps: tuple[int, ...]) -> list[Checkpoint]:
     """Checkpoints after these many AdamW steps on random halves of the batch, with Adam's state."""
     state = {name: value.requires_grad_() for name, value in state_of(model).items()}

@@ -120,14 +120,16 @@ def test_directions_depend_on_the_content_of_model_and_target(
     target = write_shards(tmp_path / "target", shards=1, samples=10)
     other = write_shards(tmp_path / "other", shards=1, samples=10, seed=1)
 
-    def fingerprint(size: int = 20, **sections: Any) -> str:
-        aim = {"kind": "shards", "shards": target, "pairs": 4}
-        job = with_inventory(proxy={"model": str(model)}, target=aim, **sections)
+    def fingerprint(size: int = 20, **loss: Any) -> str:
+        aim = {"kind": "shards", "shards": target, "pairs": 4, **loss}
+        job = with_inventory(proxy={"model": str(model)}, target=aim)
         return directions_fingerprint(job, ["digest"], size).digest
 
     first = fingerprint()
     assert fingerprint() == first
     assert fingerprint(size=21) != first
+    assert fingerprint(loss="contrastive") == first
+    assert fingerprint(loss="margin") != first
     model.write_text(json.dumps({**tree, "quick_gelu": True}))
     changed = fingerprint()
     assert changed != first
