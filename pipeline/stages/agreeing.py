@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, TargetConfig
 from pipeline.data.shards import expand
 from pipeline.engine.progress import say
 from pipeline.errors import ConfigError
@@ -16,7 +16,12 @@ from pipeline.store.fingerprint import Fingerprint, name_differences
 #: Keys of `data` that decide scores.
 _DATA = ("caption", "max_pixels", "draft", "source")
 #: Keys of the config by their names in the `score` part of a score's fingerprint, where these are not the same.
-_KEYS = {"family": "proxy.loss", "equal_captions": "reference.equal_captions", "seed": "seed"}
+_KEYS = {
+    "family": "proxy.loss",
+    "equal_captions": "reference.equal_captions",
+    "target_loss": "target.loss",
+    "seed": "seed",
+}
 
 
 def say_other_scores(job: Job, stage: str) -> None:
@@ -55,8 +60,11 @@ def _other_settings(config: Config, parts: dict[str, Any]) -> list[str]:
     now: dict[str, Any] = {f"score.{name}": value for name, value in config.score.model_dump(mode="json").items()}
     now |= {f"data.{name}": getattr(config.data, name) for name in _DATA}
     now |= {"proxy.loss": config.proxy.loss, "reference.equal_captions": config.reference.equal_captions}
-    now["seed"] = config.seed
-    there = {_KEYS.get(name, f"score.{name}"): value for name, value in parts.get("score", {}).items()}
+    now |= {"target.loss": config.target.loss, "seed": config.seed}
+    score = parts.get("score", {})
+    if score:
+        score = {"target_loss": TargetConfig().loss, **score}
+    there = {_KEYS.get(name, f"score.{name}"): value for name, value in score.items()}
     if "preprocessing" in parts:
         there |= {f"data.{name}": value for name, value in {"draft": None, **parts["preprocessing"]}.items()}
     both = now.keys() & there.keys()

@@ -27,7 +27,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeRun:
     """Scores with the fingerprint that the score stage would give them."""
     shards = write_shards(tmp_path / "in", shards=3)
     config = parse_config({"out": "x", "data": {"shards": shards}, "select": {"keep": 0.5}})
-    basis = {"score": asdict(settings_of(config)), "images": {"size": [32, 32]}}
+    score = asdict(settings_of(config))
+    del score["target_loss"]  # as in a score's fingerprint, where it is not the margin
+    basis = {"score": score, "images": {"size": [32, 32]}}
     monkeypatch.setattr(made_run, "FINGERPRINT", score_fingerprint(config, ["abc"], basis))
     return make_run(tmp_path / "run", shards)
 
@@ -52,6 +54,7 @@ def test_nothing_is_said_of_the_settings_that_were_used(made: MadeRun, capsys: p
         ({"score": {"estimator": "tracin"}}, 'score.estimator: "diff-in" there, "tracin" now'),
         ({"proxy": {"loss": "siglip"}}, 'proxy.loss: "clip" there, "siglip" now'),
         ({"reference": {"equal_captions": "ignore"}}, 'reference.equal_captions: "negative" there, "ignore" now'),
+        ({"target": {"loss": "margin"}}, 'target.loss: "contrastive" there, "margin" now'),
         ({"data": {"caption": "json:caption"}}, 'data.caption: "txt" there, "json:caption" now'),
         ({"data": {"draft": 2}}, "data.draft: null there, 2.0 now"),
     ],
