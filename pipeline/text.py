@@ -12,10 +12,10 @@ NARROW = "\u202f"
 #: The name of pairs that have no source.
 NO_SOURCE = "(no source)"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
-#: Direction overrides and isolates, which could reorder the text around a caption.
 #: Passwords (and before a web address any user) and queries, where signatures and tokens are.
 _PASSWORDS = re.compile(r"(https?://)[^\s/@\"']+@|([a-z][a-z0-9+.-]*://)[^\s/:@\"']*:[^\s/@\"']+@", re.IGNORECASE)
 _QUERIES = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?\"']*\?)(?:(?!::)[^\s\"'`])+", re.IGNORECASE)
+#: Direction overrides and isolates, which could reorder the text around a caption.
 _BIDI_CONTROLS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 

@@ -85,9 +85,7 @@ def masked_loss(features: Features, keep: Tensor, captions: Tensor, recipe: Reci
     Returns the mean over the kept pairs (0 when none is kept).
     """
     absent = keep == 0
-    excluded = absent[:, None] | absent[None, :]
-    if recipe.ignore_equal_captions:
-        excluded = excluded | (captions[:, None] == captions[None, :])
+    excluded = absent[:, None] | absent[None, :] | similar_captions(captions, captions, recipe.ignore_equal_captions)
     total = batch_loss(features, excluded, recipe.family) * len(keep)
     if recipe.family == "siglip":  # without negatives an absent pair still has its positive term there
         positive = features.scale * (features.image * features.text).sum(1) + features.bias

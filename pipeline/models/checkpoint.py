@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -246,9 +246,14 @@ def _adam_state(url: str, params: Tree, optimizer: dict[str, Any]) -> AdamState 
                     f"found {list(value.shape)}"
                 )
             tree[name] = value.float()
-    beta1, beta2 = groups[0]["betas"]
-    steps = max(int(entry["step"]) for entry in state.values())
-    return AdamState(steps=steps, beta1=float(beta1), beta2=float(beta2), eps=float(groups[0]["eps"]), **moments)
+    return adam_of(state.values(), groups[0], moments["exp_avg"], moments["exp_avg_sq"])
+
+
+def adam_of(states: Iterable[dict[str, Any]], group: dict[str, Any], exp_avg: Tree, exp_avg_sq: Tree) -> AdamState:
+    """Adam's state from an optimizer's own: its states (empty before the first step), a group, and moments by name."""
+    steps = max(int(state["step"]) for state in states if state)
+    beta1, beta2 = group["betas"]
+    return AdamState(steps, exp_avg, exp_avg_sq, float(beta1), float(beta2), float(group["eps"]))
 
 
 def _check_fit(url: str, checkpoint: Checkpoint, model: nn.Module) -> None:

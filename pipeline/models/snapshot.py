@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.models.checkpoint import gain_of, own_name
+from pipeline.models.checkpoint import adam_of, gain_of, own_name
 from pipeline.models.clip import split_state
-from pipeline.types import AdamState, Checkpoint, Tree
+from pipeline.types import Checkpoint, Tree
 
 
 def checkpoint_of(
@@ -71,12 +69,10 @@ def _add_state(made: Checkpoint, optimizer: torch.optim.Optimizer, parameters: d
     kinds = {kind for state in states.values() for kind, value in state.items() if value is not None}
     group = optimizer.param_groups[0]
     if {"exp_avg", "exp_avg_sq"} <= kinds:
-        steps = max(int(state["step"]) for state in states.values() if state)
-        first, second = (_moments(states.items(), kind, made.params) for kind in ("exp_avg", "exp_avg_sq"))
-        beta1, beta2 = group["betas"]
-        made.adam = AdamState(steps, first, second, float(beta1), float(beta2), float(group["eps"]))
+        first, second = (_moments(states, kind, made.params) for kind in ("exp_avg", "exp_avg_sq"))
+        made.adam = adam_of(states.values(), group, first, second)
     elif "momentum_buffer" in kinds:
-        made.momentum = _moments(states.items(), "momentum_buffer", made.params)
+        made.momentum = _moments(states, "momentum_buffer", made.params)
         made.gain = gain_of(group)
     elif kinds:
         raise InputError(
@@ -85,11 +81,11 @@ def _add_state(made: Checkpoint, optimizer: torch.optim.Optimizer, parameters: d
         )
 
 
-def _moments(states: Iterable[tuple[str, dict[str, Tensor]]], kind: str, params: Tree) -> Tree:
+def _moments(states: dict[str, dict[str, Tensor]], kind: str, params: Tree) -> Tree:
     """One kind of state of each parameter; zeros for one that no gradient has reached."""
     return {
         name: _copied(state[kind]) if state.get(kind) is not None else torch.zeros_like(params[name])
-        for name, state in states
+        for name, state in states.items()
     }
 
 
