@@ -311,6 +311,9 @@ class EngineConfig(Section):
     start_timeout: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds that a scoring worker may take to load model, checkpoints and directions; one that takes longer is killed
     and started anew, `retries` times."""
+    storage_timeout: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds that storage may be away in the middle of a stage (shard after shard fails because it does not answer)
+    before the stage ends with an error. Meanwhile shards wait, and no try counts."""
     task_timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds without news from the tasks of `train`, `directions`, `evaluate` and `validate` (a task ended, a training
     step, a shard decoded for training), after which those in hand are killed and started anew, `retries` times. Null

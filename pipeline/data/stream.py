@@ -159,7 +159,7 @@ def _open(url: str) -> io.BufferedReader:
         try:
             return open(storage.local_path(url), "rb")
         except OSError as error:
-            raise InputError(f"{url}: cannot be read: {error.strerror or error}") from None
+            raise InputError(f"{url}: cannot be read: {error.strerror or error}") from error
     fs, path = storage.filesystem(url)
     info = patiently(url, lambda: fs.info(path))
     size = info.get("size")

@@ -8,6 +8,7 @@ import traceback
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.engine.outage import has_no_answer
 from pipeline.errors import StageError
 from pipeline.store import storage
 
@@ -25,7 +26,10 @@ class SampleError(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """One failed attempt, as plain values that travel between processes."""
+    """One failed attempt, as plain values that travel between processes.
+
+    `no_answer`: storage did not answer, so that the same may succeed later.
+    """
 
     exception: str
     message: str
@@ -33,6 +37,7 @@ class Failure:
     last_sample: str = ""
     node: str = ""
     worker: str = ""
+    no_answer: bool = False
 
     @staticmethod
     def of(error: BaseException, worker: str = "") -> Failure:
@@ -42,7 +47,9 @@ class Failure:
         if isinstance(error, SampleError):
             sample = error.sample
             error = error.__cause__ or error
-        return Failure(type(error).__name__, _one_line(error), text, sample, socket.gethostname(), worker)
+        return Failure(
+            type(error).__name__, _one_line(error), text, sample, socket.gethostname(), worker, has_no_answer(error)
+        )
 
     def __str__(self) -> str:
         place = f" (sample {self.last_sample})" if self.last_sample else ""

@@ -20,6 +20,7 @@ from pipeline.engine.futures import tell
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.metrics import DriverMetrics
 from pipeline.engine.notes import Said
+from pipeline.engine.outage import OutageWatch
 from pipeline.engine.outcome import Outcome, pending_shards, rejected
 from pipeline.engine.progress import Display, Tally
 from pipeline.engine.resources import plan_workers
@@ -145,7 +146,14 @@ class _Driver:
     def work(self, pending: Sequence[int]) -> None:
         """Until every pending shard is settled."""
         config = self._config
-        self._queue = ShardQueue(pending, depth=config.prefetch + 2, retries=config.retries, wait=config.retry_wait)
+        self._queue = ShardQueue(
+            pending,
+            depth=config.prefetch + 2,
+            retries=config.retries,
+            wait=config.retry_wait,
+            longest_outage=config.storage_timeout,
+        )
+        self._outage = OutageWatch("score", config.storage_timeout, self._display.note)
         try:
             with Interruption(lambda: self._display.note("finishing what is in hand (again: stop at once)")) as stop:
                 while not self._queue.finished():
@@ -157,6 +165,7 @@ class _Driver:
                         )
                     self._look_around()
                     self._react(feed=not stop.requested)
+                    self._outage.look(self._queue.outage)
                     self._display.tick()
         except BaseException:
             for slot in self._slots.values():
@@ -208,7 +217,8 @@ class _Driver:
             self._display.tally.add(result.pairs, rejected(result.statuses), name)
         else:
             failure = result if isinstance(result, Failure) else Failure.of(result, name)
-            if not self._queue.failed(name, place):
+            self._outage.heard(failure)
+            if not self._queue.failed(name, place, no_answer=failure.no_answer):
                 self._give_up(place, failure)
             self._note_rest(name)
 

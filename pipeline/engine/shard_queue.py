@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.engine.outage import Outage
+
 #: Failures and deaths in a row from which on a worker rests while others go on.
 FRUITLESS = 3
 
@@ -45,6 +47,8 @@ class ShardQueue:
     would fail shards faster than others score them. From `FRUITLESS` times in a row it rests, longer each time, and
     then gets one new shard at a time until it commits one. What it failed, and had when it died, goes to others.
 
+    While storage is away (`pipeline.engine.outage`) every worker gets one shard at a time, and tries do not count.
+
     Attributes:
         depth: may become another one while work goes on.
     """
@@ -56,6 +60,7 @@ class ShardQueue:
         depth: int,
         retries: int,
         wait: float,
+        longest_outage: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.depth = depth
@@ -65,6 +70,7 @@ class ShardQueue:
         self._retries = retries
         self._wait = wait
         self._clock = clock
+        self._outage = Outage(wait, longest_outage, clock)
         self._lanes: dict[str, _Lane] = {}
         self._delayed: list[tuple[float, int]] = []
         self._orphans: deque[int] = deque()
@@ -78,7 +84,8 @@ class ShardQueue:
         """
         lane = self._lanes.setdefault(worker, _Lane())
         share = -(-self.left() // max(workers, 1))
-        if lane.alone or len(lane.in_hand) >= min(self.depth, share):
+        depth = 1 if self.outage else self.depth
+        if lane.alone or len(lane.in_hand) >= min(depth, share):
             return None
         doubted = self._is_doubted(lane)
         if doubted and (lane.in_hand or lane.rests_until > self._clock()):
@@ -110,17 +117,25 @@ class ShardQueue:
         self._release(worker, shard)
         if (lane := self._lanes.get(worker)) is not None:
             lane.fruitless, lane.committed = 0, self._clock()
+        self._outage.answered(shard)
         self._open -= 1
         self._failures.pop(shard, None)
         self._deaths.pop(shard, None)
 
-    def failed(self, worker: str, shard: int) -> bool:
-        """`shard` raised an error on `worker`. True: it will be tried again; False: it is given up."""
+    def failed(self, worker: str, shard: int, *, no_answer: bool = False) -> bool:
+        """`shard` raised an error on `worker`. True: it will be tried again; False: it is given up.
+
+        `no_answer` says that storage did not answer (`pipeline.engine.outage.has_no_answer`).
+        """
         self._release(worker, shard)
+        if no_answer and (pause := self._outage.unanswered(shard)) is not None:
+            heapq.heappush(self._delayed, (self._clock() + pause, shard))
+            return True
         self._failed_again(worker)
         count = self._failures[shard] = self._failures.get(shard, 0) + 1
         if count > self._retries:
             self._open -= 1
+            self._outage.settled(shard)
             return False
         heapq.heappush(self._delayed, (self._clock() + self._wait * 2 ** (count - 1), shard))
         return True
@@ -160,6 +175,11 @@ class ShardQueue:
         return lane.fruitless >= FRUITLESS and any(
             not other.fruitless and (other.in_hand or other.committed > lately) for other in self._lanes.values()
         )
+
+    @property
+    def outage(self) -> float:
+        """Seconds that storage has been away; 0 when it is not."""
+        return self._outage.seconds
 
     def rest(self, worker: str) -> float:
         """Seconds that `worker` gets nothing for, as long as others go on."""

@@ -19,6 +19,7 @@ from pipeline.engine.failures import Aside, Failure, check_writable, set_aside
 from pipeline.engine.futures import tell
 from pipeline.engine.interrupt import Interruption
 from pipeline.engine.notes import Said, keep_notes, take_notes
+from pipeline.engine.outage import OutageWatch
 from pipeline.engine.progress import Display, Tally
 from pipeline.engine.shard_queue import ShardQueue
 from pipeline.errors import DiffpruneError, StageError
@@ -110,7 +111,13 @@ def run_tasks(
         outcome.done += 1
         on_result(number, result)
     pending = array("q", (number for number, value in enumerate(settled) if not value))
-    waiting = ShardQueue(pending, depth=_in_flight(gpus), retries=config.retries, wait=config.retry_wait)
+    waiting = ShardQueue(
+        pending,
+        depth=_in_flight(gpus),
+        retries=config.retries,
+        wait=config.retry_wait,
+        longest_outage=config.storage_timeout,
+    )
     # Retries are counted here, not by Ray, so that exceptions and dead processes share one limit and one back-off.
     remote = ray.remote(_call).options(
         num_cpus=1, num_gpus=gpus, max_retries=0, name=stage, scheduling_strategy="SPREAD"
@@ -125,6 +132,7 @@ def run_tasks(
         killed_by_errors(in_hand.refs),
     ):
         notes = Said(display.note)
+        outage = OutageWatch(stage, config.storage_timeout, display.note)
         looked = time.monotonic()
         while not waiting.finished():
             if time.monotonic() - looked > LOOK_EVERY:
@@ -137,6 +145,7 @@ def run_tasks(
                 )
             while not stop.requested and (due := waiting.take(_LANE)) is not None:
                 in_hand.add(due, remote.remote(function_ref, items[due], due, marks))
+            outage.look(waiting.outage)
             display.tick()
             try:
                 number, answer = in_hand.news.get(timeout=TICK)
@@ -151,7 +160,9 @@ def run_tasks(
                 tally.add()
                 notes.hear(found.notes)
                 on_result(number, found.value)
-            elif not waiting.failed(_LANE, number):
+                continue
+            outage.heard(found)
+            if not waiting.failed(_LANE, number, no_answer=found.no_answer):
                 attempts, _ = waiting.attempts(number)
                 aside = Aside(number, name(items[number]), found, attempts)
                 set_aside(storage.join(run.root, "failed", stage, f"{number:05d}.json"), aside)

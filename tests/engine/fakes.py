@@ -4,6 +4,7 @@ In the folder `script` of a `FakeSpec`, a file named `<event>-<shard>` makes som
 `raise-N` raises while loading shard N; `kill-N` kills the process while scoring it; `once-N` does so only once;
 `cuda-N` breaks, once, the process's GPU while scoring it, so that it fails there and with every further shard;
 `wait-N` waits while the file is there; `hang-N` never comes back from scoring it; `stop-N` stops the whole process;
+`away` means that storage does not answer for any shard but the first four;
 `slow-worker-W` makes worker W take ten times as long;
 `full-N` makes the disk full while its file is written. `start-hang*` never comes back from the start of a worker, and
 `start-kill*` kills it there, once for each such file. `log` lists the shards scored: number, process, worker;
@@ -31,7 +32,7 @@ import pyarrow as pa
 from pipeline.data.inventory import ShardInfo
 from pipeline.engine import worker as engine_worker
 from pipeline.engine.failures import SampleError
-from pipeline.errors import NoteWarning
+from pipeline.errors import InputError, NoteWarning
 from pipeline.run import RunFolder
 from pipeline.store.commits import commit_scores
 from pipeline.store.fingerprint import Fingerprint
@@ -128,6 +129,8 @@ class FakeWork:
     def load(self, shard: ShardInfo) -> pa.Table:
         if self._event("raise", shard):
             raise SampleError("000007") from OSError("the tar is torn")
+        if shard.index > 3 and self._spec.script and Path(self._spec.script, "away").exists():
+            raise InputError(f"{shard.url}: cannot be read") from ConnectionRefusedError(errno.ECONNREFUSED, "refused")
         return fake_table(shard)
 
     def score(self, shard: ShardInfo, loaded: pa.Table) -> pa.Table:

@@ -136,6 +136,38 @@ def test_a_shard_that_hangs_its_worker_is_set_aside_and_costs_no_other_shard(
     assert "was silent for" in capsys.readouterr().err
 
 
+def test_an_outage_of_storage_costs_time_but_no_shard(
+    tmp_path: Path, config: EngineConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = RunFolder(str(tmp_path / "run")), shard_infos(12)
+    spec = FakeSpec(run, script=str(tmp_path))
+    config = config.model_copy(update={"workers": 1, "storage_timeout": 2.0, "retries": 1})
+    (tmp_path / "away").touch()
+    with pytest.raises(
+        StageError,
+        match=r"score: storage has not answered for \d s: InputError: .*: cannot be read; nothing was given up",
+    ):
+        score_shards(spec, shards, run, FINGERPRINT, config)
+    assert not (tmp_path / "run" / "failed").exists()
+    assert [mark.shard for mark in read_marks(run)] == [0, 1, 2, 3]
+    for number in range(4):
+        Path(run.score_mark(number)).unlink()
+
+    def come_back() -> None:
+        while not Path(run.score_mark(0)).exists():
+            time.sleep(0.05)
+        time.sleep(1)
+        (tmp_path / "away").unlink()
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(come_back)
+        outcome = score_shards(spec, shards, run, FINGERPRINT, config.model_copy(update={"storage_timeout": 60.0}))
+    assert (outcome.done, outcome.failed) == (12, [])
+    said = capsys.readouterr().err
+    assert "storage does not answer, which is tried again for 1 min: InputError" in said
+    assert "storage answers again" in said
+
+
 def test_the_death_of_a_worker_without_a_shard_is_noticed(
     tmp_path: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

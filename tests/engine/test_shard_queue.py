@@ -210,3 +210,69 @@ def test_a_broken_gpu_costs_no_shard(dies: bool, workers: int, restart: int) -> 
                 lost.append(shard)
     assert lost == []
     assert clock.now < 1.3 * 60 * 40 * workers / (workers - 1)
+
+
+def test_while_storage_is_away_shards_wait_and_no_try_counts() -> None:
+    clock = Clock()
+    queue = ShardQueue(range(40), depth=2, retries=1, wait=1.0, longest_outage=600, clock=clock)
+    back = 300.0
+    tries = 0
+    first = queue.take("a")
+    assert first == 0
+    queue.succeeded("a", first)
+    while not queue.finished():
+        for worker in "ab":
+            for shard in take_all(queue, worker):
+                if clock.now < back:
+                    tries += 1
+                    assert queue.failed(worker, shard, no_answer=True), "given up for an outage"
+                else:
+                    queue.succeeded(worker, shard)
+        clock.now += 0.5
+        assert queue.outage == (clock.now if len(queue._pending) - 1 == queue.left() else 0)
+        assert clock.now < back + 70, "the longest wait is 64 s"
+    assert tries < 39 * 11, "waits are doubled"
+
+
+def test_an_outage_is_one_only_after_something_was_committed_and_over_several_shards() -> None:
+    never, _ = make(5, retries=0)
+    for shard in range(5):
+        assert never.take("a") == shard
+        assert not never.failed("a", shard, no_answer=True)
+    clock = Clock()
+    single = ShardQueue(range(2), depth=2, retries=2, wait=1.0, longest_outage=600, clock=clock)
+    assert take_all(single, "a") == [0, 1]
+    single.succeeded("a", 0)
+    assert single.failed("a", 1, no_answer=True)
+    for again in (True, False):
+        clock.now += 10
+        assert single.take("a") == 1
+        assert single.failed("a", 1, no_answer=True) == again
+    assert single.finished()
+    assert single.outage == 0
+
+
+def test_shards_of_a_storage_that_is_gone_for_good_are_given_up_while_those_of_another_go_on() -> None:
+    """Odd shards never answer. Even ones take a minute, so that failures come in rows that look like an outage."""
+    clock = Clock()
+    queue = ShardQueue(range(200), depth=3, retries=2, wait=1.0, longest_outage=600, clock=clock)
+    busy: dict[str, tuple[float, int]] = {}
+    done, lost, seen_away = [], [], False
+    while not queue.finished() and clock.now < 30_000:
+        for worker in ("a", "b", "c", "d"):
+            if worker in busy and busy[worker][0] <= clock.now:
+                _, shard = busy.pop(worker)
+                queue.succeeded(worker, shard)
+                done.append(shard)
+            if worker not in busy and (shard := queue.take(worker)) is not None:
+                if shard % 2 == 0:
+                    busy[worker] = (clock.now + 60, shard)
+                elif not queue.failed(worker, shard, no_answer=True):
+                    lost.append(shard)
+        seen_away = seen_away or queue.outage > 0
+        assert queue.outage < 600
+        clock.now += 1
+    assert sorted(done) == list(range(0, 200, 2))
+    assert sorted(lost) == list(range(1, 200, 2))
+    assert seen_away
+    assert clock.now < 1.5 * 100 / 4 * 60 + 600
