@@ -19,6 +19,11 @@ class RunFolder:
         return storage.join(self.root, "config.yaml")
 
     @property
+    def driver(self) -> str:
+        """Which process takes inventory, trains or scores, renewed every few seconds while one does (JSON)."""
+        return storage.join(self.root, "driver.json")
+
+    @property
     def inventory(self) -> str:
         """One row per input shard (Parquet)."""
         return storage.join(self.root, "inventory.parquet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.emit.emit import is_emitted
+from pipeline.engine import lease
 from pipeline.engine.failures import Aside, read_aside
 from pipeline.errors import StageError
 from pipeline.run import RunFolder
 from pipeline.selection.summary import begun_selections, summary_file
 from pipeline.store import storage
 from pipeline.store.commits import read_marks
+from pipeline.store.pulse import read_pulse
 from pipeline.text import plural, rough_duration
 
 #: The rate is that of the shards committed in the last so many seconds before the newest one.
@@ -31,7 +34,8 @@ class RunStatus:
     `stages` says of each stage whether its last file is there, of `select` and `emit` that of any selection; one that
     was made again after it was handed over does not count as that.
     `inventoried` is False before the inventory, when totals are still unknown and 0. While `sampling` (the first pass
-    of `score.sample`) the counts are that pass's.
+    of `score.sample`) the counts are that pass's. `driver` is which process takes inventory, trains or scores, and when
+    it last said so; empty when none does, or none that left a file.
     """
 
     root: str
@@ -46,6 +50,7 @@ class RunStatus:
     failed: list[Aside] = field(default_factory=list)
     workers: int = 0
     pairs_per_second: float | None = None
+    driver: str = ""
 
     @property
     def shards_left(self) -> int:
@@ -81,7 +86,7 @@ def run_status(root: str) -> RunStatus:
     if not stages["inventory"]:
         if not storage.exists(run.config):
             raise StageError(f"{root}: expected a run's folder, found neither config.yaml nor inventory.parquet")
-        return RunStatus(root, stages)
+        return RunStatus(root, stages, driver=_driver(run))
     samples = pq.read_table(io.BytesIO(storage.read_bytes(run.inventory)), columns=["samples"])["samples"]
 
     # A sample without a regressor, beside scores, is one that was given up for scoring every pair.
@@ -117,7 +122,15 @@ def run_status(root: str) -> RunStatus:
         failed=[aside for aside in asides if aside is not None and aside.item not in done],
         workers=len({worker for _, _, worker in recent}),
         pairs_per_second=_rate([(finished, pairs) for finished, pairs, _ in recent]),
+        driver=_driver(run),
     )
+
+
+def _driver(run: RunFolder) -> str:
+    found = read_pulse(run.driver)
+    if found is None:
+        return ""
+    return f"{lease.describe(found)}, last sign of life {rough_duration(max(time.time() - found['time'], 0))} ago"
 
 
 def _rate(commits: list[tuple[float, int]]) -> float | None:
@@ -136,6 +149,8 @@ def print_status(root: str) -> None:
     table = Table(show_header=False, box=None, title=f"Run {root}", title_justify="left")
     for name in ("inventory", "train", "directions", "score", "select", "emit", "report"):
         table.add_row(name, "done" if status.stages.get(name) else "not finished")
+    if status.driver:
+        table.add_row("driver", status.driver)
     if status.sampling:
         table.add_row("", "the counts below are of the pass that scores the sample; the others are predicted after it")
     if status.inventoried:

@@ -9,12 +9,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pipeline.config import Config
 from pipeline.emit.emit import emit
 from pipeline.engine.connect import connect
 from pipeline.engine.failures import check_writable
+from pipeline.engine.lease import alone
 from pipeline.engine.progress import say
 from pipeline.engine.tasks import run_task
 from pipeline.errors import ConfigError, FingerprintError, NoWorkerError
@@ -53,10 +54,11 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=True)
-        begin_record(job)
-        for stage in ("inventory", "train", "directions"):
-            _run(job, stage)
-        _score(job, retry_failed)
+        with _alone(job):
+            begin_record(job)
+            for stage in ("inventory", "train", "directions"):
+                _run(job, stage)
+            _score(job, retry_failed)
         for stage in ("select", "emit"):
             _run(job, stage)
         results = []
@@ -77,23 +79,33 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
     job = open_job(config)
     with connect(config.engine):
         _prepare(config, proxy=name in _WITH_PROXY)
-        if name in _TAKING_INVENTORY:
-            begin_record(job)
-        if name == "score":
-            try:
-                _score(job, retry_failed)
-            except (NoWorkerError, FingerprintError):
-                _prepare(config, proxy=True)  # what is wrong may be the config's proxy
-                raise
-        elif name == "evaluate":
-            require_scores(job)
-            with _stage(job, "evaluate"):
-                results = evaluate(job)
-            summary.show(job, results)
-        else:
-            if name in _OF_SCORES:
-                say_other_scores(job, name)
-            _run(job, name)
+        with _alone(job) if name in _SCORING else nullcontext():
+            _run_one(job, name, retry_failed)
+
+
+def _run_one(job: Job, name: str, retry_failed: bool) -> None:
+    if name in _TAKING_INVENTORY:
+        begin_record(job)
+    if name == "score":
+        try:
+            _score(job, retry_failed)
+        except (NoWorkerError, FingerprintError):
+            _prepare(job.config, proxy=True)  # what is wrong may be the config's proxy
+            raise
+    elif name == "evaluate":
+        require_scores(job)
+        with _stage(job, "evaluate"):
+            results = evaluate(job)
+        summary.show(job, results)
+    else:
+        if name in _OF_SCORES:
+            say_other_scores(job, name)
+        _run(job, name)
+
+
+def _alone(job: Job) -> AbstractContextManager[None]:
+    """Up to the scores one driver works on a folder; several may choose from them at the same time."""
+    return alone(job.folder.driver, lambda text: say("engine", text))
 
 
 def _run(job: Job, stage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def test_counts_rate_and_failures_come_from_the_files(tmp_path: Path, capsys: py
             worker=str(place % 2),
         )
     set_aside(run.failure_file(7), Aside(7, "00007.tar", Failure("OSError", "torn"), attempts=4))
+    assert run_status(str(tmp_path)).driver == ""
+    storage.write_json(run.driver, {"process": 12, "host": "head", "time": time.time() - 125})
 
     status = run_status(str(tmp_path))
     assert (status.shards, status.shards_done, status.shards_left) == (10, 4, 5)
@@ -60,6 +63,8 @@ def test_counts_rate_and_failures_come_from_the_files(tmp_path: Path, capsys: py
     }
     print_status(str(tmp_path))
     printed = capsys.readouterr().out
+    assert "driver" in printed
+    assert "process 12 on head, last sign of life 2 min ago" in printed
     assert "4 done, 1 failed, 5 left" in printed
     assert "2 pairs/s on 2 workers" in printed
     assert "failed: 00007.tar: OSError: torn" in printed

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import parse_config
+from pipeline.engine import lease
 from pipeline.errors import ConfigError, StageError
 from pipeline.stages import runner
 from pipeline.stages.job import Job
@@ -53,6 +54,30 @@ def test_stages_that_need_none_before_them_begin_the_record_of_a_run(
     with pytest.raises(StageError, match="refused"):
         run_stage(stage, parse_config({"data": {"shards": make_shards()}, "out": str(tmp_path / "run")}))
     assert (tmp_path / "run" / "config.yaml").exists() == begun
+
+
+@pytest.mark.parametrize(
+    ("stage", "refused"),
+    [("inventory", True), ("train", True), ("directions", True), ("score", True), ("select", False), ("report", False)],
+)
+def test_up_to_the_scores_there_is_one_driver(
+    make_shards: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str, refused: bool
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(runner, "connect", lambda engine: nullcontext())
+    monkeypatch.setattr(runner, "_prepare", lambda config, proxy: None)
+    monkeypatch.setattr(runner, "_run_one", lambda job, name, retry_failed: ran.append(name))
+    monkeypatch.setattr(lease, "EVERY", 0.1)
+    config = parse_config({"data": {"shards": make_shards()}, "out": str(tmp_path / "run")})
+    with lease.alone(Job(config).folder.driver, pytest.fail):
+        # As if the other were a process of its own: this one's number would count as that of one before it.
+        monkeypatch.setattr(lease.os, "getpid", lambda: -1)
+        if refused:
+            with pytest.raises(StageError, match=r"driver\.json: process \d+ on .* works on this folder"):
+                run_stage(stage, config)
+        else:
+            run_stage(stage, config)
+    assert ran == ([] if refused else [stage])
 
 
 def test_a_stage_that_is_complete_leaves_nothing_of_writers_that_were_killed(tmp_path: Path) -> None:
