@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import Config, SelectConfig
 from pipeline.engine.tasks import run_task
@@ -61,11 +62,28 @@ def judge(job: Job) -> Judgement | None:
 def _judge(config: Config) -> Judgement:
     """In a task, as it holds arrays over all pairs."""
     job = Job(config)
-    assert config.evaluate is not None
-    assert config.evaluate.truth is not None
-    known, wrong = match_truth(config.evaluate.truth, uids(job))
+    known, wrong = _truth(job)
     out = np.ones(job.samples, dtype=bool)
     out[kept_positions(job.folder.selection(config.select.name), job.inventory)] = False
+    return Judgement(_judge_rankings(job, known, wrong), int((out & known).sum()), int((out & wrong).sum()))
+
+
+def judge_rankings(job: Job) -> dict[str, Detection]:
+    """`Judgement.by` alone, for which no selection is needed; empty where no truth is given."""
+    if job.config.evaluate is None or job.config.evaluate.truth is None:
+        return {}
+    return _judge_rankings(job, *_truth(job))
+
+
+def _truth(job: Job) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    assert job.config.evaluate is not None
+    assert job.config.evaluate.truth is not None
+    return match_truth(job.config.evaluate.truth, uids(job))
+
+
+def _judge_rankings(job: Job, known: NDArray[np.bool_], wrong: NDArray[np.bool_]) -> dict[str, Detection]:
+    config = job.config
+    assert config.evaluate is not None
     rankings: dict[str, dict[str, Any]] = {
         "utility": {"by": "utility"},
         "similarity": {"by": "similarity"},
@@ -77,4 +95,4 @@ def _judge(config: Config) -> Judgement:
         select = SelectConfig.model_validate(config.select.model_dump() | changes | plain)
         values = ranked_values(job.folder, select, job.inventory, seed=config.seed, map_tasks=thread_map)
         by[name] = detect(values[known], wrong[known])
-    return Judgement(by, int((out & known).sum()), int((out & wrong).sum()))
+    return by

@@ -11,8 +11,10 @@ from pipeline.run import RunFolder
 from pipeline.selection.compare import compare
 from pipeline.selection.select import select
 from pipeline.selection.tasks import thread_map
+from pipeline.stages import summary
 from pipeline.stages.agreeing import say_other_scores
 from pipeline.stages.job import open_job
+from pipeline.stages.judging import judge_rankings
 from pipeline.stages.selecting import require_scores
 from pipeline.store import storage
 from pipeline.text import NO_SOURCE
@@ -39,6 +41,9 @@ def show_plan(config: Config) -> None:
         console.print(f"{plan.shortfall:,} fewer than asked for: no more can be kept")
     if plan.harmful_kept:
         console.print(f"{plan.harmful_kept:,} harmful ones are needed to meet the quota")
+    judged = {name: found.to_dict() for name, found in judge_rankings(job).items()}
+    for line in summary.ranking_lines(config, judged):
+        console.print(f"wrong captions found by {line}", soft_wrap=True)
     if config.select.balance.by == "caption":
         _show_shares("caption", [(group.name, group.size, group.kept) for group in plan.groups], console)
     _show_shares("cluster", [(cluster.name, cluster.size, cluster.kept) for cluster in plan.clusters], console)

@@ -101,6 +101,9 @@ def _run_one(job: Job, name: str, retry_failed: bool) -> None:
         if name in _OF_SCORES:
             say_other_scores(job, name)
         _run(job, name)
+        if name == "select":  # a whole run ends with them
+            for line in summary.quality_lines(job):
+                say(name, line)
 
 
 def _alone(job: Job) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pipeline import text
+from pipeline.config import Config
 from pipeline.emit.summary import account
 from pipeline.engine.outcome import Outcome
 from pipeline.evaluation.results import Result
@@ -149,18 +150,33 @@ def _add_quality(table: Table, job: Job, summary: dict[str, Any]) -> None:
     quality = summary.get("quality")
     if not quality:
         return
-    table.add_row(
-        "wrong captions",
-        f"{text.percent(quality['precision'])} of the pruned are wrong, {text.percent(quality['base_rate'])} of all",
-    )
-    names = {"utility": job.config.score.estimator, "select": job.config.select.by}
-    for place, (name, found) in enumerate(quality["by"].items()):
-        table.add_row(
-            "found by" if place == 0 else "",
-            f"{names.get(name, name)}: AUROC {_rounded(found['auroc'])}, "
-            f"average precision {_rounded(found['average_precision'])}, "
-            f"precision {_rounded(found['precision'])} at the true number",
-        )
+    table.add_row("wrong captions", _wrong_among_pruned(quality))
+    for place, line in enumerate(ranking_lines(job.config, quality["by"])):
+        table.add_row("found by" if place == 0 else "", line)
+
+
+def _wrong_among_pruned(quality: dict[str, Any]) -> str:
+    return f"{text.percent(quality['precision'])} of the pruned are wrong, {text.percent(quality['base_rate'])} of all"
+
+
+def ranking_lines(config: Config, by: dict[str, dict[str, Any]]) -> list[str]:
+    """How well each ranking finds the wrong captions, by the names in `Judgement.by`; every ranking once."""
+    names = {"utility": config.score.estimator, "select": config.select.by}
+    return [
+        f"{names.get(name, name)}: AUROC {_rounded(found['auroc'])}, "
+        f"average precision {_rounded(found['average_precision'])}, "
+        f"precision {_rounded(found['precision'])} at the true number"
+        for name, found in by.items()
+        if not (name == "select" and config.select.by in by)
+    ]
+
+
+def quality_lines(job: Job) -> list[str]:
+    """What was noted of the selection and its rankings; nothing where no truth is known."""
+    quality = _read(job).get("quality")
+    if not quality:
+        return []
+    return [f"wrong captions: {_wrong_among_pruned(quality)}", *ranking_lines(job.config, quality["by"])]
 
 
 def _rounded(value: float | None) -> str:

@@ -14,10 +14,10 @@ from pipeline.data.inventory import ShardInfo, write_inventory
 from pipeline.errors import InputError
 from pipeline.report.tables import quality_table
 from pipeline.run import RunFolder
-from pipeline.stages import judging
+from pipeline.stages import judging, looking
 from pipeline.stages.evaluation_sets import training_sets
 from pipeline.stages.job import Job
-from pipeline.stages.summary import note_selection, show, speak_of_selection
+from pipeline.stages.summary import note_selection, quality_lines, show, speak_of_selection
 from pipeline.store import storage
 from tests.selection.scores import row, select, uid, write_run
 
@@ -124,3 +124,22 @@ def test_a_selection_made_again_is_judged_again(run: RunFolder, tmp_path: Path, 
     select(run, job.config.select.model_copy(update={"keep": 0.8}), seed=0)
     speak_of_selection(job)
     assert quality(run)["precision"] == 1
+
+
+def test_a_selection_and_a_dry_run_say_how_well_wrong_captions_are_found(
+    run: RunFolder, tmp_path: Path, judged: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quality_lines(job_of(run)) == []
+    job = job_of(run, write_truth(tmp_path, wrong={0, 2}))
+    note_selection(job)
+    lines = quality_lines(job)
+    assert lines[0] == "wrong captions: 40.0\u202f% of the pruned are wrong, 20.0\u202f% of all"
+    assert lines[1] == "diff-in: AUROC 0.938, average precision 0.833, precision 0.500 at the true number"
+    assert [line.partition(":")[0] for line in lines[1:]] == ["diff-in", "similarity"], "utility is there already"
+    tree = job.config.model_dump()
+    other = parse_config(tree | {"select": tree["select"] | {"by": "-utility", "name": "turned"}})
+    looking.show_plan(other)
+    printed = capsys.readouterr().out.splitlines()
+    assert f"wrong captions found by {lines[1]}" in printed
+    assert [line for line in printed if "found by -utility: AUROC 0.062" in line]
+    assert quality_lines(job) == lines, "a dry run notes nothing"
