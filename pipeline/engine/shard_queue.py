@@ -17,6 +17,9 @@ FRUITLESS = 3
 #: Its first rest, in waits of a shard that raised; each further failure doubles it, so many times at most.
 REST, DOUBLINGS = 10, 7
 
+#: Machines that may go away under one task before it is held to be the cause.
+LOST_NODES = 20
+
 
 @dataclass
 class _Lane:
@@ -76,6 +79,7 @@ class ShardQueue:
         self._orphans: deque[int] = deque()
         self._failures: dict[int, int] = {}
         self._deaths: dict[int, int] = {}
+        self._lost: dict[int, int] = {}
 
     def take(self, worker: str, workers: int = 1) -> int | None:
         """The next shard for `worker`, or None when it has enough in hand or nothing is due.
@@ -121,13 +125,19 @@ class ShardQueue:
         self._open -= 1
         self._failures.pop(shard, None)
         self._deaths.pop(shard, None)
+        self._lost.pop(shard, None)
 
-    def failed(self, worker: str, shard: int, *, no_answer: bool = False) -> bool:
+    def failed(self, worker: str, shard: int, *, no_answer: bool = False, node_lost: bool = False) -> bool:
         """`shard` raised an error on `worker`. True: it will be tried again; False: it is given up.
 
-        `no_answer` says that storage did not answer (`pipeline.engine.outage.has_no_answer`).
+        `no_answer` says that storage did not answer (`pipeline.engine.outage.has_no_answer`), `node_lost` that the
+        machine went away. Neither counts as a try, within limits.
         """
         self._release(worker, shard)
+        if node_lost and self._lost.get(shard, 0) < LOST_NODES:
+            self._lost[shard] = self._lost.get(shard, 0) + 1
+            heapq.heappush(self._delayed, (self._clock() + self._wait, shard))
+            return True
         if no_answer and (pause := self._outage.unanswered(shard)) is not None:
             heapq.heappush(self._delayed, (self._clock() + pause, shard))
             return True

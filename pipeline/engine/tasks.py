@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, RayTaskError
 
 from pipeline.config import EngineConfig
 from pipeline.engine.connect import alive_nodes
@@ -21,7 +21,7 @@ from pipeline.engine.interrupt import Interruption
 from pipeline.engine.notes import Said, keep_notes, take_notes
 from pipeline.engine.outage import OutageWatch
 from pipeline.engine.progress import Display, Tally
-from pipeline.engine.shard_queue import ShardQueue
+from pipeline.engine.shard_queue import LOST_NODES, ShardQueue
 from pipeline.errors import DiffpruneError, StageError
 from pipeline.patience import Patience, Silence, kill, killed_by_errors
 from pipeline.run import RunFolder
@@ -82,7 +82,8 @@ def run_tasks(
     mark of other settings it removes before it begins.
 
     A task that raises, or whose process dies, is tried again after `config.retry_wait` seconds, doubled each time,
-    `config.retries` times, then set aside in `failed/STAGE/NNNNN.json`. It is tried anew by the next call.
+    `config.retries` times, then set aside in `failed/STAGE/NNNNN.json`. It is tried anew by the next call. A machine
+    that goes away costs no try, nor does storage that does.
 
     Args:
         function: picklable; named functions travel by name.
@@ -162,7 +163,8 @@ def run_tasks(
                 on_result(number, found.value)
                 continue
             outage.heard(found)
-            if not waiting.failed(_LANE, number, no_answer=found.no_answer):
+            lost = isinstance(answer, NodeDiedError)
+            if not waiting.failed(_LANE, number, no_answer=found.no_answer, node_lost=lost):
                 attempts, _ = waiting.attempts(number)
                 aside = Aside(number, name(items[number]), found, attempts)
                 set_aside(storage.join(run.root, "failed", stage, f"{number:05d}.json"), aside)
@@ -184,14 +186,15 @@ def run_task(
     """`function(item)` in one Ray task: for work that needs more memory or imports than the driver shall have.
 
     A task whose process dies is tried again `config.retries` times; so is one that has not come back after `patience`,
-    when it is killed. None waits for ever, and none goes on when the wait for it is interrupted. Raises what the
-    function raised, or `StageError` when its process died or hung too often.
+    when it is killed. A machine that goes away costs no try. None waits for ever, and none goes on when the wait for it
+    is interrupted. Raises what the function raised, or `StageError` when its process died or hung too often.
     """
     # Deaths are counted here, not by Ray, which may start a task again that was killed because it hung.
     task = ray.remote(_apply).options(max_retries=0, name=stage)
     limit = patience.seconds if patience is not None else None
-    lost = ""
-    for _ in range(config.retries + 1):
+    lost, tries, machines = "", 0, 0
+    while tries <= config.retries and machines <= LOST_NODES:
+        tries += 1
         ref = task.remote(function, item)
         try:
             result: Result = ray.get(ref, timeout=limit)
@@ -202,6 +205,9 @@ def run_task(
             if isinstance(error.cause, DiffpruneError | OSError):
                 raise error.cause from None
             raise
+        except NodeDiedError as error:
+            tries, machines = tries - 1, machines + 1
+            lost = f"lost its machine {machines} times: {' '.join(str(error).split())[:300]}"
         except RayError as error:
             lost = f"lost its process: {' '.join(str(error).split())[:300]}"
         except BaseException:

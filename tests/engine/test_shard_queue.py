@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.shard_queue import ShardQueue
+from pipeline.engine.shard_queue import LOST_NODES, ShardQueue
 
 
 class Clock:
@@ -276,3 +276,16 @@ def test_shards_of_a_storage_that_is_gone_for_good_are_given_up_while_those_of_a
     assert sorted(lost) == list(range(1, 200, 2))
     assert seen_away
     assert clock.now < 1.5 * 100 / 4 * 60 + 600
+
+
+def test_machines_that_go_away_cost_no_try_until_there_were_many() -> None:
+    queue, clock = make(1, retries=1)
+    given_out = 0
+    while (shard := queue.take("a")) is not None:
+        given_out += 1
+        if not queue.failed("a", shard, node_lost=True):
+            break
+        clock.now += 5
+    assert given_out == LOST_NODES + 2
+    assert queue.attempts(0) == (2, 0)
+    assert queue.finished()

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.exceptions import NodeDiedError
 
 from pipeline.config import EngineConfig
 from pipeline.engine import progress, tasks
@@ -142,6 +143,47 @@ def test_trouble_within_the_retries_is_overcome_and_beyond_is_set_aside_until_th
     assert work() == []
     assert results[3] == 9
     assert read_aside(file) is None
+
+
+def test_machines_that_go_away_cost_no_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's answer for a task whose machine is gone takes the place of the first three for task 1."""
+    times = iter(range(3))
+    real = tasks.tell
+
+    def lose(put: Callable[[Any], None], ref: Any, number: int) -> None:
+        if number == 1 and next(times, None) is not None:
+            put((number, NodeDiedError("the node it was running on is dead")))
+        else:
+            real(put, ref, number)
+
+    monkeypatch.setattr(tasks, "tell", lose)
+    results: dict[int, int] = {}
+    config = CONFIG.model_copy(update={"retries": 0})
+    done = run_tasks(
+        Square(str(tmp_path)),
+        [2, 3],
+        run=RunFolder(str(tmp_path / "run")),
+        stage="squares",
+        config=config,
+        on_result=results.__setitem__,
+    )
+    assert (done.done, done.failed, results) == (2, [], {0: 4, 1: 9})
+
+
+def test_one_task_outlives_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, lost = ray.get, iter(range(5))
+
+    def get(ref: Any, **options: Any) -> Any:
+        if next(lost, None) is not None:
+            raise NodeDiedError("the node it was running on is dead")
+        return real(ref, **options)
+
+    monkeypatch.setattr(tasks.ray, "get", get)
+    config = CONFIG.model_copy(update={"retries": 0})
+    assert run_task(abs, -3, stage="check", config=config) == 3
+    lost = iter(range(100))
+    with pytest.raises(StageError, match="check: lost its machine 21 times: the node it was running on"):
+        run_task(abs, -3, stage="check", config=config)
 
 
 def test_tasks_that_hang_are_killed_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
