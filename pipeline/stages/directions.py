@@ -9,11 +9,10 @@ from pipeline.config import Config
 from pipeline.device import gpus_for_a_task
 from pipeline.engine.scorer_spec import model_identity
 from pipeline.engine.tasks import run_task, run_tasks
-from pipeline.errors import StageError
 from pipeline.models.manifest import Manifest
 from pipeline.patience import Patience
 from pipeline.stages.job import Job
-from pipeline.stages.training import has_checkpoints
+from pipeline.stages.training import require_checkpoints
 from pipeline.stages.versions import shard_versions
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
@@ -25,7 +24,8 @@ _VERSION = 4
 
 def compute_directions(job: Job) -> None:
     """Write `directions/`: the decoded batches, a plan per checkpoint, and last `manifest.json`."""
-    manifest = _manifest(job)
+    require_checkpoints(job)
+    manifest = Manifest.read(job.folder.checkpoint_manifest)
     digests = [storage.file_checksum(entry.path) for entry in manifest.checkpoints]
     fingerprint = directions_fingerprint(job, digests, manifest.dataset_size)
     if job.is_current(job.folder.directions_mark, fingerprint):
@@ -57,12 +57,6 @@ def compute_directions(job: Job) -> None:
         "files": dict(sorted(files.items())),
     }
     job.write_mark(job.folder.directions_mark, fingerprint, content)
-
-
-def _manifest(job: Job) -> Manifest:
-    if not has_checkpoints(job):
-        raise StageError(f"no finished checkpoints in {job.folder.root}: run `diffprune train CONFIG` first")
-    return Manifest.read(job.folder.checkpoint_manifest)
 
 
 def directions_fingerprint(job: Job, digests: list[str], dataset_size: int) -> Fingerprint:

@@ -25,12 +25,13 @@ from pipeline.stages.agreeing import say_other_scores, say_other_selection
 from pipeline.stages.checks import check_ahead, check_given
 from pipeline.stages.directions import compute_directions
 from pipeline.stages.evaluating import evaluate
+from pipeline.stages.inventory import take_inventory
 from pipeline.stages.job import Job, demo_folder, open_job, uses_demo
 from pipeline.stages.mapping import apart, ordered_map
 from pipeline.stages.record import begin_record, record_config
 from pipeline.stages.scoring import score
 from pipeline.stages.selecting import require_scores, select_pairs
-from pipeline.stages.training import take_inventory, train
+from pipeline.stages.training import train
 from pipeline.stages.validating import validate
 from pipeline.store import storage
 from pipeline.text import plural

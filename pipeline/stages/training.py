@@ -1,10 +1,9 @@
-"""The inventory and the proxy run: which pairs there are, and the checkpoints that they are scored at."""
+"""The train stage: the proxy runs, and the checkpoints that pairs are scored at."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,128 +11,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data.inventory import ShardInfo, inspect_shard, read_inventory, write_inventory
 from pipeline.data.positions import Positions
-from pipeline.data.shards import expand
-from pipeline.engine.progress import Display, Tally, say
+from pipeline.engine.progress import Display, Tally
 from pipeline.engine.scorer_spec import model_identity
-from pipeline.engine.tasks import run_task, run_tasks
-from pipeline.errors import ConfigError, FingerprintError, InputError
+from pipeline.engine.tasks import run_task
+from pipeline.errors import ConfigError, StageError
 from pipeline.models.manifest import Manifest
-from pipeline.patience import Patience
 from pipeline.replay.ray_train import ProxyJob, train_runs
 from pipeline.replay.schedule import TrainingSettings, runs_to_hold_out
 from pipeline.stages.job import Job
-from pipeline.stages.versions import changed_since, versions_of
+from pipeline.stages.versions import versions_of
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.store.pulse import Pulse
-from pipeline.store.task_marks import TaskMarks
-from pipeline.text import plural
 
 if TYPE_CHECKING:
     from pipeline.data.cache import PairCache
     from pipeline.models.clip import PairModel
-
-#: What to do where a run's folder holds results of other shards.
-_WAYS_OUT = "use another run folder, or engine.stale=redo to replace what was made of them"
 
 #: Of what a run's record holds.
 _VERSION = 2
 
 #: What is written last, in the folder of the checkpoints.
 _TRAINED, _TAKEN_OVER = "trained.json", "imported.json"
-
-
-def take_inventory(job: Job) -> None:
-    """Write `inventory.parquet`: one row per shard; shards counted by an interrupted call are not read again."""
-    urls = expand(job.config.data.shards)
-    found = _known_shards(job, urls)
-    left = [number for number in range(len(urls)) if number not in found]
-    if not left:
-        return
-
-    def keep(number: int, info: list[Any]) -> None:
-        found[left[number]] = ShardInfo(*info)
-
-    # Every mark holds the parts of its fingerprint, and every task its marks: a digest, not the list of all shards.
-    counted = Fingerprint({"shards": Fingerprint({"urls": urls, "left": left}).digest})
-    marks = TaskMarks(storage.join(job.folder.root, "scratch", "inventory"), counted)
-    outcome = run_tasks(
-        _inspect,
-        [(number, urls[number], job.folder.places(number)) for number in left],
-        run=job.folder,
-        stage="inventory",
-        config=job.config.engine,
-        on_result=keep,
-        name=lambda item: item[1],
-        marks=marks if len(left) > 1 else None,
-        unit="shards",
-        patience=Patience(job.config.engine.shard_timeout),
-    )
-    outcome.check("inventory")
-    if not any(info.samples for info in found.values()):
-        first = found[0]
-        reason = f" ({first.end_error})" if first.end_error else ""
-        raise InputError(f"{first.url}: expected image-text pairs, found none here{reason} or in any other shard")
-    write_inventory(job.folder.inventory, [found[number] for number in range(len(urls))])
-    storage.remove_folder(marks.folder)
-    _warn_of_equal_names(urls)
-
-
-def _warn_of_equal_names(urls: list[str]) -> None:
-    """Say so where shards of different folders have one file name: a made-up uid consists of file name and key."""
-    name, shards = Counter(map(storage.basename, urls)).most_common(1)[0]
-    if shards > 1:
-        say(
-            "inventory",
-            f"warning: {plural(shards, 'shard')} are named {name}: pairs in them that have one key and no uid of "
-            "their own are taken for one pair wherever uids count (uids.npy, draws, evaluate.truth); give them names "
-            "of their own",
-        )
-
-
-def _known_shards(job: Job, urls: list[str]) -> dict[int, ShardInfo]:
-    """Shards of the inventory that need not be counted again: those of the same list that are as they were.
-
-    Raises `FingerprintError` where one has changed, or where checkpoints or scores were made of another list, with
-    `engine.stale: refuse`.
-    """
-    if not storage.exists(job.folder.inventory):
-        return {}
-    refuse = job.config.engine.stale == "refuse"
-    known = read_inventory(job.folder.inventory)
-    before = [info.url for info in known]
-    if before != urls:
-        if refuse and _is_used(job):
-            raise FingerprintError(
-                f"{job.folder.inventory} lists other shards than the config ({_difference(before, urls)}), and "
-                f"checkpoints or scores were made of them: {_WAYS_OUT}"
-            )
-        return {}
-    changed = changed_since(known, "inventory", job.config.engine)
-    if changed and refuse:
-        others = f", and so for {plural(len(changed) - 1, 'other shard')}" if len(changed) > 1 else ""
-        raise FingerprintError(f"{changed[0][1]}{others}: put them back, or {_WAYS_OUT}")
-    numbers = {info.index for info, _ in changed}
-    return {info.index: info for info in known if info.index not in numbers}
-
-
-def _is_used(job: Job) -> bool:
-    """Whether something was made of the shards of the inventory."""
-    return storage.exists(job.folder.checkpoint_manifest) or bool(storage.list_files(job.folder.scores, ".json"))
-
-
-def _difference(before: list[str], now: list[str]) -> str:
-    """How two lists of shards differ, with an example."""
-    lost, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
-    found = [f"{len(urls):,} {verb}, {urls[0]} for one" for urls, verb in ((lost, "left out"), (new, "added")) if urls]
-    return "; ".join(found) or "the same ones in another order"
-
-
-def _inspect(item: tuple[int, str, str]) -> list[Any]:
-    info = inspect_shard(*item)
-    return [info.index, info.url, info.name, info.samples, info.bytes, info.etag, info.end_error]
 
 
 def build_proxy(config: Config, run: int) -> PairModel:
@@ -219,15 +119,40 @@ def _is_pool(config: Config) -> bool:
 
 def train(job: Job) -> None:
     """Train the proxy runs, or take over the checkpoints given; both end in `checkpoints/manifest.json`."""
-    config = job.config
-    if config.proxy.checkpoints is not None:
-        _take_over(job)
-        return
-    fingerprint = _fingerprint(job)
-    mark = _mark(job, _TRAINED)
+    mark, fingerprint = _completion(job)
     if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
         return
     _remove_marks(job)
+    if job.config.proxy.checkpoints is None:
+        content = {"runs": _train_runs(job)}
+    else:
+        content = {}
+        run_task(_write_taken_over, job.config, stage="train", config=job.config.engine)
+    job.write_mark(mark, fingerprint, content)
+
+
+def require_checkpoints(job: Job) -> None:
+    """The stage is complete, with the settings of this config: a list of checkpoints alone may name those of others.
+
+    Raises `StageError`, and `FingerprintError` for checkpoints of other settings with `engine.stale: refuse`.
+    """
+    mark, fingerprint = _completion(job)
+    if not (storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint)):
+        raise StageError(
+            f"no finished checkpoints of these settings in {job.folder.root}: run `diffprune train CONFIG` first"
+        )
+
+
+def _completion(job: Job) -> tuple[str, Fingerprint]:
+    """The commit mark of the stage, and what decides the checkpoints."""
+    trained = job.config.proxy.checkpoints is None
+    name, fingerprint = (_TRAINED, _fingerprint(job)) if trained else (_TAKEN_OVER, _fingerprint_of_others(job))
+    return _mark(job, name), fingerprint
+
+
+def _train_runs(job: Job) -> int:
+    """Train; how many runs."""
+    config = job.config
     pairs, training = training_pairs(job)
     _check_batch(job, training)
     proxy_job = ProxyJob(training, partial(build_proxy, config), pairs, job.folder, identity=_identity(job))
@@ -242,7 +167,7 @@ def train(job: Job) -> None:
             display.tick()
 
         tally.total = tally.done = sum(train_runs(proxy_job, show, display.note))
-    job.write_mark(mark, fingerprint, {"runs": config.proxy.runs})
+    return config.proxy.runs
 
 
 def _count(tally: Tally, taken: list[int], run: int, step: int) -> None:
@@ -313,29 +238,18 @@ def _check_batch(job: Job, config: Config) -> None:
     TrainingSettings.of(config, round((job.samples - _barred(job)[0]) * config.proxy.subset))
 
 
-def _take_over(job: Job) -> None:
-    config, proxy = job.config, job.config.proxy
-    fingerprint = Fingerprint(
+def _fingerprint_of_others(job: Job) -> Fingerprint:
+    """What decides checkpoints that are taken over."""
+    proxy = job.config.proxy
+    return Fingerprint(
         {
-            "sources": _sources(config),
+            "sources": _sources(job.config),
             "steps": proxy.checkpoint_steps,
             "rates": proxy.checkpoint_rates,
-            "model": model_identity(config),
+            "model": model_identity(job.config),
             "samples": job.samples,
         }
     )
-    mark = _mark(job, _TAKEN_OVER)
-    if storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint):
-        return
-    _remove_marks(job)
-    run_task(_write_taken_over, config, stage="train", config=config.engine)
-    job.write_mark(mark, fingerprint, {})
-
-
-def has_checkpoints(job: Job) -> bool:
-    """Whether the stage is complete: a list of checkpoints alone may name those of other settings, too."""
-    marks = (_mark(job, name) for name in (_TRAINED, _TAKEN_OVER))
-    return storage.exists(job.folder.checkpoint_manifest) and any(map(storage.exists, marks))
 
 
 def _mark(job: Job, name: str) -> str:

@@ -12,8 +12,9 @@ from pipeline.config import Config
 from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.errors import ConfigError
 from pipeline.patience import Patience
+from pipeline.stages.inventory import take_inventory
 from pipeline.stages.job import Job
-from pipeline.stages.training import model_files, take_inventory
+from pipeline.stages.training import model_files
 from pipeline.stages.versions import shard_versions
 from pipeline.store import ahead, storage
 from pipeline.store.fingerprint import Fingerprint

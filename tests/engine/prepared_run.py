@@ -19,8 +19,9 @@ from pipeline.models.clip import build_model, split_state
 from pipeline.models.manifest import Manifest, ManifestEntry
 from pipeline.prepared import save_batches, save_plan, score_basis, settings_of
 from pipeline.run import RunFolder
-from pipeline.stages import calibration
-from pipeline.store import storage
+from pipeline.stages import calibration, training
+from pipeline.stages.job import Job
+from pipeline.store import marks, storage
 from pipeline.store.fingerprint import Fingerprint
 from pipeline.types import Checkpoint
 
@@ -75,6 +76,7 @@ def prepare_run(
         )
         save_plan(out, number, plan)
     Manifest(total, "adamw", tuple(entries)).write(run.checkpoint_manifest)
-    storage.write_json(storage.join(run.checkpoints, "imported.json"), {})
+    mark, fingerprint = training._completion(Job(config))
+    marks.write_mark(mark, fingerprint, {})
     torch.set_num_threads(1)
     return config, infos, score_fingerprint(config, digests, score_basis(config, batches, model.image_spec))

@@ -54,7 +54,7 @@ def test_plans_of_other_settings_that_broke_off_are_computed_again(
         Job(
             config.model_copy(
                 update={
-                    "target": config.target.model_copy(update={"pairs": pairs}),
+                    "reference": config.reference.model_copy(update={"pairs": pairs}),
                     "engine": config.engine.model_copy(update={"stale": "redo", "gpus_per_worker": GPUS}),
                 }
             )
@@ -65,7 +65,7 @@ def test_plans_of_other_settings_that_broke_off_are_computed_again(
 
     def write(part: directions._Part) -> dict[str, str]:
         for number in part.numbers:
-            Path(plan_url(config.out, number)).write_text(f"{part.config.target.pairs}")
+            Path(plan_url(config.out, number)).write_text(f"{part.config.reference.pairs}")
             written.append(number)
             if part.config is second.config and len(written) == after:
                 raise RuntimeError("killed")

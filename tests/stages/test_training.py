@@ -134,44 +134,33 @@ def test_checkpoints_that_are_replaced_are_no_finished_stage_and_leave_no_direct
     storage.write_json(job.folder.directions_mark, {"fingerprint": ""})
     train(job)
     assert storage.exists(job.folder.directions_mark)
-    assert training.has_checkpoints(job)
+    training.require_checkpoints(job)
     proxy = config.proxy.model_copy(update={"steps": 2, "batch_size": 4})
     monkeypatch.setattr(training, "train_runs", broken_off)
     with pytest.raises(KeyboardInterrupt):
         train(Job(config.model_copy(update={"proxy": proxy})))
     assert storage.exists(job.folder.checkpoint_manifest)
     assert not storage.exists(job.folder.directions_mark)
-    with pytest.raises(StageError, match="no finished checkpoints"):
+    with pytest.raises(StageError, match="no finished checkpoints of these settings"):
         compute_directions(job)
+
+
+@pytest.mark.parametrize("stale", ["refuse", "redo"])
+def test_checkpoints_of_other_settings_are_not_scored_at(config: Config, tmp_path: Path, stale: str) -> None:
+    job = taking_over(config, tmp_path, 0, 1)
+    train(job)
+    training.require_checkpoints(job)
+    with pytest.raises(StageError, match=r"no finished checkpoints of these settings in .*: run `diffprune train"):
+        compute_directions(Job(config))  # which trains its own
+    engine = config.engine.model_copy(update={"stale": stale})
+    other = taking_over(config.model_copy(update={"engine": engine}), tmp_path, 2, 1)
+    error, text = {
+        "refuse": (FingerprintError, r"imported\.json was made with other settings \(sources"),
+        "redo": (StageError, "no finished checkpoints of these settings"),
+    }[stale]
+    with pytest.raises(error, match=text):
+        compute_directions(other)
 
 
 def broken_off(*_: object) -> list[int]:
     raise KeyboardInterrupt
-
-
-def test_shards_of_one_file_name_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    training._warn_of_equal_names(["a/0.tar", "b/1.tar"])
-    assert not capsys.readouterr().err
-    training._warn_of_equal_names(["a/0.tar", "b/1.tar", "s3://c/1.tar"])
-    assert "2 shards are named 1.tar" in capsys.readouterr().err
-
-
-def test_another_list_of_shards_replaces_no_inventory_that_something_was_made_of(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "in", shards=3, samples=20)
-    config, _, _ = prepare_run(str(tmp_path / "run"), shards[:2], pairs=4)
-    job = Job(config)
-    storage.write_json(job.folder.score_mark(0), {})
-    assert set(training._known_shards(job, shards[:2])) == {0, 1}
-    for urls, difference in (
-        (shards[:1], f"1 left out, {shards[1]} for one"),
-        (shards[1:], f"1 left out, {shards[0]} for one; 1 added, {shards[2]} for one"),
-        (shards[1::-1], "the same ones in another order"),
-    ):
-        with pytest.raises(FingerprintError, match="lists other shards than the config") as refused:
-            training._known_shards(job, urls)
-        assert difference in str(refused.value)
-    redo = config.model_copy(update={"engine": config.engine.model_copy(update={"stale": "redo"})})
-    assert training._known_shards(Job(redo), shards[:1]) == {}
-    storage.remove(job.folder.score_mark(0))
-    storage.remove(job.folder.checkpoint_manifest)
-    assert training._known_shards(job, shards[:1]) == {}
