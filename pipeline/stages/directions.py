@@ -12,7 +12,6 @@ from pipeline.engine.tasks import run_task, run_tasks
 from pipeline.models.manifest import Manifest
 from pipeline.patience import Patience
 from pipeline.stages.job import Job
-from pipeline.stages.training import require_checkpoints
 from pipeline.stages.versions import shard_versions
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
@@ -23,8 +22,10 @@ _VERSION = 4
 
 
 def compute_directions(job: Job) -> None:
-    """Write `directions/`: the decoded batches, a plan per checkpoint, and last `manifest.json`."""
-    require_checkpoints(job)
+    """Write `directions/`: the decoded batches, a plan per checkpoint, and last `manifest.json`.
+
+    For the checkpoints that are there: whether they are of this config's settings `require_checkpoints` says.
+    """
     manifest = Manifest.read(job.folder.checkpoint_manifest)
     digests = [storage.file_checksum(entry.path) for entry in manifest.checkpoints]
     fingerprint = directions_fingerprint(job, digests, manifest.dataset_size)

@@ -31,7 +31,7 @@ from pipeline.stages.mapping import apart, ordered_map
 from pipeline.stages.record import begin_record, record_config
 from pipeline.stages.scoring import score
 from pipeline.stages.selecting import require_scores, select_pairs
-from pipeline.stages.training import train
+from pipeline.stages.training import check_trained, require_checkpoints, train
 from pipeline.stages.validating import validate
 from pipeline.store import storage
 from pipeline.text import plural
@@ -87,7 +87,10 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
 def _run_one(job: Job, name: str, retry_failed: bool) -> None:
     if name in _TAKING_INVENTORY:
         begin_record(job)
+    if name == "directions":
+        require_checkpoints(job)
     if name == "score":
+        check_trained(job)
         try:
             _score(job, retry_failed)
         except (NoWorkerError, FingerprintError):

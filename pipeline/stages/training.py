@@ -136,11 +136,19 @@ def require_checkpoints(job: Job) -> None:
 
     Raises `StageError`, and `FingerprintError` for checkpoints of other settings with `engine.stale: refuse`.
     """
-    mark, fingerprint = _completion(job)
-    if not (storage.exists(job.folder.checkpoint_manifest) and job.is_current(mark, fingerprint)):
+    if not storage.exists(job.folder.checkpoint_manifest) or not job.is_current(*_completion(job)):
         raise StageError(
             f"no finished checkpoints of these settings in {job.folder.root}: run `diffprune train CONFIG` first"
         )
+
+
+def check_trained(job: Job) -> None:
+    """Where the proxy runs were trained here: it was with the settings of this config. The checkpoints may be gone.
+
+    Raises as `require_checkpoints`.
+    """
+    if job.config.proxy.checkpoints is None and storage.exists(_mark(job, _TRAINED)):
+        require_checkpoints(job)
 
 
 def _completion(job: Job) -> tuple[str, Fingerprint]:

@@ -15,7 +15,6 @@ from pipeline.errors import FingerprintError, InputError, StageError
 from pipeline.models.clip import build_model
 from pipeline.models.manifest import Manifest
 from pipeline.stages import training
-from pipeline.stages.directions import compute_directions
 from pipeline.stages.job import Job
 from pipeline.stages.training import train
 from pipeline.store import storage
@@ -142,24 +141,38 @@ def test_checkpoints_that_are_replaced_are_no_finished_stage_and_leave_no_direct
     assert storage.exists(job.folder.checkpoint_manifest)
     assert not storage.exists(job.folder.directions_mark)
     with pytest.raises(StageError, match="no finished checkpoints of these settings"):
-        compute_directions(job)
+        training.require_checkpoints(job)
 
 
 @pytest.mark.parametrize("stale", ["refuse", "redo"])
 def test_checkpoints_of_other_settings_are_not_scored_at(config: Config, tmp_path: Path, stale: str) -> None:
+    none = r"no finished checkpoints of these settings in .*: run `diffprune train"
     job = taking_over(config, tmp_path, 0, 1)
     train(job)
     training.require_checkpoints(job)
-    with pytest.raises(StageError, match=r"no finished checkpoints of these settings in .*: run `diffprune train"):
-        compute_directions(Job(config))  # which trains its own
+    with pytest.raises(StageError, match=none):
+        training.require_checkpoints(Job(config.model_copy(update={"seed": 1})))  # which trains its own
     engine = config.engine.model_copy(update={"stale": stale})
     other = taking_over(config.model_copy(update={"engine": engine}), tmp_path, 2, 1)
-    error, text = {
-        "refuse": (FingerprintError, r"imported\.json was made with other settings \(sources"),
-        "redo": (StageError, "no finished checkpoints of these settings"),
-    }[stale]
-    with pytest.raises(error, match=text):
-        compute_directions(other)
+    refused = pytest.raises(FingerprintError, match=r"imported\.json was made with other settings \(sources")
+    with refused if stale == "refuse" else pytest.raises(StageError, match=none):
+        training.require_checkpoints(other)
+
+
+@pytest.mark.parametrize("stale", ["refuse", "redo"])
+def test_scores_are_of_runs_trained_with_this_config_where_they_were_trained_here(config: Config, stale: str) -> None:
+    """The prepared run's mark says that its checkpoints were."""
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"stale": stale})})
+    job = Job(config)
+    training.check_trained(job)
+    other = Job(config.model_copy(update={"seed": 1}))
+    refused = pytest.raises(
+        FingerprintError, match=r"trained\.json was made with other settings \(.*seed: 0 there, 1 now"
+    )
+    with refused if stale == "refuse" else pytest.raises(StageError, match="no finished checkpoints of these settings"):
+        training.check_trained(other)
+    storage.remove(storage.join(job.folder.checkpoints, "trained.json"))
+    training.check_trained(other)
 
 
 def broken_off(*_: object) -> list[int]:
