@@ -148,6 +148,12 @@ def _choose(shards: Shards, caption: str, found: Inspection, machine: Machine, o
     source = next((key for key in SOURCE_KEYS if found.json_keys[key]), None)
     if source not in (None, "url"):
         chosen.choose("data.source", source, "the samples' json has this key")
+    chosen.choose(
+        "target.loss",
+        "margin",
+        "how well the target's pairs match, whatever the model's confidence; found more wrong captions wherever it was "
+        "measured (docs/results.md), and what it says of pairs carries over to other seeds",
+    )
     target, reference = TargetConfig(), ReferenceConfig()
     for key, default, share in (
         ("target.pairs", target.pairs, 10),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +18,9 @@ from pipeline.config import Config
 from pipeline.data.stream import SUFFIXES, patiently
 from pipeline.errors import ConfigError
 from pipeline.store import storage
+
+#: Names that one pattern may stand for: billions of pairs have millions of shards, and a typing error more.
+MOST_SHARDS = 10_000_000
 
 
 def expand(shards: str | list[str], key: str = "data.shards") -> list[str]:
@@ -55,6 +60,8 @@ def _expand(pattern: str, key: str, within: tuple[str, ...] = ()) -> Iterator[st
             for line in _lines(part, key):
                 yield from _expand(line, key, (*within, part))
             continue
+        if (named := _count_names(part)) > MOST_SHARDS:
+            raise ConfigError(f"expected at most {MOST_SHARDS:,} shards, this names {named:,}", key=key, found=part)
         try:
             names = list(braceexpand.braceexpand(part))
         except ValueError:
@@ -62,6 +69,12 @@ def _expand(pattern: str, key: str, within: tuple[str, ...] = ()) -> Iterator[st
         found = [url for name in names for url in _matches(name, key)]
         _check(found, part, key)
         yield from found
+
+
+def _count_names(pattern: str) -> int:
+    """How many names the ranges of numbers in a brace pattern make, without making them."""
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}", pattern)
+    return math.prod(abs(int(last) - int(first)) // max(abs(int(step or 1)), 1) + 1 for first, last, step in ranges)
 
 
 def _lines(url: str, key: str) -> list[str]:

@@ -143,6 +143,8 @@ def test_memory_and_s3_urls(s3_bucket: Bucket, folder: Path) -> None:
         ("{folder}/more/truth.csv", r"names ending in \.tar"),
         ("{folder}/00000.tar::{folder}/0000*.tar", r"listed twice.*00000\.tar"),
         ("{folder}/{{0..1.tar", r"no file matches|balanced braces"),
+        ("{folder}/{{0..9}}/{{0000..999999999}}.tar", r"at most 10,000,000 shards, this names 10,000,000,000"),
+        ("{folder}/{{99999999..0..-2}}.tar", r"at most 10,000,000 shards, this names 50,000,000"),
         ("{folder}/absent.txt", r"readable text file.*absent\.txt"),
         ("nosuch://bucket/*.tar", r"can be read here"),
         ("nosuch://bucket/list.txt", r"can be read here"),
