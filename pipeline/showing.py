@@ -85,7 +85,7 @@ def tell(root: str, uid: str, *, neighbours: int = 5) -> Story:
     verdicts = {name: _verdict(run, name, pair, bool(kept[row])) for name, kept in zip(names, rows.kept, strict=True)}
     near = _nearest(run, shards, shard, row, neighbours) if pair.status == "ok" else []
     places = {(pair.shard, pair.index), *(place for place, _ in near)}
-    contents = fetch(places, inventory, data)
+    contents = fetch(places, inventory, data, run.places)
     story = Story(
         pair=pair,
         rank=higher + 1 if pair.status == "ok" else 0,

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.config import DataConfig
 from pipeline.data.inventory import ShardInfo
-from pipeline.data.reader import read_shard
+from pipeline.data.sampling import Places, samples_at
 from pipeline.errors import DiffpruneError
 
 #: Where a pair is: number of the shard, index in it.
@@ -26,26 +28,25 @@ class Content:
     caption: str
 
 
-def fetch(places: Iterable[Place], shards: list[ShardInfo], data: DataConfig) -> dict[Place, Content]:
-    """Contents of the pairs at `(shard, index)`; each shard is read once, up to the last pair wanted.
+def fetch(
+    pairs: Iterable[Place], shards: list[ShardInfo], data: DataConfig, places: Places | None = None
+) -> dict[Place, Content]:
+    """Contents of the pairs at `(shard, index)`.
 
-    Pairs of a shard that cannot be read any more are left out.
+    With `places` (`RunFolder.places`) what lies between them is not read, where the inventory kept where they lie; else
+    a shard is read up to the last pair wanted. Pairs of a shard that cannot be read any more are left out.
     """
+    infos = {info.index: info for info in shards}
     wanted: dict[int, set[int]] = defaultdict(set)
-    for shard, index in places:
-        wanted[shard].add(index)
-    urls = {info.index: info.url for info in shards}
+    for shard, index in pairs:
+        if index < infos[shard].samples:
+            wanted[shard].add(index)
 
     def read(shard: int) -> dict[Place, Content]:
         found = {}
-        last = max(wanted[shard])
         try:
-            with read_shard(urls[shard], caption=data.caption) as reader:
-                for sample in reader:
-                    if sample.index in wanted[shard]:
-                        found[shard, sample.index] = Content(sample.image, sample.caption or "")
-                    if sample.index >= last:
-                        break
+            for sample in samples_at(infos[shard], np.array(sorted(wanted[shard])), data.caption, places):
+                found[shard, sample.index] = Content(sample.image, sample.caption or "")
         except (OSError, DiffpruneError):
             pass  # the input may have moved since it was scored: the page then shows the pairs without pictures
         return found

@@ -63,7 +63,7 @@ def render(run: RunFolder, config: Config, inventory: list[ShardInfo], found: Fi
     captions = sections.frequent_captions(found.captions)
     clusters = find_clusters(run, found.shards, found.selection, shown, config.seed)
     examples = [*captions, *(clusters.groups if clusters else ())]
-    contents = fetch({*shown, *(group.example for group in examples)}, inventory, config.data)
+    contents = fetch({*shown, *(group.example for group in examples)}, inventory, config.data, run.places)
     cards = make_cards(found, contents, names, config.data, clusters.of_pair if clusters else {})
     results = evaluation.read_results(run)
     groups = [

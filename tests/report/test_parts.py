@@ -12,6 +12,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from pipeline.config import DataConfig, parse_config
+from pipeline.data import sampling
 from pipeline.data.inventory import inspect_shard
 from pipeline.evaluation.results import Result
 from pipeline.pictures import data_uri, open_image
@@ -159,13 +160,21 @@ def test_decoders_that_start_programs_are_not_tried(monkeypatch: pytest.MonkeyPa
     assert not started
 
 
-def test_fetch_takes_the_pairs_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_fetch_takes_the_pairs_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    run = RunFolder(str(tmp_path / "run"))
     urls = write_shards(tmp_path, shards=2, samples=8)
-    shards = [inspect_shard(index, url) for index, url in enumerate(urls)]
-    contents = fetch([(0, 3), (1, 7), (1, 99)], shards, DataConfig(shards=urls))
+    shards = [inspect_shard(index, url, run.places(index)) for index, url in enumerate(urls)]
+    if kept:
+        monkeypatch.setattr(sampling, "read_shard", lambda url, **_: pytest.fail(f"{url} is read from its beginning"))
+    places = run.places if kept else None
+    contents = fetch([(0, 3), (1, 7), (1, 99)], shards, DataConfig(shards=urls), places)
     assert set(contents) == {(0, 3), (1, 7)}
     assert contents[0, 3].caption == "a old boat"
     assert contents[1, 7].image is not None
+    monkeypatch.undo()
+    Path(urls[0]).unlink()
+    assert set(fetch([(0, 3), (1, 7)], shards, DataConfig(shards=urls), places)) == {(1, 7)}
 
 
 def result(series: str, size: int, metric: str, mean: float) -> Result:
