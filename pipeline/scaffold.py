@@ -151,8 +151,8 @@ def _choose(shards: Shards, caption: str, found: Inspection, machine: Machine, o
     chosen.choose(
         "target.loss",
         "margin",
-        "how well the target's pairs match, whatever the model's confidence; found more wrong captions wherever it was "
-        "measured (docs/results.md), and what it says of pairs carries over to other seeds",
+        "how well the target's pairs match. The target's loss, the paper's choice and the default, depends on the "
+        "model's confidence, too, and its influences carried over to other seeds less (docs/validation.md)",
     )
     target, reference = TargetConfig(), ReferenceConfig()
     for key, default, share in (

@@ -52,7 +52,7 @@ def alone(url: str, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(EVERY)  # storage may hang
         if _is_own(url, own):
             with suppress(Exception):  # object stores raise types of their own; one that is dead is noticed, too
                 storage.remove(url)
