@@ -115,5 +115,5 @@ def _is_alive(process: object) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # another user's
     return True

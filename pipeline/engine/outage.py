@@ -139,8 +139,8 @@ class OutageWatch:
         self._failure = ""
         self._away = False
 
-    def heard(self, failure: object) -> None:
-        """The last error."""
+    def unanswered(self, failure: object) -> None:
+        """The last error of storage that did not answer."""
         self._failure = str(failure)
 
     def look(self, seconds: float) -> None:

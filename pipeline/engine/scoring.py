@@ -217,7 +217,8 @@ class _Driver:
             self._display.tally.add(result.pairs, rejected(result.statuses), name)
         else:
             failure = result if isinstance(result, Failure) else Failure.of(result, name)
-            self._outage.heard(failure)
+            if failure.no_answer:
+                self._outage.unanswered(failure)
             if not self._queue.failed(name, place, no_answer=failure.no_answer):
                 self._give_up(place, failure)
             self._note_rest(name)

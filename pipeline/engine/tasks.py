@@ -162,7 +162,8 @@ def run_tasks(
                 notes.hear(found.notes)
                 on_result(number, found.value)
                 continue
-            outage.heard(found)
+            if found.no_answer:
+                outage.unanswered(found)
             lost = isinstance(answer, NodeDiedError)
             if not waiting.failed(_LANE, number, no_answer=found.no_answer, node_lost=lost):
                 attempts, _ = waiting.attempts(number)

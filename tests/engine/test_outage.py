@@ -108,7 +108,7 @@ def test_an_outage_is_told_once_and_ends_the_stage_when_it_is_too_long() -> None
     said: list[str] = []
     watch = OutageWatch("score", 100.0, said.append)
     watch.look(0.0)
-    watch.heard("InputError: 00001.tar: cannot be read")
+    watch.unanswered("InputError: 00001.tar: cannot be read")
     for seconds in (1.0, 50.0, 99.0):
         watch.look(seconds)
     assert said == ["storage does not answer, which is tried again for 2 min: InputError: 00001.tar: cannot be read"]
