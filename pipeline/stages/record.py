@@ -9,18 +9,37 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.engine.progress import say
 from pipeline.stages.job import Job
 from pipeline.stages.scoring import known_fingerprint
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 
-_PACKAGES = ("diffprune", "torch", "ray", "open_clip_torch", "webdataset", "pyarrow", "faiss-cpu", "timm")
+_PACKAGES = ("diffprune", "torch", "ray", "open_clip_torch", "webdataset", "pyarrow", "faiss-cpu", "timm", "pillow")
+
+#: Those that decide numbers: models, pixels and arithmetic.
+_DECISIVE = ("diffprune", "torch", "open_clip_torch", "timm", "pillow")
 
 
 def begin_record(job: Job) -> None:
     """Write `config.yaml` where there is none."""
     if not storage.exists(job.folder.config):
         _write(job, None)
+
+
+def say_other_versions(job: Job) -> None:
+    """Print one line where a run goes on with other versions than those recorded: what it adds may differ a little."""
+    try:
+        record = yaml.safe_load(storage.read_bytes(job.folder.config))
+        before = {name: str(record["versions"][name]) for name in _DECISIVE if record["versions"].get(name)}
+    except (FileNotFoundError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return
+    now = {name: str(_version(name)) for name in before}
+    if before != now:
+        others = ", ".join(
+            f"{name} {before[name]} then, {now[name]} now" for name in before if before[name] != now[name]
+        )
+        say("engine", f"warning: what is in {job.folder.root} was begun with other versions: {others}")
 
 
 def record_config(job: Job, stage: str) -> None:

@@ -28,7 +28,7 @@ from pipeline.stages.evaluating import evaluate
 from pipeline.stages.inventory import take_inventory
 from pipeline.stages.job import Job, demo_folder, open_job, uses_demo
 from pipeline.stages.mapping import apart, ordered_map
-from pipeline.stages.record import begin_record, record_config
+from pipeline.stages.record import begin_record, record_config, say_other_versions
 from pipeline.stages.scoring import score
 from pipeline.stages.selecting import require_scores, select_pairs
 from pipeline.stages.training import check_trained, require_checkpoints, train
@@ -56,6 +56,7 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
     with connect(config.engine):
         _prepare(config, proxy=True)
         with _alone(job):
+            say_other_versions(job)
             begin_record(job)
             for stage in ("inventory", "train", "directions"):
                 _run(job, stage)
@@ -85,6 +86,8 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
 
 
 def _run_one(job: Job, name: str, retry_failed: bool) -> None:
+    if name in _SCORING:
+        say_other_versions(job)
     if name in _TAKING_INVENTORY:
         begin_record(job)
     if name == "directions":

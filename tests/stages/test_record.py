@@ -13,7 +13,7 @@ from pipeline.config import parse_config
 from pipeline.report.recorded import data_config
 from pipeline.stages import record
 from pipeline.stages.job import Job
-from pipeline.stages.record import begin_record, git_revision, record_config
+from pipeline.stages.record import begin_record, git_revision, record_config, say_other_versions
 from pipeline.store import storage
 from pipeline.store.fingerprint import Fingerprint
 
@@ -89,3 +89,22 @@ def test_the_revision_is_that_of_the_package_not_of_the_working_directory(
     monkeypatch.chdir(package)
     assert git_revision(str(installed)) is None
     assert git_revision(str(tmp_path / "elsewhere")) is None
+
+
+def test_a_run_that_goes_on_with_other_versions_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_of(tmp_path / "run")
+    say_other_versions(job)
+    begin_record(job)
+    say_other_versions(job)
+    assert capsys.readouterr().err == ""
+    tree = recorded(job)
+    now = tree["versions"]["torch"]
+    tree["versions"] |= {"torch": "1.0", "ray": "1.0"}
+    storage.write_bytes(job.folder.config, yaml.safe_dump(tree).encode())
+    say_other_versions(job)
+    said = capsys.readouterr().err
+    assert f"was begun with other versions: torch 1.0 then, {now} now\n" in said
+    for broken in (b"{", b"- 1", b"versions: 3"):
+        storage.write_bytes(job.folder.config, broken)
+        say_other_versions(job)
+    assert capsys.readouterr().err == ""
