@@ -128,9 +128,10 @@ def run_status(root: str) -> RunStatus:
 
 def _driver(run: RunFolder) -> str:
     found = read_pulse(run.driver)
-    if found is None:
+    if found is None or not isinstance(found.get("time"), float):
         return ""
-    return f"{lease.describe(found)}, last sign of life {rough_duration(max(time.time() - found['time'], 0))} ago"
+    silent = max(time.time() - found["time"], 0.0)
+    return f"{lease.describe(found)}, last sign of life {rough_duration(silent)} ago"
 
 
 def _rate(commits: list[tuple[float, int]]) -> float | None:

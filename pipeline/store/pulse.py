@@ -44,7 +44,7 @@ def share_done(state: dict[str, Any] | None) -> float:
 def read_pulse(url: str) -> dict[str, Any] | None:
     """What was last written to `url`, or None where there is nothing or storage does not answer: that is no news."""
     try:
-        state: dict[str, Any] = storage.read_json(url)
+        state = storage.read_json(url)
     except Exception:  # object stores raise types of their own
         return None
-    return state
+    return state if isinstance(state, dict) else None

@@ -43,7 +43,10 @@ def test_counts_rate_and_failures_come_from_the_files(tmp_path: Path, capsys: py
             worker=str(place % 2),
         )
     set_aside(run.failure_file(7), Aside(7, "00007.tar", Failure("OSError", "torn"), attempts=4))
-    assert run_status(str(tmp_path)).driver == ""
+    for broken in (None, [], {}, {"time": "now"}):
+        if broken is not None:
+            storage.write_json(run.driver, broken)
+        assert run_status(str(tmp_path)).driver == ""
     storage.write_json(run.driver, {"process": 12, "host": "head", "time": time.time() - 125})
 
     status = run_status(str(tmp_path))
