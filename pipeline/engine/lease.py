@@ -6,8 +6,8 @@ works, and of two that start in the same moment the one goes on whose file is th
 
 from __future__ import annotations
 
-import _thread
 import os
+import signal
 import socket
 import threading
 import time
@@ -33,8 +33,7 @@ def alone(url: str, say: Callable[[str], None]) -> Iterator[None]:
     """While open, this process is the one driver whose sign of life is the file `url`, which it removes at the end.
 
     One that is there already is watched for `EVERY * MISSED` seconds, unless its process is of this machine and gone.
-    When another driver has taken the file in the same moment, this one says so by `say` and is interrupted as by
-    Ctrl-C.
+    When another driver has taken the file in the same moment, this one says so by `say` and sends itself SIGTERM.
 
     Raises `StageError` while another driver works.
     """
@@ -68,7 +67,7 @@ def _renew(url: str, own: dict[str, Any], ended: threading.Event, say: Callable[
         other = read_pulse(url)
         if other is not None and other.get("driver") != own["driver"]:
             say(f"{describe(other)} has begun to work on this folder in the same moment: this one ends")
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is ignored by processes that a script has in the background
             return
         _write(url, own)
 
