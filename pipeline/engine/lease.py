@@ -13,13 +13,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError
-from pipeline.store import storage
-from pipeline.store.pulse import read_pulse
+from pipeline.store.pulse import Pulse, read_pulse
 
 #: Seconds between two signs of life.
 EVERY = 5.0
@@ -42,19 +41,20 @@ def alone(url: str, say: Callable[[str], None]) -> Iterator[None]:
         raise StageError(
             f"{url}: {describe(there)} works on this folder: expected one driver at a time; wait for it, or stop it"
         )
-    own = {"driver": uuid.uuid4().hex, "process": os.getpid(), **_machine(), "since": time.time()}
-    _write(url, own)
+    own = {"driver": uuid.uuid4().hex, "process": os.getpid(), **_machine()}
+    pulse = Pulse(url)
+    _beat(pulse, own)
     ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(url, own, ended, say), daemon=True, name="lease")
+    thread = threading.Thread(target=_renew, args=(url, pulse, own, ended, say), daemon=True, name="lease")
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join(EVERY)  # storage may hang
-        if _is_own(url, own):
-            with suppress(Exception):  # object stores raise types of their own; one that is dead is noticed, too
-                storage.remove(url)
+        found = read_pulse(url)
+        if found is not None and found.get("driver") == own["driver"]:
+            pulse.end()
 
 
 def describe(driver: dict[str, Any]) -> str:
@@ -62,24 +62,18 @@ def describe(driver: dict[str, Any]) -> str:
     return f"process {driver.get('process')} on {driver.get('host')}"
 
 
-def _renew(url: str, own: dict[str, Any], ended: threading.Event, say: Callable[[str], None]) -> None:
+def _renew(url: str, pulse: Pulse, own: dict[str, Any], ended: threading.Event, say: Callable[[str], None]) -> None:
     while not ended.wait(EVERY):
         other = read_pulse(url)
         if other is not None and other.get("driver") != own["driver"]:
             say(f"{describe(other)} has begun to work on this folder in the same moment: this one ends")
             os.kill(os.getpid(), signal.SIGTERM)  # SIGINT is ignored by processes that a script has in the background
             return
-        _write(url, own)
+        _beat(pulse, own)
 
 
-def _write(url: str, own: dict[str, Any]) -> None:
-    with suppress(Exception):  # storage that is away is no reason to end: what is written there will say so
-        storage.write_json(url, {**own, "time": time.time()})
-
-
-def _is_own(url: str, own: dict[str, Any]) -> bool:
-    found = read_pulse(url)
-    return found is not None and found.get("driver") == own["driver"]
+def _beat(pulse: Pulse, own: dict[str, Any]) -> None:
+    pulse.beat({**own, "time": time.time()}, now=True)
 
 
 def _works(url: str, driver: dict[str, Any]) -> bool:

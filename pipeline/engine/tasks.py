@@ -195,21 +195,22 @@ def run_task(
     limit = patience.seconds if patience is not None else None
     lost, tries, machines = "", 0, 0
     while tries <= config.retries and machines <= LOST_NODES:
-        tries += 1
         ref = task.remote(function, item)
         try:
             result: Result = ray.get(ref, timeout=limit)
         except GetTimeoutError:
             kill([ref])
+            tries += 1
             lost = f"hung: it had not come back after {limit:.0f} s and was killed (storage, or a deadlock)"
         except RayTaskError as error:
             if isinstance(error.cause, DiffpruneError | OSError):
                 raise error.cause from None
             raise
         except NodeDiedError as error:
-            tries, machines = tries - 1, machines + 1
+            machines += 1
             lost = f"lost its machine {machines} times: {' '.join(str(error).split())[:300]}"
         except RayError as error:
+            tries += 1
             lost = f"lost its process: {' '.join(str(error).split())[:300]}"
         except BaseException:
             kill([ref])

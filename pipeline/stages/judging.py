@@ -76,6 +76,7 @@ def judge_rankings(job: Job) -> dict[str, Detection]:
 
 
 def _truth(job: Job) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which pairs have a known truth, and which of these are wrong, bool `[pairs]` each."""
     assert job.config.evaluate is not None
     assert job.config.evaluate.truth is not None
     return match_truth(job.config.evaluate.truth, uids(job))

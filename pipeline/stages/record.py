@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.engine.progress import say
+from pipeline.report.recorded import provenance
 from pipeline.stages.job import Job
 from pipeline.stages.scoring import known_fingerprint
 from pipeline.store import storage
@@ -30,9 +31,9 @@ def begin_record(job: Job) -> None:
 def say_other_versions(job: Job) -> None:
     """Print one line where a run goes on with other versions than those recorded: what it adds may differ a little."""
     try:
-        record = yaml.safe_load(storage.read_bytes(job.folder.config))
-        before = {name: str(record["versions"][name]) for name in _DECISIVE if record["versions"].get(name)}
-    except (FileNotFoundError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        versions = provenance(job.folder)["versions"]
+        before = {name: str(versions[name]) for name in _DECISIVE if versions.get(name)}
+    except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError):  # no record, or none that can be read
         return
     now = {name: str(_version(name)) for name in before}
     if before != now:

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 from pipeline.config import Config
 from pipeline.emit.emit import emit
@@ -56,7 +56,6 @@ def run_all(config: Config, *, retry_failed: bool = False) -> None:
     with connect(config.engine):
         _prepare(config, proxy=True)
         with _alone(job):
-            say_other_versions(job)
             begin_record(job)
             for stage in ("inventory", "train", "directions"):
                 _run(job, stage)
@@ -86,8 +85,6 @@ def run_stage(name: str, config: Config, *, retry_failed: bool = False) -> None:
 
 
 def _run_one(job: Job, name: str, retry_failed: bool) -> None:
-    if name in _SCORING:
-        say_other_versions(job)
     if name in _TAKING_INVENTORY:
         begin_record(job)
     if name == "directions":
@@ -113,9 +110,12 @@ def _run_one(job: Job, name: str, retry_failed: bool) -> None:
                 say(name, line)
 
 
-def _alone(job: Job) -> AbstractContextManager[None]:
+@contextmanager
+def _alone(job: Job) -> Iterator[None]:
     """Up to the scores one driver works on a folder; several may choose from them at the same time."""
-    return alone(job.folder.driver, lambda text: say("engine", text))
+    with alone(job.folder.driver, lambda text: say("engine", text)):
+        say_other_versions(job)
+        yield
 
 
 def _run(job: Job, stage: str) -> None:
