@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.data.decode import Decoder
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.positions import Positions, by_shard, offsets
-from pipeline.data.sampling import Places, samples_at
+from pipeline.data.samples import Places, samples_at
 from pipeline.errors import InputError
 from pipeline.store import storage
 from pipeline.types import PairBatch

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.inventory import ShardInfo
-from pipeline.data.sampling import Places, samples_at
+from pipeline.data.samples import Places, samples_at
 from pipeline.errors import DiffpruneError
 
 #: Where a pair is: number of the shard, index in it.

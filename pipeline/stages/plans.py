@@ -14,7 +14,8 @@ import torch
 from pipeline.config import Config
 from pipeline.data.inventory import ShardInfo, inspect_shard
 from pipeline.data.positions import Positions, draw_positions
-from pipeline.data.sampling import Places, load_pairs
+from pipeline.data.samples import Places
+from pipeline.data.sampling import load_pairs
 from pipeline.data.shards import expand
 from pipeline.device import device_of_this_task
 from pipeline.errors import InputError

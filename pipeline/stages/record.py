@@ -10,7 +10,6 @@ from pathlib import Path
 import yaml
 
 from pipeline.engine.progress import say
-from pipeline.report.recorded import provenance
 from pipeline.stages.job import Job
 from pipeline.stages.scoring import known_fingerprint
 from pipeline.store import storage
@@ -31,9 +30,9 @@ def begin_record(job: Job) -> None:
 def say_other_versions(job: Job) -> None:
     """Print one line where a run goes on with other versions than those recorded: what it adds may differ a little."""
     try:
-        versions = provenance(job.folder)["versions"]
+        versions = yaml.safe_load(storage.read_bytes(job.folder.config))["versions"]
         before = {name: str(versions[name]) for name in _DECISIVE if versions.get(name)}
-    except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError):  # no record, or none that can be read
+    except (FileNotFoundError, yaml.YAMLError, TypeError, KeyError, AttributeError):  # none, or none that can be read
         return
     now = {name: str(_version(name)) for name in before}
     if before != now:

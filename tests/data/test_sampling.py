@@ -19,7 +19,8 @@ from pipeline.data.decode import Decoder, ImageSpec, caption_id
 from pipeline.data.inventory import ShardInfo, inspect_shard, write_inventory
 from pipeline.data.positions import draw_positions
 from pipeline.data.reader import read_shard
-from pipeline.data.sampling import Places, load_pairs, samples_at
+from pipeline.data.samples import Places, samples_at
+from pipeline.data.sampling import load_pairs
 from pipeline.errors import InputError
 from pipeline.stages.computing import ComputingJob
 from pipeline.stages.plans import draw_batches
@@ -147,7 +148,7 @@ def test_samples_by_their_places_are_those_of_the_whole_shard(
         expected = list(samples_at(info, WANTED, caption))
         assert len({sample.status for sample in expected}) >= (5 if caption == "txt" else 4)
         with monkeypatch.context() as patched:
-            patched.setattr("pipeline.data.sampling.read_shard", no_walk)
+            patched.setattr("pipeline.data.samples.read_shard", no_walk)
             assert list(samples_at(info, WANTED, caption, places)) == expected
     # Another version of the shard is read from its beginning.
     write_tar(tmp_path / "a.tar", odd_members[4:])
@@ -163,7 +164,7 @@ def test_few_samples_of_an_object_are_asked_for_in_ranges(
     few = np.array([0, 1, 5, 7])
     expected = list(samples_at(info, few, "txt"))
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.data.sampling.read_shard", no_walk)
+        patched.setattr("pipeline.data.samples.read_shard", no_walk)
         assert list(samples_at(info, few, "txt", places)) == expected
         with pytest.raises(AssertionError, match="read through"):
             list(samples_at(info, np.arange(12), "txt", places))

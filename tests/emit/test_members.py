@@ -17,7 +17,7 @@ from pipeline.data.inventory import inspect_shard
 from pipeline.data.layout import Layout, find_layout
 from pipeline.data.places import map_file
 from pipeline.data.reader import read_shard
-from pipeline.data.sampling import samples_at
+from pipeline.data.samples import samples_at
 from pipeline.emit.members import locate_samples, read_keys, read_samples, sample_in
 from pipeline.emit.tar import ChangedError, TarWriter, header, headers
 from pipeline.errors import InputError

@@ -85,3 +85,8 @@ def test_a_validation_loads_nothing_that_computes_and_is_not_measured_again(
 def test_help_loads_no_ray() -> None:
     code = "import sys, pipeline.cli; print([name for name in ('ray', 'torch', 'pyarrow') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=240).strip() == "[]"
+
+
+def test_what_shows_a_pair_loads_nothing_that_computes() -> None:
+    code = f"import sys, pipeline.showing; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=240).strip() == "[]"

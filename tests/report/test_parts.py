@@ -12,7 +12,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from pipeline.config import DataConfig, parse_config
-from pipeline.data import sampling
+from pipeline.data import samples
 from pipeline.data.inventory import inspect_shard
 from pipeline.evaluation.results import Result
 from pipeline.pictures import data_uri, open_image
@@ -166,7 +166,7 @@ def test_fetch_takes_the_pairs_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
     urls = write_shards(tmp_path, shards=2, samples=8)
     shards = [inspect_shard(index, url, run.places(index)) for index, url in enumerate(urls)]
     if kept:
-        monkeypatch.setattr(sampling, "read_shard", lambda url, **_: pytest.fail(f"{url} is read from its beginning"))
+        monkeypatch.setattr(samples, "read_shard", lambda url, **_: pytest.fail(f"{url} is read from its beginning"))
     places = run.places if kept else None
     contents = fetch([(0, 3), (1, 7), (1, 99)], shards, DataConfig(shards=urls), places)
     assert set(contents) == {(0, 3), (1, 7)}

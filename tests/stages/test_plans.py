@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config import parse_config
-from pipeline.data import sampling, spans
+from pipeline.data import samples, spans
 from pipeline.data.inventory import ShardInfo
 from pipeline.data.positions import Positions
 from pipeline.data.reader import Sample
@@ -52,13 +52,13 @@ def test_a_target_of_remote_shards_is_walked_through_once(tmp_path: Path, monkey
         storage.write_bytes(remote[-1], Path(url).read_bytes())
     config, _, _ = prepare_run(str(tmp_path / "run"), urls, estimator="tracin")
     walked: list[str] = []
-    walk = sampling._samples_up_to
+    walk = samples._samples_up_to
 
     def noted(info: ShardInfo, indices: Positions, caption: str) -> Iterator[Sample]:
         walked.append(info.url)
         return walk(info, indices, caption)
 
-    monkeypatch.setattr(sampling, "_samples_up_to", noted)
+    monkeypatch.setattr(samples, "_samples_up_to", noted)
     monkeypatch.setattr(spans, "GAP_BYTES", 0)
     found = []
     for shards in (urls, remote):
